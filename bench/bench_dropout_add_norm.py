@@ -1,0 +1,174 @@
+"""dropout_add_norm beside PyTorch's composition, torch.compile of it, Liger, and a copy of the same bytes.
+
+Each case runs alone and, where the README quotes it, followed by a matmul that reads the output. Bytes: what any
+implementation must move, x and residual in, z and y out; in the backward dy, dz, z in, dx (and dresidual) out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import fastlm
+import torch
+import torch.nn.functional as F
+from fastlm.bench.harness import Case, Contender, Goal, Missing, Prepared, pytest_cases, ratio_error
+from fastlm.reference.dropout_add_norm import dropout_mask
+from fastlm.reference.philox import keep_scale
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+LARGE = 40e6  # elements past which a GPU's caches cannot help
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    dy: Tensor
+    dz: Tensor
+    seed: Tensor
+    matrix: Tensor
+
+
+def _inputs(rows: int, columns: int, dtype: str, device: str, grad: bool):
+    def make(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, DTYPES[dtype])
+
+        leaves = [normal(rows, columns), normal(rows, columns), normal(columns), normal(columns)]
+        return Inputs(
+            *(t.requires_grad_(grad) for t in leaves), normal(rows, columns), normal(rows, columns),
+            torch.tensor(seed + 1, device=device), normal(columns, columns),
+        )  # fmt: skip
+
+    return make
+
+
+def _eager(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
+    z = i.residual + F.dropout(i.x, p)
+    return F.layer_norm(z, z.shape[-1:], i.weight, i.bias), z
+
+
+def _ours(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
+    out = fastlm.ops.dropout_add_norm(i.x, i.residual, i.weight, i.bias, p=p, seed=i.seed)
+    assert isinstance(out, tuple)
+    return out
+
+
+def _liger(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    except ImportError as error:
+        raise Missing(f"liger-kernel is not installed or not importable here: {error}") from error
+    if i.x.device.type == "cpu":
+        raise Missing("liger-kernel has no CPU kernels")
+    z = i.residual + F.dropout(i.x, p)
+    return LigerLayerNormFunction.apply(z, i.weight, i.bias, 1e-5), z
+
+
+def _contender(name: str, function: Any, p: float, part: str, then: str, kind: str) -> Contender:
+    def prepare(i: Inputs) -> Prepared:
+        f = torch.compile(function) if name == "torch.compile" else function
+        leaves = (i.x, i.residual, i.weight, i.bias)
+
+        def forward() -> Any:
+            with torch.no_grad():
+                y, z = f(i, p)
+                return (y @ i.matrix, z) if then == "matmul" else (y, z)
+
+        def both() -> Any:
+            y, z = f(i, p)
+            if then == "matmul":
+                return y, z, *torch.autograd.grad((y @ i.matrix, z), leaves, (i.dy, i.dz))
+            return y, z, *torch.autograd.grad((y, z), leaves, (i.dy, i.dz))
+
+        return forward if part == "forward" else both
+
+    # Dropout draws another mask in PyTorch: only a contender whose mask is known, or no dropout, can be checked exactly.
+    return Contender(name, prepare, kind, checked=then == "" and (kind == "ours" or p == 0))
+
+
+def _error(p: float, part: str):
+    def error(result: Any, i: Inputs) -> float:
+        wide = Inputs(*(t.detach().double() if t.is_floating_point() else t for t in i))
+        leaves = [t.requires_grad_() for t in wide[:4]]
+        scale = 1.0
+        if p > 0:
+            scale = dropout_mask(*i.x.shape, i.seed, None, p).double() * keep_scale(p)
+        z = wide.residual + wide.x * scale
+        y = F.layer_norm(z, z.shape[-1:], wide.weight, wide.bias)
+        expected = [y, z]
+        if part != "forward":
+            expected += torch.autograd.grad((y, z), leaves, (wide.dy, wide.dz))
+        return ratio_error(result, [e.detach() for e in expected])
+
+    return error
+
+
+def _copy(nbytes: int) -> Contender:
+    """A ``copy_`` that reads and writes as many bytes, into an existing buffer."""
+
+    def prepare(i: Inputs) -> Prepared:
+        source = torch.empty(nbytes // 2, dtype=torch.int8, device=i.x.device).fill_(1)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Contender("copy_ of the same bytes", prepare, "ceiling", checked=False)
+
+
+def _case(rows: int, columns: int, dtype: str, p: float, part: str, device: str, goals: dict[str, float],
+          then: str = "", compiled: bool = False, smoke: bool = False) -> Case:  # fmt: skip
+    item = torch.empty((), dtype=DTYPES[dtype]).element_size()
+    tensors = 4 if part == "forward" else 4 + 4 + (1 if p > 0 else 0)  # backward: dy, dz, z in; dx (and dresidual) out
+    nbytes = tensors * rows * columns * item
+    contenders = [
+        _contender("fastlm", _ours, p, part, then, "ours"),
+        _contender("eager", _eager, p, part, then, "baseline"),
+        _contender("liger-kernel", _liger, p, part, then, "peer"),
+        _copy(nbytes),
+    ]
+    if compiled:
+        contenders.insert(2, _contender("torch.compile", _eager, p, part, then, "baseline"))
+    suffix = " then matmul" if then else ""
+    return Case(
+        "dropout_add_norm", f"{rows}x{columns} {dtype} p={p:g} {part}{suffix}",
+        _inputs(rows, columns, dtype, device, part != "forward"), tuple(contenders), nbytes, 0, dtype, device,
+        {"rows": rows, "columns": columns, "p": p, "part": part}, "before a matmul" if then else "alone",
+        None if then else _error(p, part), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), smoke,
+    )  # fmt: skip
+
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def cases(device: str) -> Iterator[Case]:
+    """The goals are those of the design's table for two AVX-512 cores, and for an H200-class GPU."""
+    if device == "cpu":
+        copy = "copy_ of the same bytes"
+        yield _case(4096, 1024, "float32", 0.1, FORWARD, device, {"eager": 17, copy: 1 / 1.1}, compiled=True)
+        yield _case(4096, 1024, "float32", 0.1, BOTH, device, {"eager": 10}, compiled=True)
+        yield _case(4096, 1024, "bfloat16", 0.1, FORWARD, device, {"eager": 17}, compiled=True)
+        yield _case(4096, 1024, "bfloat16", 0.1, BOTH, device, {"eager": 9}, compiled=True)
+        yield _case(2048, 768, "float32", 0.1, FORWARD, device, {"eager": 17}, smoke=True)
+        yield _case(2048, 768, "float32", 0.1, BOTH, device, {"eager": 9}, smoke=True)
+        yield _case(4096, 1024, "float32", 0.0, FORWARD, device, {"eager": 1.4})
+        yield _case(4096, 1024, "float32", 0.0, BOTH, device, {"eager": 1.2})
+        yield _case(4096, 384, "float32", 0.2, FORWARD, device, {})
+        yield _case(4096, 1024, "float32", 0.1, FORWARD, device, {}, "matmul")
+        yield _case(4096, 1024, "float32", 0.1, BOTH, device, {}, "matmul")
+        return
+    for columns in (768, 1024, 2048, 4096, 8192, 16384):
+        rows = max(8192, int(LARGE // columns))
+        for part, fraction in ((FORWARD, 0.92), (BOTH, 0.85)):
+            goals = {"eager": 3.0, "torch.compile": 1.0, "liger-kernel": 1.0, "copy_ of the same bytes": fraction}
+            yield _case(rows, columns, "bfloat16", 0.1, part, device, goals, compiled=True, smoke=columns == 768)
+    yield _case(16384, 4096, "float32", 0.1, FORWARD, device, {}, compiled=True)
+    yield _case(16384, 4096, "bfloat16", 0.1, BOTH, device, {}, "matmul")
+
+
+test_bench = pytest_cases(cases)

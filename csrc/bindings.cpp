@@ -1,0 +1,29 @@
+// Every function of the compiled core that Python sees: one line each, and nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "fastlm.h"
+
+namespace py = pybind11;
+using nogil = py::call_guard<py::gil_scoped_release>;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastlm's compiled core: kernels over raw addresses. Use fastlm.ops instead.";
+  m.attr("__version__") = FASTLM_VERSION;
+  m.def("cpu_isa", &fastlm::cpu_isa);
+  m.def("cpu_isa_reason", &fastlm::cpu_isa_reason);
+  m.def("cuda_archs", &fastlm::cuda_archs);
+  m.def("cuda_device_count", &fastlm::cuda_device_count, nogil());
+  m.def("copy_nontemporal", &fastlm::copy_nontemporal, nogil());
+  m.def("attention_forward_cpu", &fastlm::attention_forward_cpu, nogil());
+  m.def("attention_backward_cpu", &fastlm::attention_backward_cpu, nogil());
+  m.def("reduce_in_order_cpu", &fastlm::reduce_in_order_cpu, nogil());
+  m.def("philox4x32", &fastlm::philox4x32);
+  m.def("dropout_add_norm_forward_cpu", &fastlm::dropout_add_norm_forward_cpu, nogil());
+  m.def("dropout_add_norm_backward_cpu", &fastlm::dropout_add_norm_backward_cpu, nogil());
+#ifdef FASTLM_CUDA
+  m.def("dropout_add_norm_forward_cuda", &fastlm::dropout_add_norm_forward_cuda, nogil());
+  m.def("dropout_add_norm_backward_cuda", &fastlm::dropout_add_norm_backward_cuda, nogil());
+  m.def("dropout_add_norm_parts_cuda", &fastlm::dropout_add_norm_parts_cuda);
+#endif
+}

@@ -1,0 +1,640 @@
+"""Dropout, residual add and normalisation in Triton: one pass over the rows forward, one backward.
+
+    z = residual + rowscale * layerscale * dropout(x)                          rounded to z's dtype
+    y = (z - mean) * rstd * (weight + weight_offset) + bias                    "layer"; "rms": mean = 0; of the rounded z
+    g = rstd * (dy*w - mean_C(dy*w) - xhat * mean_C(dy*w*xhat)) + dz           w = weight + weight_offset, "rms": no mean_C(dy*w)
+    dresidual = g,  dx = rowscale * layerscale * mask * keep_scale * g
+    dweight = sum_R dy*xhat,  dbias = sum_R dy,  dlayerscale = sum_R g * rowscale * dropout(x)
+
+Bytes moved per element, at e bytes each: forward reads x and residual and writes y and z (4e); backward reads dy, z and dz
+and writes dx and dresidual (5e), x too for dlayerscale. Parameters and statistics are read from cache. Flops per element:
+about 12 forward, 20 backward, and with dropout 14/8 of a 32-bit multiplication in each (kernels/philox.py). So both are
+bound by memory on every GPU that Triton serves.
+
+A program holds whole rows in registers: one row, or several where rows are narrow. Rows too wide for that are cut into
+column tiles and their statistics (backward: their two means) are found by a kernel of their own before.
+
+Parameter gradients: a program walks down ``row_block(rows, columns)`` rows, a function of the shape alone, and leaves
+float32 partial sums [blocks, columns]; ``_combine_kernel`` adds these in a fixed order. No atomics.
+
+Any strides: leading axes are collapsed to at most three jointly, so that a row number gives each tensor's offset without a
+copy. Where the last stride is 1 everywhere, strides are passed divided by VEC (8, 4 or 1, the largest that divides them all),
+so that the compiler knows their alignment and loads vectors. Shape suffixes: R rows of a tile, C its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.backend import YES, Support
+from fastlm.kernels import table
+from fastlm.kernels._common import TL_DTYPE, OfflineCase, arch_of, collapse, launch, recording, rounded, to_dtype
+from fastlm.kernels.philox import KEY_DROPOUT_ADD_NORM, high_word, keep, key_of, low_word
+from fastlm.reference.philox import keep_scale, threshold_of
+from torch import Tensor
+
+_KEY = tl.constexpr(KEY_DROPOUT_ADD_NORM)
+_FORWARD_INTS = "rows columns n1 n2 x0 x1 x2 xc r0 r1 r2 rc wc bc lc s0 s1 s2 o threshold"
+_BACKWARD_INTS = (
+    "rows columns n1 n2 block dy0 dy1 dy2 dyc dz0 dz1 dz2 dzc z0 z1 z2 zc x0 x1 x2 xc wc lc s0 s1 s2 o threshold"
+)
+
+# ---------------------------------------------------------------------------------------------- pieces of both kernels
+
+
+@triton.jit
+def _offset(row_R, n1, n2, s0, s1, s2, AXES: tl.constexpr, VEC: tl.constexpr):
+    """Offset of the first element of each row, int64: row = (i0 * n1 + i1) * n2 + i2."""
+    if AXES == 1:
+        return row_R.to(tl.int64) * (s2.to(tl.int64) * VEC)
+    i2_R = row_R % n2
+    rest_R = row_R // n2
+    base_R = i2_R.to(tl.int64) * (s2.to(tl.int64) * VEC)
+    base_R += (rest_R % n1).to(tl.int64) * (s1.to(tl.int64) * VEC)
+    return base_R + (rest_R // n1).to(tl.int64) * (s0.to(tl.int64) * VEC)
+
+
+@triton.jit
+def _load(pointer, base_R, col_1C, stride, ok_RC, UNIT: tl.constexpr):
+    """A tile of a tensor as float32, zero outside. Read once, so that it should not push the parameters out of L1."""
+    if UNIT:
+        place_RC = pointer + base_R[:, None] + col_1C
+    else:
+        place_RC = pointer + base_R[:, None] + col_1C.to(tl.int64) * stride
+    return tl.load(place_RC, ok_RC, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def _load_vector(pointer, col_1C, stride, width, UNIT: tl.constexpr):
+    """The columns' entries of a parameter as float32 [1, C]. Every program reads them."""
+    place_1C = pointer + col_1C if UNIT else pointer + col_1C.to(tl.int64) * stride
+    return tl.load(place_1C, col_1C < width, other=0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
+def _kept(
+    seed, offset, o, row_R, row_ok_R, first, threshold, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Keep-decisions of a tile whose columns start at ``first``. DROPOUT 2: offset has a row number for each row."""
+    place_R = row_R.to(tl.int64)
+    if DROPOUT == 2:
+        place_R = tl.load(offset + place_R * o, row_ok_R, other=0)
+    elif offset is not None:
+        place_R += tl.load(offset)
+    place_R1 = place_R[:, None]
+    k0, k1 = key_of(tl.load(seed), _KEY)
+    chunk_1C = (first // 8 + tl.arange(0, COLUMNS // 8)[None, :]).to(tl.uint32)
+    zero = tl.full([], 0, tl.uint32)
+    return keep(chunk_1C, low_word(place_R1), high_word(place_R1), zero, k0, k1, threshold, ROWS, COLUMNS)
+
+
+@triton.jit
+def _stream(
+    x, residual, layerscale, rowscale, seed, offset,
+    row_R, row_ok_R, col_1C, first, width, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, lc, s0, s1, s2, o,
+    threshold, keep_scale,
+    Z_DTYPE: tl.constexpr, DROPOUT: tl.constexpr, AXES: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of z, rounded to its dtype, as float32; zero outside."""
+    ok_RC = row_ok_R[:, None] & (col_1C < width)
+    z_RC = _load(x, _offset(row_R, n1, n2, x0, x1, x2, AXES, VEC), col_1C, xc, ok_RC, UNIT)
+    if DROPOUT:
+        kept_RC = _kept(seed, offset, o, row_R, row_ok_R, first, threshold, DROPOUT, ROWS, COLUMNS)
+        z_RC = tl.where(kept_RC, z_RC * keep_scale, 0.0)
+    if rowscale is not None:
+        scale_R = tl.load(rowscale + _offset(row_R, n1, n2, s0, s1, s2, AXES, 1), row_ok_R, other=0.0)
+        z_RC = z_RC * scale_R.to(tl.float32)[:, None]
+    if layerscale is not None:
+        z_RC = z_RC * _load_vector(layerscale, col_1C, lc, width, UNIT)
+    if residual is not None:
+        z_RC = z_RC + _load(residual, _offset(row_R, n1, n2, r0, r1, r2, AXES, VEC), col_1C, rc, ok_RC, UNIT)
+    return rounded(z_RC, Z_DTYPE)
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit(do_not_specialize=_FORWARD_INTS.split())
+def _forward_kernel(
+    x, residual, weight, bias, layerscale, rowscale, seed, offset, y, z, mean, rstd,
+    rows, columns, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, wc, bc, lc, s0, s1, s2, o,
+    threshold, keep_scale, eps, weight_offset,
+    NORM: tl.constexpr, GIVEN: tl.constexpr, Z_DTYPE: tl.constexpr, DROPOUT: tl.constexpr, AXES: tl.constexpr,
+    UNIT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of z and y. GIVEN: the statistics are read, and the tile may be narrower than the row."""
+    width = columns * VEC
+    first = tl.program_id(1) * COLUMNS
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok_R = row_R < rows
+    col_1C = first + tl.arange(0, COLUMNS)[None, :]
+    ok_RC = row_ok_R[:, None] & (col_1C < width)
+    z_RC = _stream(
+        x, residual, layerscale, rowscale, seed, offset,
+        row_R, row_ok_R, col_1C, first, width, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, lc, s0, s1, s2, o,
+        threshold, keep_scale, Z_DTYPE, DROPOUT, AXES, UNIT, VEC, ROWS, COLUMNS,
+    )  # fmt: skip
+    out_RC = row_R.to(tl.int64)[:, None] * width + col_1C
+    if z is not None:
+        tl.store(z + out_RC, to_dtype(z_RC, z.dtype.element_ty), ok_RC)
+    if NORM != "none":
+        count = width.to(tl.float32)
+        if GIVEN:
+            rstd_R = tl.load(rstd + row_R, row_ok_R, other=0.0)
+            if NORM == "layer":
+                z_RC = z_RC - tl.load(mean + row_R, row_ok_R, other=0.0)[:, None]
+        else:
+            if NORM == "layer":
+                mean_R = tl.div_rn(tl.sum(z_RC, 1), count)
+                z_RC = tl.where(ok_RC, z_RC - mean_R[:, None], 0.0)
+                tl.store(mean + row_R, mean_R, row_ok_R)
+            rstd_R = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(z_RC * z_RC, 1), count) + eps))
+            tl.store(rstd + row_R, rstd_R, row_ok_R)
+        y_RC = z_RC * rstd_R[:, None]
+        if weight is not None:
+            y_RC = y_RC * (_load_vector(weight, col_1C, wc, width, UNIT) + weight_offset)
+        if bias is not None:
+            y_RC = y_RC + _load_vector(bias, col_1C, bc, width, UNIT)
+        tl.store(y + out_RC, to_dtype(y_RC, y.dtype.element_ty), ok_RC)
+
+
+@triton.jit(do_not_specialize=_FORWARD_INTS.split())
+def _statistics_kernel(
+    x, residual, layerscale, rowscale, seed, offset, mean, rstd,
+    rows, columns, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, lc, s0, s1, s2, o,
+    threshold, keep_scale, eps,
+    NORM: tl.constexpr, Z_DTYPE: tl.constexpr, DROPOUT: tl.constexpr, AXES: tl.constexpr, UNIT: tl.constexpr,
+    VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """mean and rstd of rows wider than a tile: two passes within a tile, tiles joined as in Chan, Golub, LeVeque 1979."""
+    width = columns * VEC
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok_R = row_R < rows
+    mean_R = tl.zeros([ROWS], tl.float32)
+    square_R = tl.zeros([ROWS], tl.float32)
+    for first in range(0, width, COLUMNS):
+        col_1C = first + tl.arange(0, COLUMNS)[None, :]
+        z_RC = _stream(
+            x, residual, layerscale, rowscale, seed, offset,
+            row_R, row_ok_R, col_1C, first, width, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, lc, s0, s1, s2, o,
+            threshold, keep_scale, Z_DTYPE, DROPOUT, AXES, UNIT, VEC, ROWS, COLUMNS,
+        )  # fmt: skip
+        if NORM == "layer":
+            count = tl.minimum(width - first, COLUMNS).to(tl.float32)
+            before = tl.full([], 0, tl.int32) + first
+            share = tl.div_rn(count, before.to(tl.float32) + count)
+            tile_R = tl.div_rn(tl.sum(z_RC, 1), count)
+            z_RC = tl.where(col_1C < width, z_RC - tile_R[:, None], 0.0)
+            delta_R = tile_R - mean_R
+            mean_R += delta_R * share
+            square_R += delta_R * delta_R * (before.to(tl.float32) * share)
+        square_R += tl.sum(z_RC * z_RC, 1)
+    rstd_R = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_R, width.to(tl.float32)) + eps))
+    if NORM == "layer":
+        tl.store(mean + row_R, mean_R, row_ok_R)
+    tl.store(rstd + row_R, rstd_R, row_ok_R)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit(do_not_specialize=_BACKWARD_INTS.split())
+def _backward_kernel(
+    dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, sums, seed, offset,
+    dx, dresidual, dweight, dbias, dlayerscale,
+    rows, columns, n1, n2, block, dy0, dy1, dy2, dyc, dz0, dz1, dz2, dzc, z0, z1, z2, zc, x0, x1, x2, xc, wc, lc,
+    s0, s1, s2, o, threshold, keep_scale, weight_offset,
+    NORM: tl.constexpr, DROPOUT: tl.constexpr, AXES: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``block`` rows, a tile of ROWS at a time, and their partial sums for the parameters.
+
+    ``sums`` [rows, 2]: the two means over the columns, where the tile is narrower than the row; else None. dy is None if
+    there is no gradient through the norm.
+    """
+    width = columns * VEC
+    number = tl.program_id(0)
+    first = tl.program_id(1) * COLUMNS
+    col_1C = first + tl.arange(0, COLUMNS)[None, :]
+    count = width.to(tl.float32)
+    dweight_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dbias_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dlayerscale_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for row in tl.range(number * block, tl.minimum((number + 1) * block, rows), ROWS, num_stages=STAGES):
+        row_R = row + tl.arange(0, ROWS)
+        row_ok_R = row_R < rows
+        ok_RC = row_ok_R[:, None] & (col_1C < width)
+        g_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if dy is not None:
+            dy_RC = _load(dy, _offset(row_R, n1, n2, dy0, dy1, dy2, AXES, VEC), col_1C, dyc, ok_RC, UNIT)
+            xhat_RC = _load(z, _offset(row_R, n1, n2, z0, z1, z2, AXES, VEC), col_1C, zc, ok_RC, UNIT)
+            rstd_R1 = tl.load(rstd + row_R, row_ok_R, other=0.0)[:, None]
+            if NORM == "layer":
+                xhat_RC = xhat_RC - tl.load(mean + row_R, row_ok_R, other=0.0)[:, None]
+            xhat_RC = xhat_RC * rstd_R1
+            if dweight is not None:
+                dweight_RC += dy_RC * xhat_RC
+            if dbias is not None:
+                dbias_RC += dy_RC
+            if weight is not None:
+                dy_RC = dy_RC * (_load_vector(weight, col_1C, wc, width, UNIT) + weight_offset)
+            if sums is not None:
+                along_R1 = tl.load(sums + row_R.to(tl.int64) * 2, row_ok_R, other=0.0)[:, None]
+            else:
+                along_R1 = tl.div_rn(tl.sum(dy_RC * xhat_RC, 1), count)[:, None]
+            g_RC = dy_RC - xhat_RC * along_R1
+            if NORM == "layer":
+                if sums is not None:
+                    g_RC = g_RC - tl.load(sums + row_R.to(tl.int64) * 2 + 1, row_ok_R, other=0.0)[:, None]
+                else:
+                    g_RC = g_RC - tl.div_rn(tl.sum(dy_RC, 1), count)[:, None]
+            g_RC = g_RC * rstd_R1
+        if dz is not None:
+            g_RC = g_RC + _load(dz, _offset(row_R, n1, n2, dz0, dz1, dz2, AXES, VEC), col_1C, dzc, ok_RC, UNIT)
+        out_RC = row_R.to(tl.int64)[:, None] * width + col_1C
+        if dresidual is not None:
+            tl.store(dresidual + out_RC, to_dtype(g_RC, dresidual.dtype.element_ty), ok_RC)
+        if dx is not None or dlayerscale is not None:
+            if rowscale is not None:
+                scale_R = tl.load(rowscale + _offset(row_R, n1, n2, s0, s1, s2, AXES, 1), row_ok_R, other=0.0)
+                g_RC = g_RC * scale_R.to(tl.float32)[:, None]
+            if DROPOUT:
+                kept_RC = _kept(seed, offset, o, row_R, row_ok_R, first, threshold, DROPOUT, ROWS, COLUMNS)
+                g_RC = tl.where(kept_RC, g_RC * keep_scale, 0.0)
+            if dlayerscale is not None:
+                x_RC = _load(x, _offset(row_R, n1, n2, x0, x1, x2, AXES, VEC), col_1C, xc, ok_RC, UNIT)
+                if DROPOUT:
+                    x_RC = tl.where(kept_RC, x_RC, 0.0)  # a dropped infinity contributes nothing
+                dlayerscale_RC += tl.where(ok_RC, g_RC * x_RC, 0.0)
+            if dx is not None:
+                if layerscale is not None:
+                    g_RC = g_RC * _load_vector(layerscale, col_1C, lc, width, UNIT)
+                tl.store(dx + out_RC, to_dtype(g_RC, dx.dtype.element_ty), ok_RC)
+    partial_1C = number.to(tl.int64) * width + col_1C
+    if dweight is not None:
+        tl.store(dweight + partial_1C, tl.sum(dweight_RC, 0)[None, :], col_1C < width)
+    if dbias is not None:
+        tl.store(dbias + partial_1C, tl.sum(dbias_RC, 0)[None, :], col_1C < width)
+    if dlayerscale is not None:
+        tl.store(dlayerscale + partial_1C, tl.sum(dlayerscale_RC, 0)[None, :], col_1C < width)
+
+
+@triton.jit(do_not_specialize=_BACKWARD_INTS.split())
+def _sums_kernel(
+    dy, z, weight, mean, rstd, sums,
+    rows, columns, n1, n2, dy0, dy1, dy2, dyc, z0, z1, z2, zc, wc, weight_offset,
+    NORM: tl.constexpr, AXES: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The two means over the columns that the gradient of a norm needs, of rows wider than a tile."""
+    width = columns * VEC
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok_R = row_R < rows
+    dy_base_R = _offset(row_R, n1, n2, dy0, dy1, dy2, AXES, VEC)
+    z_base_R = _offset(row_R, n1, n2, z0, z1, z2, AXES, VEC)
+    rstd_R1 = tl.load(rstd + row_R, row_ok_R, other=0.0)[:, None]
+    if NORM == "layer":
+        mean_R1 = tl.load(mean + row_R, row_ok_R, other=0.0)[:, None]
+    along_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    plain_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, width, COLUMNS):
+        col_1C = first + tl.arange(0, COLUMNS)[None, :]
+        ok_RC = row_ok_R[:, None] & (col_1C < width)
+        dy_RC = _load(dy, dy_base_R, col_1C, dyc, ok_RC, UNIT)
+        z_RC = _load(z, z_base_R, col_1C, zc, ok_RC, UNIT)
+        if weight is not None:
+            dy_RC = dy_RC * (_load_vector(weight, col_1C, wc, width, UNIT) + weight_offset)
+        if NORM == "layer":
+            z_RC = z_RC - mean_R1
+            plain_RC += dy_RC
+        along_RC += dy_RC * (z_RC * rstd_R1)
+    count = width.to(tl.float32)
+    tl.store(sums + row_R.to(tl.int64) * 2, tl.div_rn(tl.sum(along_RC, 1), count), row_ok_R)
+    if NORM == "layer":
+        tl.store(sums + row_R.to(tl.int64) * 2 + 1, tl.div_rn(tl.sum(plain_RC, 1), count), row_ok_R)
+
+
+@triton.jit(do_not_specialize=["blocks", "columns"])
+def _combine_kernel(partial, out0, out1, out2, blocks, columns, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Adds partial sums [3 at most, blocks, columns] over the blocks, in an order that the shape alone fixes."""
+    which = tl.program_id(1)
+    col_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    sum_BC = tl.zeros([BLOCKS, COLUMNS], tl.float32)
+    for first in range(0, blocks, BLOCKS):
+        block_B1 = first + tl.arange(0, BLOCKS)[:, None]
+        place_BC = (which * blocks + block_B1).to(tl.int64) * columns + col_1C
+        sum_BC += tl.load(partial + place_BC, (block_B1 < blocks) & (col_1C < columns), other=0.0)
+    sum_1C = tl.sum(sum_BC, 0)[None, :]
+    if which == 0:
+        tl.store(out0 + col_1C, to_dtype(sum_1C, out0.dtype.element_ty), col_1C < columns)
+    if out1 is not None:  # nested: what is None is dropped when compiling
+        if which == 1:
+            tl.store(out1 + col_1C, to_dtype(sum_1C, out1.dtype.element_ty), col_1C < columns)
+    if out2 is not None:
+        if which == 2:
+            tl.store(out2 + col_1C, to_dtype(sum_1C, out2.dtype.element_ty), col_1C < columns)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def row_block(rows: int, columns: int) -> int:
+    """Rows summed into one partial parameter gradient: a function of the shape alone, whatever the GPU.
+
+    At most 512 blocks (256 of wide rows) fill the largest GPUs four (two) times over, and their partial sums stay small
+    beside the tensors: 8,192 rows give blocks of 16 (32).
+    """
+    granule = _granule(columns)
+    return granule * triton.cdiv(rows, granule * (512 if columns <= 4096 else 256))
+
+
+def _granule(columns: int) -> int:
+    return max(1, min(64, 4096 // triton.next_power_of_2(columns)))
+
+
+def _tile(kernel: str, x: Tensor, columns: int, features: frozenset[str]) -> tuple[int, int, bool, dict[str, int]]:
+    """Rows and columns of a tile, whether it holds whole rows, and the configuration."""
+    config = table.config(
+        kernel, arch=arch_of(x.device), dtype=table.DTYPE_NAME[x.dtype], size=columns, features=features
+    )
+    power = max(8, triton.next_power_of_2(columns))
+    if "elements" in config:
+        most = _granule(columns) if kernel.endswith("backward") else 64
+        return max(1, min(most, config["elements"] // power)), power, True, config
+    return 1, min(power, config["columns"]), power <= config["columns"], config
+
+
+class _Geometry:
+    """Strides of the tensors of a call over its jointly collapsed leading axes, as the kernels take them."""
+
+    def __init__(
+        self, shape: torch.Size, tensors: list[Tensor | None], vectors: list[Tensor | None], rowscale: Tensor | None
+    ):
+        columns = shape[-1]
+        given = [t for t in tensors if t is not None]
+        rowscale_strides = [] if rowscale is None else [rowscale.stride()]
+        if all(t.is_contiguous() for t in given) and (rowscale is None or rowscale.is_contiguous()):
+            self.sizes = [shape[:-1].numel()]
+            strides = [[columns] for _ in given] + [[1] for _ in rowscale_strides]
+        else:
+            self.sizes, strides = collapse(shape[:-1], *(t.stride()[:-1] for t in given), *rowscale_strides)
+        self.axes = len(self.sizes)
+        self.unit = columns == 1 or all(t.stride(-1) == 1 for t in given + [v for v in vectors if v is not None])
+        vec = 8
+        while vec > 1 and not (
+            self.unit and all(s % vec == 0 for k in strides[: len(given)] for s in k) and columns % vec == 0
+        ):
+            vec = 4 if vec == 8 else 1
+        self.vec = vec
+        if self.axes <= 3:
+            pad = [0] * (3 - self.axes)
+            rest = iter(strides)
+            self.tensor = [
+                (0, 0, 0, 0) if t is None else (*pad, *(s // vec for s in next(rest)), t.stride(-1)) for t in tensors
+            ]
+            self.rowscale = (0, 0, 0) if rowscale is None else (*pad, *next(rest))
+            self.n1, self.n2 = ([1, 1] + self.sizes)[-2:]
+            self.columns = columns // vec
+        self.vector = [0 if v is None else v.stride(0) for v in vectors]
+
+    def support(self) -> Support:
+        if self.axes > 3:
+            return Support(
+                False, f"the triton kernel takes at most 3 leading axes that do not merge; here are {self.axes}"
+            )
+        if not self.unit:
+            return Support(True, "element by element: a last stride is not 1")
+        return YES if self.vec > 1 else Support(True, "element by element: rows are not aligned")
+
+
+_STREAM = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype_support(
+    tensors: dict[str, Tensor | None], dtypes: dict[str, torch.dtype | None], device: torch.device
+) -> Support:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _STREAM:
+            return Support(False, f"the triton kernel takes float32, bfloat16 and float16; {name} is {tensor.dtype}")
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in _STREAM:
+            return Support(False, f"the triton kernel gives float32, bfloat16 and float16; {name} is to be {dtype}")
+    if device.type == "cuda" and arch_of(device) < 80:
+        return Support(False, f"the triton kernels need compute capability 8.0; {device} has {arch_of(device) / 10}")
+    return YES
+
+
+def serves_forward(
+    x, residual, weight, bias, layerscale, rowscale, seed, offset, p, eps, weight_offset, norm, y_dtype, z_dtype, need_z
+) -> Support:
+    support = _dtype_support({"x": x, "residual": residual}, {"y": y_dtype, "new_residual": z_dtype}, x.device)
+    return _place_support(x.shape, [x, residual], [weight, bias, layerscale], rowscale) if support.ok else support
+
+
+def serves_backward(
+    dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, seed, offset, p, weight_offset, norm,
+    x_dtype, residual_dtype, weight_dtype, bias_dtype, need,
+) -> Support:  # fmt: skip
+    given = dy if dy is not None else dz
+    tensors = {"y's gradient": dy, "new_residual's gradient": dz, "new_residual": z, "x": x}
+    support = _dtype_support(tensors, {"x": x_dtype, "residual": residual_dtype}, given.device)
+    return _place_support(given.shape, [dy, dz, z, x], [weight, layerscale], rowscale) if support.ok else support
+
+
+def _place_support(shape, tensors, vectors, rowscale) -> Support:
+    everything = (*tensors, *vectors, rowscale)
+    if shape[-1] % 8 == 0 and all(t is None or t.is_contiguous() for t in everything):
+        return YES  # without working out the strides
+    return _Geometry(shape, tensors, vectors, rowscale).support()
+
+
+def forward(
+    x, residual, weight, bias, layerscale, rowscale, seed, offset, p, eps, weight_offset, norm, y_dtype, z_dtype, need_z
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward of the op's schema; contiguous outputs."""
+    columns = x.shape[-1]
+    rows = x.shape[:-1].numel()
+    normed = norm != "none"
+    y = torch.empty(x.shape if normed else 0, dtype=y_dtype, device=x.device)
+    z = torch.empty(x.shape if need_z else 0, dtype=z_dtype, device=x.device)
+    mean = torch.empty(rows if norm == "layer" else 0, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(rows if normed else 0, dtype=torch.float32, device=x.device)
+    if rows == 0 or not (normed or need_z):
+        return y, z, mean, rstd
+    place = _Geometry(x.shape, [x, residual], [weight, bias, layerscale], rowscale)
+    features = frozenset(("dropout",) if p > 0 else ()) | {norm}
+    row_tile, column_tile, whole, config = _tile("dropout_add_norm_forward", x, columns, features)
+    threshold = threshold_of(p)
+    x_strides, r_strides = place.tensor
+    weight_stride, bias_stride, layerscale_stride = place.vector
+    offset_stride = offset.stride(0) if offset is not None and offset.dim() == 1 else 0
+    stream = (
+        *(rows, place.columns, place.n1, place.n2, *x_strides, *r_strides),
+        *(layerscale_stride, *place.rowscale, offset_stride, threshold, keep_scale(p)),
+    )
+    constants = {
+        "NORM": norm, "Z_DTYPE": TL_DTYPE[z_dtype], "DROPOUT": _dropout_mode(p, offset), "AXES": min(place.axes, 2),
+        "UNIT": place.unit, "VEC": place.vec, "ROWS": row_tile, "COLUMNS": column_tile,
+        "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+    }  # fmt: skip
+    mean_, rstd_ = (mean if norm == "layer" else None), (rstd if normed else None)
+    with torch.cuda.device_of(x):
+        if normed and not whole:
+            launch(
+                _statistics_kernel, (rows,),
+                x, residual, layerscale, rowscale, seed, offset, mean_, rstd_, *stream, eps, **constants,
+            )  # fmt: skip
+        launch(
+            _forward_kernel, (triton.cdiv(rows, row_tile), triton.cdiv(columns, column_tile)),
+            *(x, residual, weight, bias, layerscale, rowscale, seed, offset),
+            *(y if normed else None, z if need_z else None, mean_, rstd_, *stream[:12]),
+            *(weight_stride, bias_stride, *stream[12:], eps, weight_offset),
+            GIVEN=not whole, **constants,
+        )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def _dropout_mode(p: float, offset: Tensor | None) -> int:
+    return 0 if p == 0 else 2 if offset is not None and offset.dim() == 1 else 1
+
+
+def backward(
+    dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, seed, offset, p, weight_offset, norm,
+    x_dtype, residual_dtype, weight_dtype, bias_dtype, need,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The backward of the op's schema; contiguous outputs."""
+    given = dy if dy is not None else dz
+    shape, device = given.shape, given.device
+    columns = shape[-1]
+    rows = shape[:-1].numel()
+    if dy is None:  # what only the norm's gradient reads
+        z = weight = None
+        norm = "none"
+    if not need & 16:
+        x = None
+
+    def out(bit, size, dtype):
+        return torch.empty(size if need & bit else 0, dtype=dtype if need & bit else given.dtype, device=device)
+
+    dx, dresidual = out(1, shape, x_dtype), out(2, shape, residual_dtype)
+    dweight, dbias = out(4, columns, weight_dtype), out(8, columns, bias_dtype)
+    dlayerscale = out(16, columns, layerscale.dtype if layerscale is not None else None)
+    outputs = (dx, dresidual, dweight, dbias, dlayerscale)
+    summed = [t for t in outputs[2:] if t.numel()]
+    if rows == 0:
+        for t in summed:
+            t.zero_()
+        return outputs
+    place = _Geometry(shape, [dy, dz, z, x], [weight, layerscale], rowscale)
+    dy_strides, dz_strides, z_strides, x_strides = place.tensor
+    weight_stride, layerscale_stride = place.vector
+    features = frozenset(("dropout",) if p > 0 else ()) | {norm}
+    features |= {"layerscale"} if need & 16 else frozenset()
+    features |= {"mixed"} if any(t is not None and t.dtype != given.dtype for t in (dz, z)) else frozenset()
+    row_tile, column_tile, whole, config = _tile("dropout_add_norm_backward", given, columns, features)
+    block = row_block(rows, columns) if summed else row_tile
+    blocks = triton.cdiv(rows, block)
+    offset_stride = offset.stride(0) if offset is not None and offset.dim() == 1 else 0
+    sums = torch.empty(rows, 2, dtype=torch.float32, device=device) if dy is not None and not whole else None
+    partial = torch.empty(len(summed), blocks, columns, dtype=torch.float32, device=device)
+    slot = iter(partial)
+    partials = [next(slot) if t.numel() else None for t in outputs[2:]]
+    constants = {
+        "NORM": norm, "AXES": min(place.axes, 2), "UNIT": place.unit, "VEC": place.vec,
+        "ROWS": row_tile, "COLUMNS": column_tile, "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+    }  # fmt: skip
+    mean_ = mean if norm == "layer" else None
+    rstd_ = rstd if dy is not None else None
+    with torch.cuda.device_of(given):
+        if sums is not None:
+            launch(
+                _sums_kernel, (rows,),
+                *(dy, z, weight, mean_, rstd_, sums, rows, place.columns, place.n1, place.n2, *dy_strides, *z_strides),
+                *(weight_stride, weight_offset),
+                **constants,
+            )  # fmt: skip
+        launch(
+            _backward_kernel, (blocks, triton.cdiv(columns, column_tile)),
+            *(dy, dz, z, x, weight, layerscale, rowscale, mean_, rstd_, sums, seed, offset),
+            *(dx if need & 1 else None, dresidual if need & 2 else None, *partials),
+            *(rows, place.columns, place.n1, place.n2, block, *dy_strides, *dz_strides, *z_strides, *x_strides),
+            *(weight_stride, layerscale_stride, *place.rowscale, offset_stride, threshold_of(p), keep_scale(p)),
+            weight_offset, DROPOUT=_dropout_mode(p, offset), STAGES=config["num_stages"], **constants,
+        )  # fmt: skip
+        if summed:
+            # Narrow tiles for many programs; the width changes no sum, and the interpreter likes few programs.
+            tile = 32 if device.type != "cpu" else 4096
+            launch(
+                _combine_kernel, (triton.cdiv(columns, tile), len(summed)),
+                partial, *summed, *(None,) * (3 - len(summed)), blocks, columns,
+                BLOCKS=128, COLUMNS=tile, num_warps=4, num_stages=1,
+            )  # fmt: skip
+    return outputs
+
+
+# ------------------------------------------------------------------------------------------------------- offline cases
+
+
+def offline_cases() -> list[OfflineCase]:
+    """Calls that reach every rule of the table, at its widest rows, with dropout: bias and weight alone, and with all else.
+
+    dtypes: all bfloat16, all float32, and bfloat16 beside a float32 residual stream and parameters (autocast).
+    """
+    bf16, f32 = torch.bfloat16, torch.float32
+    kinds = {"bf16": (bf16, bf16), "f32": (f32, f32), "autocast": (bf16, f32)}
+    cases: list[OfflineCase] = []
+    for arch in (80, 90):
+        for direction, record in (("forward", _offline_forward), ("backward", _offline_backward)):
+            sizes = {rule.get("size", 65536) for rule in table.rules(f"dropout_add_norm_{direction}")}
+            for columns in sorted(sizes):
+                for kind, dtypes in kinds.items():
+                    cases += record(arch, columns, "layer", kind, *dtypes, False)
+                    cases += record(arch, columns, "layer", kind, *dtypes, True)
+            for kind, dtypes in kinds.items():
+                cases += record(arch, 4096, "rms", kind, *dtypes, False)
+                cases += record(arch, 4096, "none", kind, *dtypes, True)
+    return cases
+
+
+def _meta(columns, x, other, full) -> dict[str, Tensor | None]:
+    """The tensors of a call by name."""
+    rows = max(8192, 2**26 // columns)
+    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    t = {"x": empty(rows, columns, dtype=x), "y": empty(rows, columns, dtype=x), "z": empty(rows, columns, dtype=other)}
+    t |= {"vector": empty(columns, dtype=other), "statistic": empty(rows), "seed": empty((), dtype=torch.int64)}
+    scales = {"layerscale": t["vector"], "rowscale": empty(rows), "offset": t["seed"]}
+    return t | (scales if full else dict.fromkeys(scales))
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _offline_forward(arch, columns, norm, kind, x, other, full) -> list[OfflineCase]:
+    t = _meta(columns, x, other, full)
+    vector = t["vector"] if norm != "none" else None
+    moved = _bytes(t["x"], t["z"], t["z"], t["y"] if norm != "none" else None)
+    name = f"dropout_add_norm forward {norm} {len(t['x'])}x{columns} {kind}{' full' if full else ''}"
+    with recording(arch, name, bytes_moved=moved, flops=12 * t["x"].numel()) as cases:
+        forward(
+            t["x"], t["z"], vector, vector, t["layerscale"], t["rowscale"], t["seed"], t["offset"], 0.1, 1e-5, 0.0, norm,
+            x, other, True,
+        )  # fmt: skip
+    return cases
+
+
+def _offline_backward(arch, columns, norm, kind, x, other, full) -> list[OfflineCase]:
+    t = _meta(columns, x, other, full)
+    dy = t["y"] if norm != "none" else None
+    moved = _bytes(t["z"], t["z"], t["x"]) + (_bytes(dy, t["z"]) if dy is not None else 0)
+    moved += _bytes(t["x"]) if full else 0
+    name = f"dropout_add_norm backward {norm} {len(t['x'])}x{columns} {kind}{' full' if full else ''}"
+    need = 3 + (12 if dy is not None else 0) + (16 if full else 0)
+    with recording(arch, name, bytes_moved=moved, flops=20 * t["x"].numel()) as cases:
+        backward(
+            dy, t["z"], t["z"], t["x"], t["vector"], t["layerscale"], t["rowscale"], t["statistic"], t["statistic"],
+            t["seed"], t["offset"], 0.1, 0.0, norm, x, other, other, other, need,
+        )  # fmt: skip
+    return cases

@@ -1,0 +1,81 @@
+"""Launch configurations of all Triton kernels: looked up in the committed ``table.json``, never timed at run time.
+
+``table.json`` maps a kernel's name to a list of rules. The first rule that fits a call gives its configuration, so that
+special rules stand above general ones and the last one fits everything. A rule is an object:
+
+    arch      least compute capability, major*10 + minor (80, 90); absent: any
+    dtype     list of names from "f32", "bf16", "f16": that of the op's main input; absent: any
+    size      largest width (dropout_add_norm: columns) or head size (attention) it serves; absent: any
+    features  list of names that the call must have, as the op's launcher gives them ("dropout", "bias", ...); absent: any
+    config    what the launcher reads, with ``num_warps`` and ``num_stages`` beside the kernel's own entries
+    measured  null as long as the choice is planned from the static model only; else what it was measured on
+
+``config("attention_forward", arch=90, dtype="bf16", size=128, features=frozenset({"causal"}))`` returns the dictionary
+under ``config``. ``fastlm bench --tune`` puts what it measured above the rules that stand. A kernel file's
+``offline_cases()`` must make calls that reach each rule, so that the offline checks compile it; ``unreached()`` tells.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPE_NAME = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+_PATH = Path(__file__).with_name("table.json")
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    table: dict[str, list[dict[str, Any]]] = json.loads(_PATH.read_text(encoding="utf-8"))
+    return table
+
+
+def rules(kernel: str) -> list[dict[str, Any]]:
+    """All rules of ``kernel``, in the order in which they are tried."""
+    return _table()[kernel]
+
+
+def config(kernel: str, *, arch: int, dtype: str, size: int, features: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The configuration of the first rule of ``kernel`` that fits. Raises LookupError if none does."""
+    return _pinned[-1]["config"] if _pinned else _lookup(kernel, arch, dtype, size, features)
+
+
+_pinned: list[dict[str, Any]] = []
+_reached: set[int] = set()
+
+
+def unreached() -> list[str]:
+    """The rules that no look-up of this process came to: after the offline cases, rules that nothing checks."""
+    return [f"{kernel}: {rule}" for kernel in _table() for rule in rules(kernel) if id(rule) not in _reached]
+
+
+@contextmanager
+def pinned(rule: dict[str, Any]) -> Iterator[None]:
+    """Inside, every look-up gives ``rule``: for tests and for tuning."""
+    _pinned.append(rule)
+    try:
+        yield
+    finally:
+        _pinned.pop()
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, arch: int, dtype: str, size: int, features: frozenset[str]) -> dict[str, Any]:
+    for rule in rules(kernel):
+        if (
+            arch >= rule.get("arch", 0)
+            and dtype in rule.get("dtype", (dtype,))
+            and size <= rule.get("size", size)
+            and features.issuperset(rule.get("features", ()))
+        ):
+            _reached.add(id(rule))
+            found: dict[str, Any] = rule["config"]
+            return found
+    raise LookupError(f"{_PATH.name} has no rule of {kernel} for sm_{arch}, {dtype}, size {size}, {sorted(features)}")

@@ -1,0 +1,129 @@
+Tensor = tuple[int, int, int, int, int, int]
+Sizes = tuple[int, int, int, int]
+
+__version__: str
+
+def cpu_isa() -> str: ...
+def cpu_isa_reason() -> str: ...
+def cuda_archs() -> str: ...
+def cuda_device_count() -> int: ...
+def copy_nontemporal(source: int, target: int, size: int, threads: int) -> None: ...
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
+def attention_forward_cpu(
+    sizes: tuple[int, int, int, int, int, int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    alibi_slopes: Tensor,
+    seed: Tensor,
+    batch_ids: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqlens_k: Tensor,
+    causal: int,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    p: float,
+    head0: int,
+    q0: int,
+    k0: int,
+    out: Tensor,
+    lse: Tensor,
+    threads: int,
+) -> None: ...
+def attention_backward_cpu(
+    sizes: tuple[int, int, int, int, int, int],
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    alibi_slopes: Tensor,
+    seed: Tensor,
+    batch_ids: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqlens_k: Tensor,
+    causal: int,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    p: float,
+    head0: int,
+    q0: int,
+    k0: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor,
+    dbias_all_batches: bool,
+    dbias_all_heads: bool,
+    threads: int,
+) -> None: ...
+def reduce_in_order_cpu(sizes: tuple[int, ...], source: Tensor, target: Tensor) -> None: ...
+def dropout_add_norm_forward_cpu(
+    sizes: Sizes,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    layerscale: Tensor,
+    rowscale: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    offset_per_row: bool,
+    p: float,
+    eps: float,
+    weight_offset: float,
+    norm: int,
+    y: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threads: int,
+) -> None: ...
+def dropout_add_norm_backward_cpu(
+    sizes: Sizes,
+    dy: Tensor,
+    dz: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    layerscale: Tensor,
+    rowscale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    offset_per_row: bool,
+    p: float,
+    weight_offset: float,
+    norm: int,
+    dx: Tensor,
+    dresidual: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dlayerscale: Tensor,
+    threads: int,
+) -> None: ...
+
+# With FASTLM_CUDA alone; missing otherwise. See csrc/fastlm.h.
+def dropout_add_norm_forward_cuda(
+    sizes: Sizes, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, layerscale: Tensor,
+    rowscale: Tensor, seed: Tensor, offset: Tensor, offset_per_row: bool, p: float, eps: float, weight_offset: float,
+    norm: int, y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def dropout_add_norm_backward_cuda(
+    sizes: Sizes, dy: Tensor, dz: Tensor, z: Tensor, x: Tensor, weight: Tensor, layerscale: Tensor,
+    rowscale: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor, offset: Tensor, offset_per_row: bool, p: float,
+    weight_offset: float, norm: int, dx: Tensor, dresidual: Tensor, dweight: Tensor, dbias: Tensor, dlayerscale: Tensor,
+    workspace: Tensor, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def dropout_add_norm_parts_cuda(rows: int) -> int: ...

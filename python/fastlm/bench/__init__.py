@@ -1,0 +1,1 @@
+"""Measuring fastlm: the cases of ``bench/bench_*.py``, timed in turn beside their baselines."""

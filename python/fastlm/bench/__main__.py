@@ -1,0 +1,140 @@
+"""``fastlm bench`` and ``python -m fastlm.bench``: runs bench/bench_*.py, prints, writes, compares, reports.
+
+fastlm bench                          everything, a few minutes; the table, JSON and pictures in runs/bench/
+fastlm bench attention --seconds 5    one op, longer
+fastlm bench step                     the training step, fused beside torch, and where the time goes
+fastlm bench --smoke                  one short round each, values checked, nothing asserted about time
+fastlm bench --compare A.json B.json  what became faster or slower beyond the noise; exit 1 on a regression
+fastlm bench --status                 what was verified on which GPU at which state of the sources
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastlm.bench import ceilings, harness, memory, results, sources
+
+
+def suites(root: Path) -> dict[str, Path]:
+    """The bench files by the name that the command line knows them by."""
+    return {p.stem.removeprefix("bench_"): p for p in sorted((root / "bench").glob("bench_*.py"))}
+
+
+def load_suite(path: Path) -> ModuleType:
+    """Imports a bench file by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(
+    names: Iterable[str], device: str, seconds: float, match: str, with_memory: bool, out: Path | None
+) -> dict[str, Any]:
+    """Runs the suites, printing each case as it ends and saving after each. ``seconds`` 0 is the smoke pass."""
+    root = sources.checkout()
+    known = suites(root)
+    allocator = harness.raise_malloc_thresholds()
+    data: dict[str, Any] = {
+        "schema": results.SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": ceilings.machine(device) | {"allocator": allocator},
+        "cases": [],
+    }
+    for name in names:
+        module = load_suite(known[name])
+        for case in module.cases(device):
+            if match not in case.name or (not seconds and not case.smoke):
+                continue
+            timings = harness.measure(case, seconds=seconds)
+            limits = ceilings.for_case(case.bytes, case.flops, case.dtype, device) if seconds else {}
+            entry = harness.row(case, timings, limits)
+            if with_memory and seconds and case.setting == "alone":
+                entry["peak_memory_bytes"] = memory.of_case(known[name], case, device)
+            data["cases"].append(entry)
+            results.print_case(entry)
+            sys.stdout.flush()
+            if out is not None:
+                results.save(out, data)
+        if seconds and hasattr(module, "profile"):
+            data.setdefault("profiles", {})[name] = module.profile(device)
+    return data
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser("fastlm bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("suite", nargs="*", help="an op, or step, train, loading; default: all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each case (default 3)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for result.json and pictures (runs/bench/<date>)"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="also the peak memory of each contender, in a child process"
+    )
+    parser.add_argument("--smoke", action="store_true", help="one short round of each case, values checked")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"))
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="regression that --compare fails on (default 0.05)"
+    )
+    parser.add_argument("--status", action="store_true", help="what was verified on a GPU, per op and backend")
+    parser.add_argument("--tables", action="store_true", help="write the README's and docs' tables from bench/results/")
+    args = parser.parse_args(argv)
+    try:
+        if args.compare:
+            old, new = (results.load(path) for path in args.compare)
+            return int(results.compare(old, new, args.threshold) > 0)
+        root = sources.checkout()
+        if args.status:
+            for op, name, state in results.status(root):
+                print(f"{op:<20} {name:<8} {state}")
+            return 0
+        if args.tables:
+            from fastlm.bench import tables
+
+            tables.write(root)
+            return 0
+        known = suites(root)
+        for name in args.suite:
+            if name not in known:
+                raise ValueError(f"suite is {name!r}; it must be one of {', '.join(known)}")
+    except (ValueError, sources.NoCheckout) as error:
+        print(f"fastlm bench: {error}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.suite or list(known)
+    if args.smoke:
+        data = run(names, args.device, 0.0, args.case, False, None)
+        print(f"\n{len(data['cases'])} cases ran and gave right values")
+        return 0
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = args.out or root / "runs/bench" / stamp
+    data = run(names, args.device, args.seconds, args.case, args.memory, folder / "result.json")
+    results.save(folder / "result.json", data)
+    from fastlm.bench import pictures
+
+    pictures.draw(data, folder)
+    missed = [(c, g) for c in data["cases"] for g in c["goals"] if g["reached"] < g["ratio"]]
+    total = sum(len(c["goals"]) for c in data["cases"])
+    print(f"\n{total - len(missed)} of {total} goals reached; results in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

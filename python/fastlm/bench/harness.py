@@ -1,0 +1,279 @@
+"""Cases, contenders and the one timer.
+
+A ``bench/bench_<op>.py`` defines ``cases(device)``. A case is one computation with the bytes and flops it must move and
+its contenders: fastlm's own, PyTorch's, and peers where they are installed. All contenders of a case run in turn, round
+after round, under one timer and one allocator setting, so that a machine that slows down slows all of them; outputs are
+allocated inside the timed region on every side; a contender whose result is wrong is not timed.
+
+``pytest_cases`` hands the same samples to pytest-benchmark; ``fastlm bench`` needs only this file.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Prepared = Callable[[], Any]
+
+
+class Missing(Exception):
+    """A contender is not installed here, or does not serve this case. Its message becomes its row."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case. ``prepare(inputs)`` returns the function to time; it may raise ``Missing``."""
+
+    name: str
+    prepare: Callable[[Any], Prepared]
+    kind: str = "baseline"  # "ours", "baseline", "peer" or "ceiling"
+    checked: bool = True  # compare its result with the case's reference before timing it
+
+
+@dataclass(frozen=True)
+class Goal:
+    """fastlm should take at most 1/ratio of ``versus``'s time (ratio 17: seventeen times as fast)."""
+
+    versus: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation. ``bytes`` and ``flops``: what any implementation must move and compute, for the whole call.
+
+    ``inputs(seed)`` makes fresh random inputs; ``error(result, inputs)`` returns the largest relative error of a
+    contender's result against float64, and ``tolerance`` what it may be.
+    """
+
+    op: str
+    name: str
+    inputs: Callable[[int], Any]
+    contenders: tuple[Contender, ...]
+    bytes: int = 0
+    flops: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    setting: str = "alone"  # "alone", "before a matmul" or "step"
+    error: Callable[[Any, Any], float] | None = None
+    tolerance: float = 0.0
+    goals: tuple[Goal, ...] = ()
+    smoke: bool = True  # part of the smoke pass
+
+
+@dataclass
+class Timing:
+    """A contender's samples in seconds, or why it has none."""
+
+    name: str
+    kind: str
+    status: str = "ok"  # "ok", "missing", "failed" or "wrong"
+    reason: str = ""
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The first and third quartile."""
+        if len(self.samples) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return low, high
+
+    def as_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"name": self.name, "kind": self.kind, "status": self.status}
+        if self.reason:
+            out["reason"] = self.reason
+        if self.samples:
+            low, high = self.spread
+            out |= {"median_s": self.median, "quartiles_s": [low, high], "samples_s": self.samples}
+        return out
+
+
+def raise_malloc_thresholds() -> str:
+    """The one allocator setting of a run, the trainer's own: freed blocks are kept, not handed back page by page."""
+    from fastlm.train.machine import spare_page_faults
+
+    return "glibc keeps freed blocks (as fastlm train sets it)" if spare_page_faults() else "the system's default"
+
+
+class Clock:
+    """Times one call: events on a GPU, with the L2 cache flushed before each call; the wall clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        if self.cuda:
+            l2 = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
+
+    def __call__(self, function: Prepared, repeat: int) -> float:
+        if self.cuda:
+            total = 0.0
+            for _ in range(repeat):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                self.flush.zero_()
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                total += start.elapsed_time(end) / 1e3
+            return total / repeat
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        return (time.perf_counter() - begin) / repeat
+
+
+def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]:
+    """Prepares every contender and checks its result; those that cannot or must not run get their reason."""
+    timings, functions = [], []
+    for contender in case.contenders:
+        timing = Timing(contender.name, contender.kind)
+        function: Prepared | None = None
+        inputs = case.inputs(seed)
+        try:
+            function = contender.prepare(inputs)
+            result = function()
+        except Missing as why:
+            timing.status, timing.reason, function = "missing", str(why), None
+        except Exception as error:
+            timing.status, function = "failed", None
+            timing.reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if contender.kind == "ours":
+                raise
+        else:
+            if case.error is not None and contender.checked:
+                wrong = case.error(result, inputs)
+                if not wrong <= case.tolerance:
+                    timing.status, function = "wrong", None
+                    timing.reason = f"largest error {wrong:.2e}, allowed {case.tolerance:.2e}"
+                    if contender.kind == "ours":
+                        raise AssertionError(f"{case.op} {case.name}: fastlm's own result is wrong: {timing.reason}")
+        timings.append(timing)
+        functions.append(function)
+    return timings, functions
+
+
+def measure(
+    case: Case, *, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200, seed: int = 0
+) -> list[Timing]:
+    """Times every contender of ``case`` in turn for about ``seconds``; ``seconds`` 0: one round, for the smoke pass."""
+    timings, functions = prepare(case, seed)
+    clock = Clock(case.device)
+    alive = [(t, f) for t, f in zip(timings, functions, strict=True) if f is not None]
+    repeats = []
+    for _, function in alive:
+        if seconds:
+            clock(function, 1)
+        once = clock(function, 1)
+        repeats.append(1 if clock.cuda or not seconds else max(1, min(1000, int(1e-3 / max(once, 1e-7)))))
+    gc.collect()
+    gc.disable()
+    begin, rounds = time.perf_counter(), 0
+    try:
+        while True:
+            for (timing, function), repeat in zip(alive, repeats, strict=True):
+                timing.samples.append(clock(function, repeat))
+            rounds += 1
+            if rounds >= max_rounds or (
+                time.perf_counter() - begin >= seconds and rounds >= (min_rounds if seconds else 1)
+            ):
+                break
+    finally:
+        gc.enable()
+    return timings
+
+
+def row(case: Case, timings: list[Timing], ceilings: dict[str, float]) -> dict[str, Any]:
+    """The case's entry of the JSON file (schema: bench/results/README.md)."""
+    by_name = {t.name: t for t in timings}
+    ours = next((t for t in timings if t.kind == "ours" and t.status == "ok"), None)
+    floor = 0.0
+    if case.bytes and ceilings.get("copy"):
+        floor = max(floor, case.bytes / ceilings["copy"])
+    if case.flops and ceilings.get("matmul"):
+        floor = max(floor, case.flops / ceilings["matmul"])
+    goals = []
+    for goal in case.goals:
+        other = by_name.get(goal.versus)
+        if ours and other and other.status == "ok":
+            goals.append({"versus": goal.versus, "ratio": goal.ratio, "reached": other.median / ours.median})
+    return {
+        "op": case.op, "name": case.name, "setting": case.setting, "dtype": case.dtype, "device": case.device,
+        "parameters": case.parameters, "bytes": case.bytes, "flops": case.flops, "floor_s": floor,
+        "ceilings": ceilings, "contenders": [t.as_json() for t in timings], "goals": goals,
+    }  # fmt: skip
+
+
+def ratio_error(result: Any, expected: Any) -> float:
+    """Largest error over the largest magnitude, over one tensor or matching sequences of tensors."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    expecteds = expected if isinstance(expected, (tuple, list)) else (expected,)
+    worst = 0.0
+    for got, want in zip(results, expecteds, strict=True):
+        scale = want.abs().max().item() or 1.0
+        error = (got.double() - want.double()).abs().max().item() / scale
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+# --- pytest-benchmark ---
+
+
+class ReplayTimer:
+    """A timer for pytest-benchmark that replays samples already taken, so that one clock times all contenders."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pending: Iterator[float] = iter(())
+        self.running = False
+
+    def load(self, samples: Iterable[float]) -> None:
+        self.pending, self.running = iter(samples), False
+
+    def __call__(self) -> float:
+        if self.running:
+            self.now += next(self.pending, 0.0)
+        self.running = not self.running
+        return self.now
+
+
+REPLAY = ReplayTimer()
+
+
+def pytest_cases(cases: Callable[[str], Iterable[Case]]) -> Callable[..., None]:
+    """The test function of a bench file: ``test_bench = pytest_cases(cases)``."""
+    import pytest
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    taken: dict[str, list[Timing]] = {}
+    parameters = [
+        pytest.param(case, contender.name, id=f"{case.name}-{contender.name}")
+        for case in cases(device)
+        for contender in case.contenders
+    ]
+
+    @pytest.mark.benchmark(timer=REPLAY)
+    @pytest.mark.parametrize("case,name", parameters)
+    def test_bench(case: Case, name: str, benchmark: Any) -> None:
+        if case.name not in taken:
+            taken.clear()
+            taken[case.name] = measure(case)
+        timing = next(t for t in taken[case.name] if t.name == name)
+        if timing.status != "ok":
+            pytest.skip(f"{timing.status}: {timing.reason}")
+        benchmark.group = f"{case.op} {case.name}"
+        REPLAY.load(timing.samples)
+        benchmark.pedantic(lambda: None, rounds=len(timing.samples), iterations=1, warmup_rounds=0)
+
+    return test_bench

@@ -1,0 +1,76 @@
+"""Peak memory of a contender: the allocator's own count on a GPU, peak resident memory of a child process on a CPU.
+
+``python -m fastlm.bench.memory SUITE CASE CONTENDER`` is that child: it makes the inputs, resets the high-water mark
+of resident memory, runs the contender once, and prints by how many bytes the mark rose above what was resident before.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastlm.bench.harness import Case, Missing
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+def of_case(suite: Path, case: Case, device: str) -> dict[str, int | str]:
+    """Bytes by contender's name, or why there is no number."""
+    out: dict[str, int | str] = {}
+    for contender in case.contenders:
+        if contender.kind == "ceiling":
+            continue
+        if torch.device(device).type == "cuda":
+            try:
+                function = contender.prepare(case.inputs(0))
+                function()
+            except Exception as error:  # noqa: BLE001 - a contender that cannot run is a row with its reason
+                out[contender.name] = f"{type(error).__name__}: {error}"[:120]
+                continue
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            function()
+            torch.cuda.synchronize()
+            out[contender.name] = torch.cuda.max_memory_allocated() - before
+            continue
+        command = [sys.executable, "-m", "fastlm.bench.memory", str(suite), case.name, contender.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip().splitlines()[-1] if done.stderr else "?"]
+        out[contender.name] = int(last[0]) if last[0].isdigit() else last[0][:120]
+    return out
+
+
+def _child(suite: str, case_name: str, contender_name: str) -> int:
+    from fastlm.bench.__main__ import load_suite
+
+    case = next(c for c in load_suite(Path(suite)).cases("cpu") if c.name == case_name)
+    contender = next(c for c in case.contenders if c.name == contender_name)
+    inputs = case.inputs(0)
+    try:
+        function = contender.prepare(inputs)
+        for parameter in inputs if isinstance(inputs, (tuple, list)) else ():
+            if isinstance(parameter, torch.Tensor):
+                parameter.grad = None
+        warm = torch.randn(64, 64) @ torch.randn(64, 64)  # thread pools and libraries, not the contender's memory
+        del warm
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        result = function()
+        print(max(0, _status("VmHWM") - before))
+        del result
+    except Missing as why:
+        print(f"missing: {why}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(*sys.argv[1:4]))

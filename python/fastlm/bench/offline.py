@@ -1,0 +1,205 @@
+"""Checks of the Triton kernels that need no GPU: registers, spills, shared memory, tensor cores; and a model of speed.
+
+    python -m fastlm.bench.offline             compile all, print the table, exit 1 on a spill or a missing tensor core
+    python -m fastlm.bench.offline --write F   also put the figures into F (bench/results/offline.json)
+
+Every kernel file's ``offline_cases()`` says what to compile: its own launchers, recorded on meta tensors for sm_80 and
+sm_90. Triton makes PTX, and ``ptxas -v`` on it gives the exact figures (cuobjdump calls some spills no local memory).
+
+The static model: occupancy from registers, shared memory and the limits of an SM, and the least time of the call, which
+is the larger of bytes / bandwidth and flops / float32 rate. A plan to work from while no GPU is near, not a result.
+
+Needs torch and triton alone, and neither a driver nor a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Per SM: registers, shared bytes, warps, programs; per GPU: SMs, bytes/s and float32 flop/s. From NVIDIA's tuning
+# guides and data sheets: A100 SXM 80 GB for sm_80, H200 SXM for sm_90.
+MACHINE = {
+    80: dict(registers=65536, shared=164 * 1024, warps=64, programs=32, sms=108, bandwidth=2.04e12, flops=19.5e12),
+    90: dict(registers=65536, shared=228 * 1024, warps=64, programs=32, sms=132, bandwidth=4.8e12, flops=67e12),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What ptxas and the PTX say of one kernel."""
+
+    registers: int
+    spill_bytes: int
+    shared: int
+    tensor_cores: str  # "", "mma" or "wgmma"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the static model says of one kernel within its call."""
+
+    occupancy: float  # resident warps, as a fraction of the SM's
+    waves: float  # programs / programs resident at once
+    call_us: float  # least time of the whole call
+    bound: str  # what that time is spent on: "bytes" or "flops"
+
+
+def cases() -> Iterator[Any]:
+    """Every OfflineCase of every kernel file; of several that compile to the same thing, the first."""
+    package = importlib.import_module("fastlm.kernels")
+    seen: set[str] = set()
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        module = importlib.import_module(f"fastlm.kernels.{info.name}")
+        for case in getattr(module, "offline_cases", list)():
+            same = (
+                f"{case.arch} {case.kernel.__name__} {case.signature} {case.constexprs} {case.divisible} {case.options}"
+            )
+            if same not in seen:
+                seen.add(same)
+                yield case
+
+
+def key() -> str:
+    """Versions that the figures depend on; a table is compared only with figures of the same key."""
+    import triton
+
+    text = subprocess.run([_ptxas(), "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return f"triton {triton.__version__}, ptxas {found.group(1) if found else 'unknown'}"
+
+
+def _ptxas() -> str:
+    from triton import knobs
+
+    return str(knobs.nvidia.ptxas.path)
+
+
+def compile_case(case: Any) -> tuple[Figures, str]:
+    """Figures and PTX of one case. Raises what Triton or ptxas raise if it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
+    ptx = compiled.asm["ptx"]
+    return _figures(ptx, compiled.metadata.shared, case.arch), ptx
+
+
+def _figures(ptx: str, shared: int, arch: int) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{hashlib.sha1(ptx.encode()).hexdigest()}.ptx"
+        path.write_text(ptx)
+        command = [_ptxas(), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(path), "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+    registers = int(_number(r"Used (\d+) registers", done.stderr))
+    spills = int(_number(r"(\d+) bytes spill stores", done.stderr)) + int(
+        _number(r"(\d+) bytes spill loads", done.stderr)
+    )
+    cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    return Figures(registers, spills, shared, cores)
+
+
+def _number(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"ptxas -v did not say {pattern!r}: {text.strip()}")
+    return found.group(1)
+
+
+def predict(case: Any, figures: Figures) -> Prediction:
+    """The static model of one case on the GPU of its architecture (see MACHINE)."""
+    machine = MACHINE[case.arch]
+    warps = case.options["num_warps"]
+    register_warp = -(-figures.registers * 32 // 256) * 256  # allocated to a warp in units of 256
+    resident = min(
+        machine["programs"],
+        machine["warps"] // warps,
+        machine["registers"] // (register_warp * warps),
+        machine["shared"] // (figures.shared + 1024),  # the driver keeps 1 KiB of each program's
+    )
+    bytes_s, flops_s = case.bytes_moved / machine["bandwidth"], case.flops / machine["flops"]
+    waves = case.programs / (resident * machine["sms"]) if resident else float("inf")
+    return Prediction(
+        resident * warps / machine["warps"],
+        round(waves, 2),
+        round(max(bytes_s, flops_s) * 1e6, 2),
+        "bytes" if bytes_s >= flops_s else "flops",
+    )
+
+
+def faults(case: Any, figures: Figures) -> list[str]:
+    """What no kernel may do."""
+    found = []
+    if figures.spill_bytes:
+        found.append(f"{case.name} sm_{case.arch}: spills {figures.spill_bytes} bytes at {figures.registers} registers")
+    if case.tensor_cores and not figures.tensor_cores:
+        found.append(f"{case.name} sm_{case.arch}: uses no tensor core")
+    return found
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences of two tables {name: {sm_NN: figures}}, for the cases that both or only one have."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        for arch in sorted(old.get(name, {}).keys() | new.get(name, {}).keys()):
+            before, after = old.get(name, {}).get(arch), new.get(name, {}).get(arch)
+            if before != after:
+                lines.append(f"{name} {arch}: {before or 'new'} -> {after or 'gone'}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlm.bench.offline", description="Triton kernels, checked offline"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="put the figures into FILE under this triton and ptxas"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    args = parser.parse_args(arguments)
+    table: dict[str, dict[str, Any]] = {}
+    wrong: list[str] = []
+    print(f"{key()}\n{'regs':>5} {'spill':>5} {'shared':>7} {'occup':>6} {'waves':>6} {'call µs':>8}  kernel")
+    for case in cases():
+        if args.only not in case.name:
+            continue
+        figures, _ = compile_case(case)
+        model = predict(case, figures)
+        wrong += faults(case, figures)
+        table.setdefault(case.name, {})[f"sm_{case.arch}"] = asdict(figures)
+        print(
+            f"{figures.registers:5} {figures.spill_bytes:5} {figures.shared:7} {model.occupancy:6.0%} "
+            f"{model.waves:6.1f} {model.call_us:8.1f}  sm_{case.arch} {case.name} {figures.tensor_cores}",
+            flush=True,
+        )
+    if args.write:
+        stored = json.loads(args.write.read_text(encoding="utf-8")) if args.write.exists() else {}
+        for line in changes(stored.get(key(), {}), table):
+            print(line)
+        stored[key()] = table
+        args.write.parent.mkdir(parents=True, exist_ok=True)
+        args.write.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Result files: read, compare, print, and the state of GPU evidence. The schema stands in bench/results/README.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastlm import backend
+from fastlm.bench import sources
+
+SCHEMA = 1
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises ValueError, naming the file, if it is not one."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a result file of schema {SCHEMA}")
+    return data
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def ours_of(case: dict[str, Any]) -> dict[str, Any] | None:
+    """fastlm's own contender of a case, if it ran."""
+    return next((c for c in case["contenders"] if c["kind"] == "ours" and c["status"] == "ok"), None)
+
+
+def lines(case: dict[str, Any]) -> list[list[str]]:
+    """Table rows of one case: contender, time, spread, rate, fraction of the ceiling, ours against it."""
+    ours, out = ours_of(case), []
+    for contender in case["contenders"]:
+        if contender["status"] != "ok":
+            out.append([contender["name"], contender["status"], "", "", "", contender.get("reason", "")])
+            continue
+        median = contender["median_s"]
+        low, high = contender["quartiles_s"]
+        rate = f"{case['bytes'] / median / 1e9:.1f} GB/s" if case["bytes"] else ""
+        if case["flops"]:
+            rate = f"{case['flops'] / median / 1e9:.0f} GFLOP/s"
+        fraction = f"{case['floor_s'] / median:.2f}" if case["floor_s"] else ""
+        ratio = f"{median / ours['median_s']:.2f}x" if ours and contender is not ours else ""
+        out.append([contender["name"], _seconds(median), f"±{(high - low) / 2 / median:.0%}", rate, fraction, ratio])
+    return out
+
+
+HEADER = ["", "time", "spread", "rate", "of ceiling", "fastlm is faster by"]
+
+
+def print_case(case: dict[str, Any]) -> None:
+    """One case as a table on standard output."""
+    print(f"\n{case['op']} {case['name']}")
+    rows = [HEADER, *lines(case)]
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    for r in rows:
+        print("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=False)) + "  " + r[5])
+    for goal in case["goals"]:
+        state = "reached" if goal["reached"] >= goal["ratio"] else "MISSED"
+        print(f"  goal: {goal['ratio']:g}x {goal['versus']}: {goal['reached']:.2f}x, {state}")
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> int:
+    """Prints what became faster or slower beyond the noise. Returns how many are slower by more than ``threshold``.
+
+    A contender's ratio is taken to the case's first baseline where both files have it, which cancels a machine that was
+    slower as a whole. A change counts when the quartiles of the two do not overlap.
+    """
+    before = {(c["op"], c["name"]): c for c in old["cases"]}
+    regressions = 0
+    for case in new["cases"]:
+        earlier = before.get((case["op"], case["name"]))
+        if earlier is None:
+            continue
+        a, b = ours_of(earlier), ours_of(case)
+        if a is None or b is None:
+            continue
+        scale = 1.0
+        for contender in case["contenders"]:
+            twin = next((c for c in earlier["contenders"] if c["name"] == contender["name"]), None)
+            if contender["kind"] == "baseline" and contender["status"] == "ok" and twin and twin["status"] == "ok":
+                scale = contender["median_s"] / twin["median_s"]
+                break
+        change = b["median_s"] / (a["median_s"] * scale) - 1
+        apart = b["quartiles_s"][0] > a["quartiles_s"][1] * scale or b["quartiles_s"][1] < a["quartiles_s"][0] * scale
+        if not apart or abs(change) < 0.01:
+            continue
+        slower = change > threshold
+        regressions += slower
+        word = "REGRESSION" if slower else ("slower" if change > 0 else "faster")
+        print(f"{word:<10} {case['op']} {case['name']}: {_seconds(a['median_s'])} -> {_seconds(b['median_s'])} "
+              f"({change:+.1%} against the baseline of the same run)")  # fmt: skip
+    if not regressions:
+        print(f"no regression beyond {threshold:.0%}")
+    return regressions
+
+
+def gpu_files(root: Path | None = None) -> list[Path]:
+    """Committed GPU result files."""
+    return sorted(((root or sources.checkout()) / "bench/results").glob("gpu-*.json"))
+
+
+def status(root: Path | None = None) -> list[tuple[str, str, str]]:
+    """(op, backend, state) for each op's GPU backends: verified on which device at which hash, stale, or never run.
+
+    An op whose GPU tests failed, were skipped, or were not run is not verified.
+    """
+    root = root or sources.checkout()
+    runs = [load(path) for path in gpu_files(root)]
+    out = []
+    for op in backend.ops():
+        for name in GPU_BACKENDS:
+            if not _has_sources(op, name, root):
+                out.append((op, name, "no kernel yet"))
+                continue
+            digest = sources.source_hash(op, name, root)
+            out.append((op, name, _state(runs, op, name, digest)))
+    return out
+
+
+def _has_sources(op: str, name: str, root: Path) -> bool:
+    folder = root / "kernels" if name == "triton" else root / "python/fastlm" / name
+    return (folder / f"{op}.py").is_file()
+
+
+def _state(runs: list[dict[str, Any]], op: str, name: str, digest: str) -> str:
+    best = "never run on a GPU"
+    for run in runs:
+        entry = run.get("gpu_tests", {}).get(op, {}).get(name)
+        if not entry:
+            continue
+        where = f"{run['machine']['device']}, {run['date'][:10]}, source {entry['hash']}"
+        if entry["failed"] or entry["skipped"] or not entry["passed"]:
+            best = (f"not verified: {entry['passed']} passed, {entry['failed']} failed, {entry['skipped']} skipped on "
+                    f"{where}")  # fmt: skip
+        elif entry["hash"] == digest:
+            return f"verified on {where}"
+        else:
+            best = f"stale: verified on {where}; the sources are {digest} now"
+    return best

@@ -1,0 +1,132 @@
+"""What an op's kernels are made of, as a hash: comments stripped, with what they include or import and build flags.
+
+A GPU result is kept with the hash of the sources that gave it, and goes stale when they change.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import fastlm
+
+
+class NoCheckout(RuntimeError):
+    """The sources and benchmarks are not installed with the package."""
+
+
+def checkout() -> Path:
+    """The root of the checkout that this fastlm runs from, or that FASTLM_CHECKOUT names (``make gpu`` does).
+
+    Raises NoCheckout for an installed wheel.
+    """
+    root = Path(os.environ.get("FASTLM_CHECKOUT") or Path(fastlm.__file__).resolve().parents[2])
+    if not ((root / "csrc").is_dir() and (root / "bench").is_dir()):
+        raise NoCheckout(
+            f"fastlm is installed at {Path(fastlm.__file__).parent}, without its sources and benchmarks. Clone the "
+            "repository, run `make venv` there and use its `.venv/bin/fastlm bench`."
+        )
+    return root
+
+
+_C_TOKENS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', re.DOTALL)
+
+
+def stripped_cpp(text: str) -> str:
+    """C++ without comments and with white space folded."""
+    text = _C_TOKENS.sub(lambda m: " " if m[0][0] == "/" else m[0], text)
+    return " ".join(text.split())
+
+
+def stripped_python(text: str) -> str:
+    """Python without comments, docstrings and formatting."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body
+            if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:]
+    return ast.dump(tree)
+
+
+def stripped_cmake(text: str) -> str:
+    """CMake without comments."""
+    return " ".join(re.sub(r"#[^\n]*", " ", text).split())
+
+
+def _python_path(module: str, root: Path) -> Path | None:
+    parts = module.split(".")
+    if parts[0] != "fastlm":
+        return None
+    base = root / "kernels" if parts[1:2] == ["kernels"] else root / "python" / "fastlm"
+    rest = parts[2:] if parts[1:2] == ["kernels"] else parts[1:]
+    for path in (base.joinpath(*rest).with_suffix(".py"), base.joinpath(*rest, "__init__.py")):
+        if rest and path.is_file():
+            return path
+    return None
+
+
+def _imports(path: Path, root: Path) -> Iterable[Path]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        for name in names:
+            found = _python_path(name, root)
+            if found is not None and found.name != "__init__.py":
+                yield found
+
+
+def _includes(path: Path, root: Path) -> Iterable[Path]:
+    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+        for base in (root / "csrc", path.parent):
+            if (base / name).is_file():
+                yield (base / name).resolve()
+                break
+
+
+def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
+    """All files that this backend of ``op`` is made of, sorted: those named after the op, and what they reach."""
+    root = root or checkout()
+    todo: list[Path] = [root / "python/fastlm/ops" / f"{op}.py"]
+    if backend == "triton":
+        todo += sorted((root / "kernels").glob(f"{op}*.py"))
+        todo += [p for p in (root / "kernels/table.json",) if p.is_file()]
+    else:
+        todo.append(root / "python/fastlm" / backend / f"{op}.py")
+    if backend in ("cpu", "cuda"):
+        todo += sorted((root / "csrc" / backend).glob(f"{op}*")) + [root / "CMakeLists.txt"]
+        todo += sorted((root / "csrc" / backend).glob(f"entry_{op}*"))
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        if path.suffix == ".py":
+            todo += _imports(path, root)
+        elif path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            todo += _includes(path, root)
+    return sorted(found)
+
+
+def source_hash(op: str, backend: str, root: Path | None = None) -> str:
+    """Sixteen hexadecimal digits that change when the op's sources of this backend change in more than comments."""
+    root = root or checkout()
+    digest = hashlib.sha256()
+    for path in files(op, backend, root):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            text = stripped_python(text)
+        elif path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            text = stripped_cpp(text)
+        elif path.name == "CMakeLists.txt":
+            text = stripped_cmake(text)
+        digest.update(f"{path.relative_to(root)}\0{text}\0".encode())
+    return digest.hexdigest()[:16]

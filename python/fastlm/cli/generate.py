@@ -1,0 +1,65 @@
+"""`fastlm generate [RUN] --prompt "..."`: continue a prompt, token by token, to the terminal."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+
+import torch
+import tyro
+
+from fastlm.train import job
+
+
+def generate(
+    run: tyro.conf.Positional[str] = "",
+    prompt: str = "",
+    tokens: int = 400,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 1,
+    device: str = "auto",
+    out: str = "runs",
+) -> int:
+    """Continue a prompt with a trained model.
+
+    Args:
+        run: Run to take, by folder or name; without one, the last.
+        prompt: Text to go on from.
+        tokens: Tokens to generate.
+        temperature: 0 takes the likeliest token, 1 samples as trained.
+        top_k: Sample from this many likeliest tokens only; 0: from all.
+        top_p: Sample from the likeliest tokens that hold this probability together.
+        min_p: Leave out tokens less likely than this part of the likeliest.
+        seed: Seed of the sampling.
+        device: auto, cpu, cuda or mps.
+        out: Folder of runs.
+    """
+    if tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or top_k < 0:
+        raise job.InputError("tokens, temperature and top-k must not be negative, top-p lie in (0, 1], min-p in [0, 1]")
+    model, tokenizer = job.load(job.find_run(run, out), device)
+    ids = torch.as_tensor(
+        tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot],
+        device=next(model.parameters()).device,
+    )[None]
+    choose = job.sampler(temperature, top_k, top_p, min_p, seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held: list[int] = []
+
+    def stream(logits: torch.Tensor) -> torch.Tensor:
+        token = choose(logits)
+        held.append(int(token))
+        sys.stdout.write(decoder.decode(tokenizer.decode(held[-1:])))
+        sys.stdout.flush()
+        return token
+
+    sys.stdout.write(prompt)
+    model.generate(ids, tokens, stream)
+    sys.stdout.write(decoder.decode(b"", True) + "\n")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return tyro.cli(generate, prog="fastlm generate", args=argv)

@@ -1,0 +1,66 @@
+"""The command line: `fastlm COMMAND ...`. Each command is a module with `main(argv) -> exit status`, imported when called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("fastlm.cli.train", "train a language model on text"),
+    "generate": ("fastlm.cli.generate", "continue a prompt with a trained model"),
+    "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
+    "doctor": ("fastlm.cli.doctor", "what is installed, what runs on what, and why"),
+    "bench": ("fastlm.bench.__main__", "benchmarks of the kernels and of a training step"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    return "usage: fastlm COMMAND [options]   (fastlm COMMAND --help tells more)\n\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        import fastlm
+
+        print(fastlm.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"fastlm: there is no command {argv[0]!r}\n{usage()}", file=sys.stderr)
+        return 2
+    module = COMMANDS[argv[0]][0]
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fastlm"):
+            missing = f"fastlm {argv[0]} is not part of this installation"
+        else:
+            missing = f"fastlm {argv[0]} needs the package {error.name}: pip install {error.name}"
+        print(f"fastlm: {missing}", file=sys.stderr)
+        return 1
+    from fastlm import backend
+    from fastlm.data.errors import InputError
+
+    try:
+        backend.forced()
+    except ValueError as error:
+        print(f"fastlm: {error}", file=sys.stderr)
+        return 2
+    try:
+        return int(command.main(argv[1:]) or 0)
+    except (InputError, backend.BackendError) as error:
+        print(f"fastlm {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastlm {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""`fastlm train [CORPUS ...]`: flags from the configuration's dataclasses, then a new run, a resumed or a forked one."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastlm.train import job
+from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+
+
+def _value(argv: list[str], flag: str) -> str:
+    """The value of a flag that decides what the others' defaults are."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return ""
+
+
+def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
+    """Configuration, corpus and {resume, fork, other_data}. With --resume or --fork the defaults are that run's."""
+    origin = _value(argv, "--resume") or _value(argv, "--fork")
+    base, known_corpus = job.read_config(job.find_run(origin)) if origin else (Config(), ())
+    if _value(argv, "--fork"):
+        base.run.name = ""
+
+    def train(
+        corpus: tyro.conf.Positional[tuple[str, ...]] = (),
+        model: Annotated[ModelConfig, tyro.conf.arg(name="")] = base.model,
+        data: Annotated[DataConfig, tyro.conf.arg(name="")] = base.data,
+        optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = base.optim,
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = base.run,
+        resume: str = "",
+        fork: str = "",
+        other_data: bool = False,
+    ) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
+        """Train a language model on text.
+
+        Without a CORPUS it learns from the source of the running Python's own standard library. Ctrl-C saves and stops;
+        --resume goes on.
+
+        Args:
+            corpus: Files, folders and globs of text, source code, .jsonl and .parquet, plain or .gz/.zst.
+            resume: Run to go on with, from its last checkpoint; flags given beside it change it.
+            fork: Run from whose last checkpoint a new run starts.
+            other_data: Go on although the data differ from the checkpoint's.
+        """
+        options = {"resume": resume, "fork": fork, "other_data": other_data}
+        return Config(model, data, optim, run), corpus or known_corpus, options
+
+    return tyro.cli(train, prog="fastlm train", args=argv)
+
+
+def _note() -> Callable[[int, int], None]:
+    shown = [-1]
+
+    def note(done: int, total: int) -> None:
+        part = 100 * done // max(total, 1)
+        if total > 64 << 20 and part != shown[0]:
+            shown[0] = part
+            end = "\n" if part == 100 else ""
+            print(f"\rreading the corpus: {part}% of {total / 2**20:,.0f} MiB", end=end, file=sys.stderr, flush=True)
+
+    return note
+
+
+def main(argv: list[str]) -> int:
+    config, corpus, options = parse(argv)
+    config.check()
+    origin, note = options["resume"] or options["fork"], _note()
+    if options["resume"] and options["fork"]:
+        raise job.InputError("--resume and --fork exclude each other")
+    if origin:
+        folder = job.find_run(origin)
+        for line in job.read_config(folder)[0].differences(config):
+            print(f"changed: {line}")
+        go = job.resume if options["resume"] else job.fork
+        made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note)
+    else:
+        made = job.start(config, corpus, note=note)
+    result = made.run()
+    print(f"run folder: {result.folder}")
+    if result.why.startswith("signal"):
+        name = result.why.split()[-1]
+        print(
+            f"fastlm train: stopped by {name} at step {made.trainer.step}, which is saved; go on with "
+            f"fastlm train --resume {Path(result.folder)}",
+            file=sys.stderr,
+        )
+        return 128 + int(getattr(signal, name))
+    return 0

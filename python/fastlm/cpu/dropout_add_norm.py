@@ -1,0 +1,180 @@
+"""dropout_add_norm on the CPU: from tensors to ``csrc/cpu/dropout_add_norm.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm import _native
+from fastlm._native import ABSENT, FLOATS, Packed, Sizes
+from fastlm.backend import YES, Support
+
+_NORM = {"layer": 0, "rms": 1, "none": 2}
+
+
+def _serves(named: tuple[tuple[str, Tensor | None], ...], rows: tuple[tuple[str, Tensor | None], ...]) -> Support:
+    why = _native.missing()
+    if why:
+        return Support(False, why)
+    slow = ""
+    for name, t in rows:
+        if t is not None:
+            if t.dtype not in FLOATS:
+                return _refuse(name, t.dtype)
+            if t.stride(-1) != 1 and t.shape[-1] > 1:
+                slow = slow or f"rows of {name} are gathered first: its last axis has stride {t.stride(-1)}, not 1"
+    for name, t in named:
+        if t is not None and t.dtype not in FLOATS:
+            return _refuse(name, t.dtype)
+    return Support(True, slow) if slow else YES
+
+
+def _refuse(name: str, dtype: torch.dtype) -> Support:
+    given = str(dtype).removeprefix("torch.")
+    return Support(False, f"the cpu kernel takes float32, bfloat16 and float16; {name} is {given}")
+
+
+def serves_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layerscale: Tensor | None,
+    rowscale: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    p: float,
+    eps: float,
+    weight_offset: float,
+    norm: str,
+    y_dtype: torch.dtype,
+    z_dtype: torch.dtype,
+    need_z: bool,
+) -> Support:
+    """Every floating dtype but float64, in any mixture, with any strides."""
+    if y_dtype not in FLOATS:
+        return _refuse("y", y_dtype)
+    if z_dtype not in FLOATS:
+        return _refuse("new_residual", z_dtype)
+    vectors = (("weight", weight), ("bias", bias), ("layerscale", layerscale), ("rowscale", rowscale))
+    return _serves(vectors, (("x", x), ("residual", residual)))
+
+
+def serves_backward(
+    dy: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    layerscale: Tensor | None,
+    rowscale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    p: float,
+    weight_offset: float,
+    norm: str,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    need: int,
+) -> Support:
+    """As the forward."""
+    for name, dtype in (("x", x_dtype), ("residual", residual_dtype), ("weight", weight_dtype), ("bias", bias_dtype)):
+        if dtype is not None and dtype not in FLOATS:
+            return _refuse(name, dtype)
+    if rstd.dtype != torch.float32 or mean.dtype != torch.float32:
+        return _refuse("rstd", rstd.dtype)
+    vectors = (("weight", weight), ("layerscale", layerscale), ("rowscale", rowscale))
+    return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)))
+
+
+def _statistic(t: Tensor) -> Packed:
+    return (t.data_ptr(), 0, 0, 0, 0, 1) if t.numel() else ABSENT
+
+
+def _offset(offset: Tensor | None, sizes: Sizes) -> tuple[Packed, bool]:
+    if offset is None:
+        return ABSENT, False
+    return _native.per_row(offset, sizes), offset.dim() > 0
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layerscale: Tensor | None,
+    rowscale: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    p: float,
+    eps: float,
+    weight_offset: float,
+    norm: str,
+    y_dtype: torch.dtype,
+    z_dtype: torch.dtype,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (y, z, mean, rstd) as ``fastlm.reference.dropout_add_norm.forward`` does."""
+    sizes, (x_at, residual_at), rowscale_at, alive = _native.rows(x.shape, (x, residual), rowscale)
+    rows = sizes[0] * sizes[1] * sizes[2]
+    y = torch.empty((0,) if norm == "none" else x.shape, dtype=y_dtype)
+    z = torch.empty(x.shape if need_z else (0,), dtype=z_dtype)
+    mean = torch.empty(rows if norm == "layer" else 0)
+    rstd = torch.empty(0 if norm == "none" else rows)
+    offset_at, per_row = _offset(offset, sizes)
+    _native._C.dropout_add_norm_forward_cpu(
+        sizes, x_at, residual_at, _native.vector(weight), _native.vector(bias), _native.vector(layerscale), rowscale_at,
+        _native.scalar(seed), offset_at, per_row, p, eps, weight_offset, _NORM[norm], _native.packed_rows(y, sizes),
+        _native.packed_rows(z, sizes), _statistic(mean), _statistic(rstd), torch.get_num_threads(),
+    )  # fmt: skip
+    del alive
+    return y, z, mean, rstd
+
+
+def backward(
+    dy: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    layerscale: Tensor | None,
+    rowscale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    p: float,
+    weight_offset: float,
+    norm: str,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    need: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (dx, dresidual, dweight, dbias, dlayerscale) as ``fastlm.reference.dropout_add_norm.backward`` does."""
+    given = dy if dy is not None else dz
+    assert given is not None
+    shape = given.shape
+    columns = shape[-1:]
+    nothing = (0,)
+    sizes, (dy_at, dz_at, z_at, x_at), rowscale_at, alive = _native.rows(shape, (dy, dz, z, x), rowscale)
+    dx = torch.empty(shape if need & 1 else nothing, dtype=x_dtype)
+    dresidual = torch.empty(shape if need & 2 else nothing, dtype=residual_dtype)
+    dweight = torch.empty(columns if need & 4 else nothing, dtype=weight_dtype)
+    dbias = torch.empty(columns if need & 8 else nothing, dtype=bias_dtype)
+    scale_dtype = None if layerscale is None else layerscale.dtype
+    dlayerscale = torch.empty(columns if need & 16 else nothing, dtype=scale_dtype)
+    offset_at, per_row = _offset(offset, sizes)
+    _native._C.dropout_add_norm_backward_cpu(
+        sizes, dy_at, dz_at, z_at, x_at, _native.vector(weight), _native.vector(layerscale), rowscale_at,
+        _statistic(mean), _statistic(rstd), _native.scalar(seed), offset_at, per_row, p, weight_offset, _NORM[norm],
+        _native.packed_rows(dx, sizes), _native.packed_rows(dresidual, sizes), _native.vector(dweight),
+        _native.vector(dbias), _native.vector(dlayerscale), torch.get_num_threads(),
+    )  # fmt: skip
+    del alive
+    return dx, dresidual, dweight, dbias, dlayerscale

@@ -1,0 +1,16 @@
+"""Corpora, tokenisers, shards and loading. Stands alone: imports nothing of fastlm above `backend`."""
+
+from fastlm.data.errors import InputError
+from fastlm.data.loader import DatasetSource, Prefetch, TokenSource, validation_batches
+from fastlm.data.prepare import Options, Prepared, prepare
+
+__all__ = [
+    "DatasetSource",
+    "InputError",
+    "Options",
+    "Prefetch",
+    "Prepared",
+    "TokenSource",
+    "prepare",
+    "validation_batches",
+]

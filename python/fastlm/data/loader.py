@@ -1,0 +1,135 @@
+"""Loading ahead in a thread: the plan says which samples each micro-batch holds, the thread has them ready.
+
+A source of samples is anything with `batch(ids) -> tuple of tensors`, `content` (a name of the data for checkpoints).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm.data.errors import InputError
+from fastlm.data.prepare import Prepared
+from fastlm.data.sample import Windows, key, mixture, permute
+
+
+class Source(Protocol):
+    content: str
+
+    def batch(self, ids: np.ndarray) -> tuple[Tensor, ...]: ...
+
+
+class TokenSource:
+    """Inputs and targets [n, context] of sample numbers, from one or several prepared corpora mixed by weight."""
+
+    def __init__(self, corpora: Sequence[Prepared], context: int, seed: int, weights: Sequence[float] = ()) -> None:
+        self.weights = list(weights) or [1.0] * len(corpora)
+        self.seed = seed
+        self.content = str(key([c.content for c in corpora], self.weights, context))
+        self.windows = [Windows(c.train, context, seed, c.content) for c in corpora]
+        for corpus, windows in zip(corpora, self.windows):
+            if not windows.size:
+                raise InputError(
+                    f"the training text has {corpus.manifest['train']['tokens']} tokens, shorter than one context of "
+                    f"{context}: give more text or a smaller --context"
+                )
+
+    def batch(self, ids: np.ndarray) -> tuple[Tensor, ...]:
+        source, number = mixture(ids, self.weights, self.seed)
+        if len(self.windows) == 1:
+            rows = self.windows[0].tokens(number)
+        else:
+            rows = np.empty((len(ids), self.windows[0].context + 1), dtype=np.int64)
+            for s in np.unique(source):
+                rows[source == s] = self.windows[s].tokens(number[source == s])
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+class DatasetSource:
+    """One's own map-style dataset: items are tensors or tuples of them, stacked; each epoch in its own order."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed, self.content = dataset, seed, f"{type(dataset).__qualname__} of {len(dataset)}"
+
+    def batch(self, ids: np.ndarray) -> tuple[Tensor, ...]:
+        size = len(self.dataset)
+        items = []
+        for n in ids:
+            at = permute(np.array([n % size]), size, key(self.seed, "dataset", int(n // size)))[0]
+            item = self.dataset[int(at)]
+            items.append(item if isinstance(item, tuple) else (item,))
+        return tuple(torch.stack(list(map(torch.as_tensor, column))) for column in zip(*items))
+
+
+class Prefetch:
+    """Iterates over (ids, tensors) of a plan of id arrays, `depth` ahead; `stalled` counts the seconds waited for."""
+
+    def __init__(self, source: Source, plan: Iterator[np.ndarray], depth: int = 8, pin: bool = False) -> None:
+        self.stalled = 0.0
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(source, plan, pin), daemon=True, name="fastlm-load")
+        self._thread.start()
+
+    def _work(self, source: Source, plan: Iterator[np.ndarray], pin: bool) -> None:
+        try:
+            for ids in plan:
+                tensors = source.batch(ids) if len(ids) else ()
+                if pin:
+                    tensors = tuple(t.pin_memory() for t in tensors)
+                if not self._put((ids, tensors)):
+                    return
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001  handed to the consumer, who raises it
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.stalled += time.perf_counter() - start
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def validation_batches(shards: Sequence[np.ndarray], context: int, rows: int, limit: int = 0) -> Iterator[Any]:
+    """(inputs, targets) [<= rows, context] that predict every token but each shard's first, once; -100 pads the end.
+
+    `limit` > 0 takes about that many tokens, spread evenly over the whole.
+    """
+    total = sum(max(len(s) - 1, 0) for s in shards)
+    every = max(total // limit, 1) if limit else 1
+    for shard in shards:
+        starts = np.arange(0, len(shard) - 1, context * every)
+        for at in range(0, len(starts), rows):
+            index = starts[at : at + rows, None] + np.arange(context + 1)
+            tokens = torch.from_numpy(shard[np.minimum(index, len(shard) - 1)].astype(np.int64))
+            targets = tokens[:, 1:].clone()
+            targets[torch.from_numpy(index[:, 1:] >= len(shard))] = -100
+            yield tokens[:, :-1].contiguous(), targets

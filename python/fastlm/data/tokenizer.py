@@ -1,0 +1,152 @@
+"""Tokenisers: bytes (default, no file), characters, and byte-pair encoding by the package `tokenizers`.
+
+Each has `vocab`, `eot` (the token that ends a document), `encode(bytes) -> array`, `decode(tokens) -> bytes`, `spec()`
+(plain JSON from which `load` makes it again) and `hash`, which names it in shards and checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm.data.errors import InputError
+
+
+class Tokenizer:
+    vocab: int
+    eot: int
+
+    def encode(self, text: bytes) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.vocab <= 256 else np.uint16 if self.vocab <= 65536 else np.uint32)
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ByteTokenizer(Tokenizer):
+    """A byte is a token. Documents end with byte 0, which text does not contain."""
+
+    vocab, eot = 256, 0
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return bytes(int(t) for t in tokens)
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+
+class CharTokenizer(Tokenizer):
+    """Each character of the training text is a token; 0 ends a document, 1 stands for a character never seen."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.vocab, self.eot = len(characters) + 2, 0
+        self._table = np.full(0x110000, 1, dtype=np.uint32)
+        codes = np.array([ord(c) for c in characters], dtype=np.int64)
+        self._table[codes] = np.arange(2, self.vocab)
+
+    @classmethod
+    def train(cls, texts: Iterator[bytes]) -> CharTokenizer:
+        seen: set[str] = set()
+        for text in texts:
+            seen.update(text.decode("utf-8", "replace"))
+        return cls("".join(sorted(seen)))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        codes = np.frombuffer(text.decode("utf-8", "replace").encode("utf-32-le"), dtype=np.uint32)
+        return self._table[codes].astype(self.dtype)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        known = ("", "\ufffd")
+        return "".join(known[t] if t < 2 else self.characters[t - 2] for t in map(int, tokens)).encode()
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "chars", "characters": self.characters}
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError("byte-pair encoding needs the package tokenizers: pip install tokenizers") from None
+    return tokenizers
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE; any text round-trips. From a `tokenizer.json`, its end-of-text token ends documents."""
+
+    def __init__(self, content: str) -> None:
+        self.content = content
+        self._bpe = _tokenizers().Tokenizer.from_str(content)
+        self.vocab = self._bpe.get_vocab_size()
+        names = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+        ids = [i for i in map(self._bpe.token_to_id, names) if i is not None]
+        if not ids:
+            raise InputError(f"the tokenizer has none of the end-of-text tokens {' '.join(names)}")
+        self.eot = ids[0]
+
+    @classmethod
+    def train(cls, texts: Iterator[bytes], vocab: int) -> BPETokenizer:
+        lib = _tokenizers()
+        bpe = lib.Tokenizer(lib.models.BPE())
+        bpe.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = lib.decoders.ByteLevel()
+        trainer = lib.trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        bpe.train_from_iterator((t.decode("utf-8", "replace") for t in texts), trainer)
+        return cls(bpe.to_str())
+
+    def encode(self, text: bytes) -> np.ndarray:
+        ids = self._bpe.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        return np.array(ids, dtype=self.dtype)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return self._bpe.decode([int(t) for t in tokens], skip_special_tokens=True).encode()
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "bpe", "content": self.content}
+
+
+def load(spec: dict[str, Any]) -> Tokenizer:
+    if spec["kind"] == "bytes":
+        return ByteTokenizer()
+    if spec["kind"] == "chars":
+        return CharTokenizer(spec["characters"])
+    return BPETokenizer(spec["content"])
+
+
+def make(name: str, vocab: int, texts: Callable[[], Iterator[bytes]]) -> Tokenizer:
+    """`name` is bytes, chars, bpe (trained on `texts` to `vocab` tokens), or the path of a tokenizer.json."""
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "chars":
+        return CharTokenizer.train(texts())
+    if name == "bpe":
+        return BPETokenizer.train(texts(), vocab)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"the tokenizer {name} is not bytes, chars, bpe or the path of a tokenizer.json")
+    return BPETokenizer(path.read_text(encoding="utf-8"))

@@ -1,0 +1,249 @@
+"""A readable GPT in plain PyTorch: GPT-2 style, and by configuration Llama style (RMSNorm, rotary, SwiGLU, grouped heads).
+
+No fastlm op is named here: `fastlm.swap(model)` finds what it can replace by structure, and the parameters stay these.
+Shapes: B batch, L positions, C width, H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlm.models.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    context: int = 64
+    vocab: int = 256
+    kv_heads: int = 0  # 0: as many as heads
+    hidden: int = 0  # width of the MLP; 0: 4 x width, or 8/3 x width rounded up to 32 with SwiGLU
+    dropout: float = 0.0
+    norm: str = "layer"  # "layer" | "rms"
+    position: str = "learned"  # "learned" | "rotary"
+    mlp: str = "gelu"  # "gelu" | "swiglu"
+    bias: bool = True
+    tied: bool = True
+    eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        kv = self.kv_heads or self.heads
+        if self.width % self.heads or self.heads % kv:
+            raise ValueError(
+                f"width {self.width} must be a multiple of heads {self.heads}, and heads of kv_heads {self.kv_heads}"
+            )
+        if self.position == "rotary" and (self.width // self.heads) % 2:
+            raise ValueError(f"rotary positions need an even head size; width {self.width} / heads {self.heads} is odd")
+
+    @property
+    def mlp_width(self) -> int:
+        if self.hidden:
+            return self.hidden
+        return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // (3 * 32)) * 32
+
+
+STYLES: dict[str, dict[str, object]] = {
+    "gpt2": {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True},
+    "llama": {"norm": "rms", "position": "rotary", "mlp": "swiglu", "bias": False},
+}
+SIZES: dict[str, GPTConfig] = {
+    "nano": GPTConfig(context=128),
+    "small": GPTConfig(layers=6, heads=6, width=384, context=256),
+    "124M": GPTConfig(layers=12, heads=12, width=768, context=1024),
+    "350M": GPTConfig(layers=24, heads=16, width=1024, context=1024),
+    "1B": GPTConfig(layers=16, heads=32, kv_heads=8, width=2048, hidden=8192, context=2048, rope_base=500000.0),
+    "7B": GPTConfig(layers=32, heads=32, width=4096, hidden=11008, context=4096, tied=False),
+}
+
+
+def named(size: str, style: str = "gpt2", **changes: object) -> GPTConfig:
+    """The configuration of a named size in a style, with the given fields changed: named("124M", "llama", vocab=50304)."""
+    return replace(SIZES[size], **{**STYLES[style], **changes})  # type: ignore[arg-type]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of the positions already read, for generating one token at a time."""
+
+    def __init__(self, layers: int, size: int) -> None:
+        self.size, self.length = size, 0
+        self.k: list[Tensor | None] = [None] * layers
+        self.v: list[Tensor | None] = [None] * layers
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        if self.k[layer] is None:
+            self.k[layer] = k.new_empty(k.shape[0], k.shape[1], self.size, k.shape[3])
+            self.v[layer] = v.new_empty(v.shape[0], v.shape[1], self.size, v.shape[3])
+        keys, values = self.k[layer], self.v[layer]
+        assert keys is not None
+        assert values is not None
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021), halves paired as in Llama: (x1, x2) turned by the angle of the position."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.size = layer, c.heads, c.kv_heads or c.heads, c.width // c.heads
+        self.dropout = c.dropout
+        self.qkv = nn.Linear(c.width, (self.heads + 2 * self.kv_heads) * self.size, bias=c.bias)
+        self.out = nn.Linear(c.width, c.width, bias=c.bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None) -> Tensor:
+        B, L, _ = x.shape
+        qkv = self.qkv(x).view(B, L, self.heads + 2 * self.kv_heads, self.size).transpose(1, 2)
+        q_BHLD, k_BGLD, v_BGLD = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if rope is not None:
+            q_BHLD, k_BGLD = rotate(q_BHLD, *rope), rotate(k_BGLD, *rope)
+        if cache is not None:
+            k_BGLD, v_BGLD = cache.append(self.layer, k_BGLD, v_BGLD)
+        y = F.scaled_dot_product_attention(
+            q_BHLD,
+            k_BGLD,
+            v_BGLD,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=L > 1,  # one new token sees the whole cache; a longer text starts with an empty one
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.out(y.transpose(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        self.gated = c.mlp == "swiglu"
+        self.up = nn.Linear(c.width, c.mlp_width * (2 if self.gated else 1), bias=c.bias)
+        self.down = nn.Linear(c.mlp_width, c.width, bias=c.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * h)
+        return self.down(F.gelu(h, approximate="tanh"))
+
+
+def make_norm(c: GPTConfig) -> nn.Module:
+    return RMSNorm(c.width, c.eps) if c.norm == "rms" else nn.LayerNorm(c.width, eps=c.eps, bias=c.bias)
+
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.drop1 = make_norm(c), Attention(c, layer), nn.Dropout(c.dropout)
+        self.norm2, self.mlp, self.drop2 = make_norm(c), MLP(c), nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.drop1(self.attn(self.norm1(x), rope, cache))
+        x = x + self.drop2(self.mlp(self.norm2(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """`model(tokens)` gives logits [B, L, V]; `model(tokens, targets)` the summed loss in nats, without holding them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.recompute = (
+            "none"  # "full": each block's activations are computed again in the backward; "half": every other
+        )
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.place = nn.Embedding(c.context, c.width) if c.position == "learned" else None
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.reset()
+        if c.tied:
+            self.head.weight = self.embed.weight
+
+    def reset(self) -> None:
+        """GPT-2's initialisation: normal 0.02, the two matrices that write to the residual stream / sqrt(2 layers)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                deep = name.endswith(("attn.out", "mlp.down"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.layers) if deep else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [L, D/2] of the angles position x base^(-2i/D), float32."""
+        if self.place is not None:
+            return None
+        size = self.config.width // self.config.heads
+        rate = self.config.rope_base ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+        angle = torch.outer(torch.arange(start, end, device=device, dtype=torch.float32), rate)
+        return angle.cos(), angle.sin()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.context and self.place is not None:
+            raise ValueError(f"{end} positions do not fit the context of {self.config.context}")
+        x = self.embed(tokens)
+        if self.place is not None:
+            x = x + self.place(torch.arange(start, end, device=tokens.device))
+        x = self.drop(x)
+        rope = self.rope(start, end, tokens.device)
+        for i, block in enumerate(self.blocks):
+            if self.training and (self.recompute == "full" or (self.recompute == "half" and i % 2 == 0)):
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
+        if cache is not None:
+            cache.length = end
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x)
+        return linear_cross_entropy(x, self.head.weight, targets, smoothing=smoothing, z_loss=z_loss)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, count: int, sample) -> Tensor:
+        """Append `count` tokens to [B, L]; `sample` turns logits [B, V] into tokens [B]. The cache starts anew when full."""
+        context, cache = self.config.context, Cache(self.config.layers, self.config.context)
+        fresh = tokens[:, -context:]
+        for _ in range(count):
+            if cache.length + fresh.shape[1] > context:  # keep the last half of the context and read it again
+                cache, fresh = Cache(self.config.layers, context), tokens[:, -max(context // 2, 1) :]
+            fresh = sample(self(fresh, cache=cache)[:, -1])[:, None]
+            tokens = torch.cat((tokens, fresh), dim=1)
+        return tokens

@@ -1,0 +1,5 @@
+"""Modules over the ops, for models written with fastlm from the start (``fastlm.swap`` is for models that exist)."""
+
+from fastlm.nn.dropout_add_norm import DropoutAddNorm
+
+__all__ = ["DropoutAddNorm"]

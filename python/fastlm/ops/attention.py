@@ -1,0 +1,409 @@
+"""attention: every kind of softmax attention in one op, forward and backward, without materialised scores.
+
+The public function, the schema, the fake kernels and autograd. The maths is in ``fastlm.reference.attention``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import backend
+from fastlm.ops._library import check_p, check_tensor, define, seed_tensor
+
+OP = "attention"
+Offset = tuple[Tensor | None, int, int | None, int | None]
+
+_OPTIONS = (
+    "Tensor? bias, Tensor? alibi_slopes, Tensor? seed, Tensor? batch_ids, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int causal, SymInt window_left, "
+    "SymInt window_right, float softcap, float? scale, float p, SymInt head0, SymInt q0, SymInt k0, "
+)
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS} ScalarType out_dtype, bool check) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS} bool need_dbias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_N_OPTIONS = 18
+_NONE, _LOWER_RIGHT, _UPPER_LEFT, _NONE_UPPER_LEFT = 0, 1, 2, 3  # causal in the schema; the last two: no shift
+
+
+def _fake_forward(q, k, v, *options):
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_shape = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return torch.empty_like(q, dtype=options[_N_OPTIONS]), q.new_empty(lse_shape, dtype=lse)
+
+
+def _fake_backward(dout, dlse, q, k, v, out, lse, bias, *options):
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if options[-1] else q.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+
+
+def _prepare(direction: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The torch schema's arguments to a backend's: bias expanded, scale resolved, values checked."""
+    first = 3 if direction == "forward" else 7
+    q, k, v = args[first - 3 : first] if direction == "forward" else args[2:5]
+    bias = args[first]
+    options = list(args[first : first + _N_OPTIONS])
+    if bias is not None:
+        options[0] = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if options[13] is None:
+        options[13] = 1 / math.sqrt(q.shape[-1])
+    rest = args[first + _N_OPTIONS :]
+    if direction == "forward":
+        if rest[1] or q.device.type == "cpu":
+            _check_values(q, k, *options[4:9])
+        return (q, k, v, *options, rest[0])
+    return (*args[:first], *options, rest[0], list(bias.shape) if rest[0] else [])
+
+
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    """Raises ValueError where lengths lead outside the tensors."""
+    for name, cu, tokens, longest in (
+        ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
+        ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
+    ):
+        if cu is None:
+            continue
+        lengths = cu.diff()
+        if int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((lengths < 0).any()):
+            raise ValueError(
+                f"{OP}: cu_seqlens_{name} runs from {int(cu[0])} to {int(cu[-1])} with lengths {_few(lengths)}; it "
+                f"must start at 0, never fall and end at the number of packed tokens, {tokens}"
+            )
+        if int(lengths.max()) > longest:
+            raise ValueError(
+                f"{OP}: max_seqlen_{name} is {longest}, and cu_seqlens_{name} has a sequence of {int(lengths.max())}"
+            )
+    if (
+        seqlens_k is not None
+        and seqlens_k.numel()
+        and not 0 <= int(seqlens_k.min()) <= int(seqlens_k.max()) <= k.shape[2]
+    ):
+        raise ValueError(f"{OP}: seqlens_k is {_few(seqlens_k)}; each must be between 0 and the {k.shape[2]} keys of k")
+
+
+def _few(values: Tensor) -> str:
+    listed = ", ".join(str(v) for v in values[:8].tolist())
+    return f"[{listed}{', ...' if len(values) > 8 else ''}]"
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.fastlm.attention_forward(q, k, v, *options)
+        # The seven optional tensors come first.
+        ctx.save_for_backward(q, k, v, out, lse, *options[:7])
+        ctx.options = options[7:_N_OPTIONS]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (5 + _N_OPTIONS)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wants = ctx.needs_input_grad
+        dq, dk, dv, dbias = torch.ops.fastlm.attention_backward(
+            dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3]
+        )
+        return (
+            dq if wants[0] else None,
+            dk if wants[1] else None,
+            dv if wants[2] else None,
+            dbias if wants[3] else None,
+            *(None,) * (_N_OPTIONS + 1),
+        )
+
+
+define(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int, int] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    offset: Offset | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    check: bool = False,
+) -> tuple[torch.device, tuple[Any, ...]]:
+    """Checks a public call and turns it into the schema's arguments."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(tensor, name, OP, device=None if name == "q" else q.device)
+    device = q.device
+    if torch.is_autocast_enabled(device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_shapes(q, k, v, packed)
+    sequences = _check_packing(
+        q, k, packed, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_k, device
+    )
+    longest_q = longest_k = 0
+    if packed:
+        cu_seqlens_q = _int32(cu_seqlens_q)
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else _int32(cu_seqlens_k)
+        longest_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+        longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    if bias is not None:
+        bias = _bias_4d(bias, q, k, device)
+    if alibi_slopes is not None:
+        alibi_slopes = _slopes(alibi_slopes, sequences, q.shape[1], device)
+
+    kind = {False: _NONE, True: _LOWER_RIGHT, "upper_left": _UPPER_LEFT}.get(causal)
+    if kind is None:
+        raise ValueError(f'{OP}: causal is {causal!r}; it must be False, True or "upper_left"')
+    left, right = _window(window)
+    if kind != _NONE:
+        right = -1  # causality is the tighter bound
+    for name, value, low in (("softcap", softcap, 0.0), ("scale", scale, -math.inf)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))):
+            raise TypeError(f"{OP}: {name} is a {type(value).__name__}; it must be a float")
+        if value is not None and not (low <= value < math.inf):
+            raise ValueError(f"{OP}: {name} is {value}; it must be finite{' and not negative' if low == 0 else ''}")
+    check_p(dropout_p, OP, "dropout_p")
+    p = float(dropout_p) if dropout_p * 65536 > 0.5 else 0.0  # below that nothing would be dropped
+    batch_ids, head0, q0, k0 = _offset(offset, sequences, device)
+    if q0 is not None:  # positions are given: nothing is left to align
+        kind = {_NONE: _NONE_UPPER_LEFT, _LOWER_RIGHT: _UPPER_LEFT}.get(kind, kind)
+    if p == 0:
+        seed = batch_ids = None
+        head0 = 0
+    else:
+        seed = seed_tensor(seed, device, OP)
+    return device, (
+        q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, _int32(seqlens_k), longest_q,
+        longest_k, kind, left, right, float(softcap), None if scale is None else float(scale), p, head0, q0 or 0,
+        k0 or 0, q.dtype, check,
+    )  # fmt: skip
+
+
+def _int32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    layout = "[T, heads, head size] with cu_seqlens" if packed else "[batch, heads, length, head size]"
+    dims = 3 if packed else 4
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{OP}: {name} has shape {list(tensor.shape)}; it must be {layout}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{OP}: {name} is {tensor.dtype} and q is {q.dtype}; q, k and v must have one dtype")
+    if q.shape[-1] == 0:
+        raise ValueError(f"{OP}: q has shape {list(q.shape)}; the head size must be at least 1")
+    if k.shape != v.shape:
+        raise ValueError(f"{OP}: v has shape {list(v.shape)}; it must be {list(k.shape)} like k")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{OP}: k has shape {list(k.shape)}; its last axis must be q's head size, {q.shape[-1]} (pad q and k, or "
+            f"v, with zeros where they differ)"
+        )
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{OP}: k has shape {list(k.shape)}; its batch must be q's, {q.shape[0]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"{OP}: k has {k.shape[1]} heads (shape {list(k.shape)}); q's {q.shape[1]} must be a multiple")
+
+
+def _check_packing(
+    q, k, packed, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_k, device
+) -> int:
+    """Returns the number of sequences: the batch, or those that are packed."""
+    integers = (torch.int32, torch.int64)
+    if not packed:
+        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if longest is not None:
+                raise ValueError(f"{OP}: {name} is {longest} without cu_seqlens_q; it belongs to packed sequences")
+        check_tensor(seqlens_k, "seqlens_k", OP, shape=(q.shape[0],), device=device, dtypes=integers)
+        return q.shape[0]
+    if cu_seqlens_q is None:
+        raise ValueError(f"{OP}: cu_seqlens_k was given without cu_seqlens_q; packed sequences need both")
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"{OP}: cu_seqlens_k is None, which means cu_seqlens_q, but k packs {k.shape[0]} tokens and q {q.shape[0]}"
+        )
+    check_tensor(cu_seqlens_q, "cu_seqlens_q", OP, device=device, dtypes=integers)
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 2:
+        raise ValueError(f"{OP}: cu_seqlens_q has shape {list(cu_seqlens_q.shape)}; it must be [sequences + 1]")
+    check_tensor(cu_seqlens_k, "cu_seqlens_k", OP, shape=cu_seqlens_q.shape, device=device, dtypes=integers)
+    if bias is not None:
+        raise ValueError(f"{OP}: bias was given with cu_seqlens; packed sequences take alibi_slopes, window and causal")
+    if seqlens_k is not None:
+        raise ValueError(f"{OP}: seqlens_k was given with cu_seqlens, which says the lengths already")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt))):
+            raise TypeError(f"{OP}: {name} is a {type(longest).__name__}; it must be None or an int")
+        if longest is not None and longest < 0:
+            raise ValueError(f"{OP}: {name} is {longest}; it must not be negative")
+    sequences: int = cu_seqlens_q.shape[0] - 1
+    return sequences
+
+
+def _bias_4d(bias: Tensor, q: Tensor, k: Tensor, device: torch.device) -> Tensor:
+    floats = (torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_tensor(bias, "bias", OP, device=device, dtypes=floats)
+    whole = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    given = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(given) != 4 or any(have != 1 and have != need for have, need in zip(given, whole)):
+        raise ValueError(f"{OP}: bias has shape {list(bias.shape)}; it must be broadcastable to {list(whole)}")
+    return bias if bias.dim() == 4 else bias.view(given) if bias.is_contiguous() else bias.reshape(given)
+
+
+def _slopes(slopes: Tensor, sequences: int, heads: int, device: torch.device) -> Tensor:
+    check_tensor(slopes, "alibi_slopes", OP, device=device)
+    if slopes.shape not in ((heads,), (sequences, heads)):
+        raise ValueError(
+            f"{OP}: alibi_slopes has shape {list(slopes.shape)}; it must be [{heads}] or [{sequences}, {heads}]"
+        )
+    if slopes.requires_grad:
+        raise ValueError(f"{OP}: alibi_slopes requires a gradient, which is not computed; pass alibi_slopes.detach()")
+    return slopes.to(torch.float32).contiguous()
+
+
+def _window(window: tuple[int, int] | None) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{OP}: window is {window!r}; it must be None or (left, right)")
+    for side in window:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"{OP}: window is {window!r}; it must hold two ints")
+        if side < -1:
+            raise ValueError(f"{OP}: window is {tuple(window)}; each side must be at least 0, or -1 for unlimited")
+    return window[0], window[1]
+
+
+def _offset(
+    offset: Offset | None, sequences: int, device: torch.device
+) -> tuple[Tensor | None, int, int | None, int | None]:
+    if offset is None:
+        return None, 0, None, None
+    if not isinstance(offset, (tuple, list)) or len(offset) != 4:
+        raise TypeError(f"{OP}: offset is {offset!r}; it must be None or (batch_ids, head0, q0, k0)")
+    batch_ids, head0, q0, k0 = offset
+    check_tensor(
+        batch_ids, "offset's batch_ids", OP, shape=(sequences,), device=device, dtypes=(torch.int64, torch.int32)
+    )
+    if (q0 is None) != (k0 is None):
+        raise ValueError(f"{OP}: offset has q0 {q0} and k0 {k0}; both or none must be None")
+    for name, value in (("head0", head0), ("q0", q0), ("k0", k0)):
+        if value is None and name != "head0":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{OP}: offset's {name} is a {type(value).__name__}; it must be an int")
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{OP}: offset's {name} is {value}; it must be at least 0 and below 2**31")
+    return None if batch_ids is None else batch_ids.long().contiguous(), head0, q0, k0
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int, int] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    offset: Offset | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    check: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + bias) v`` with masks, dropout and gradients, fused; memory is linear in the length.
+
+    Args:
+        q: [B, Hq, Lq, D], float32, bfloat16 or float16 (float64 on the reference backend); any strides: a transposed
+            view of [B, Lq, Hq, D] is not copied. With cu_seqlens: [T, Hq, D].
+        k, v: [B, Hkv, Lk, D], Hq a multiple of Hkv (grouped queries); with cu_seqlens: [T of the keys, Hkv, D].
+        causal: False; True: key j is visible to query i if j <= i + Lk - Lq (the lower right corners are aligned, as
+            in flash-attention); "upper_left": if j <= i, as ``is_causal`` of ``F.scaled_dot_product_attention``.
+        window: (left, right), inclusive, -1 unlimited: i + shift - left <= j <= i + shift + right, where shift is
+            Lk - Lq, or 0 for "upper_left".
+        bias: added to the scores, and differentiable at any shape that broadcasts to [B, Hq, Lq, Lk]; or bool, True
+            where a query may attend. Not with cu_seqlens.
+        alibi_slopes: [Hq] or [B, Hq]; subtracts slope * |i + shift - j| (Press et al. 2022). No gradient.
+        softcap: if positive, scores become softcap * tanh(score / softcap) before bias.
+        scale: of the scores; None: 1 / sqrt(D).
+        dropout_p: probability to drop a probability, 0 <= dropout_p < 1, in steps of 2**-16.
+        seed: None (drawn from torch's default generator of the device), an int, or an int64 tensor of one element on
+            q's device, which is what torch.compile and CUDA graphs carry without recompiling or synchronising.
+        offset: (batch_ids, head0, q0, k0), where this shard stands in the whole. batch_ids: int64 [B] (or one per
+            packed sequence), or None for 0, 1, ...; head0: number of the first query head; q0, k0: query i and key j
+            stand at q0 + i and k0 + j for dropout, causal, window and ALiBi alike, with no other alignment; None and
+            None: these are all of the queries and keys, aligned as without an offset.
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where packed sequences begin and end; each attends to itself
+            only, and may be empty. cu_seqlens_k None: cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: no sequence is longer; None: T. Never read from the device.
+        seqlens_k: int32 [B], the valid keys of each row of the batch, in a cache of fixed size. Causal and window are
+            aligned to it; what lies behind is never read into a result.
+        return_lse: return log(sum(exp(score))) as well.
+        check: check the values of cu_seqlens and seqlens_k on a GPU too, which waits for it. On a CPU they always are.
+
+    Returns:
+        out, or (out, lse). out: shaped and laid out like q, in q's dtype (under autocast q, k, v are cast to the
+        autocast dtype). lse: float32 [B, Hq, Lq] (packed: [Hq, T]), before dropout, differentiable. A query that
+        attends to nothing has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device, range or value; the message names the argument, what it was and must be.
+        fastlm.backend.BackendError: a forced backend that cannot serve.
+        RuntimeError: on double backward.
+    """
+    _, args = _arguments(
+        q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, scale=scale,
+        dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, check=check,
+    )  # fmt: skip
+    out, lse = torch.ops.fastlm.attention(*args)
+    return (out, lse) if return_lse else out
+
+
+def _backend_arguments(*args: Any, **kwargs: Any) -> tuple[torch.device, tuple[Any, ...]]:
+    device, schema_args = _arguments(*args, **kwargs)
+    return device, _prepare("forward", schema_args)
+
+
+def _example(device: str) -> dict[str, Any]:
+    q = torch.empty(1, 4, 64, 64, device=device)
+    return {"q": q, "k": q, "v": q, "causal": True}
+
+
+backend.register(OP, _backend_arguments, _example)

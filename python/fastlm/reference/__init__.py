@@ -1,0 +1,1 @@
+"""PyTorch definitions of the ops: what every other backend is tested against."""

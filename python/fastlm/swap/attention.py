@@ -1,0 +1,129 @@
+"""Rule: ``F.scaled_dot_product_attention`` in the forward of a module, or in methods it calls, becomes the op.
+
+The call stays where it is and keeps its arguments; only the name is replaced, by a method that serves it with
+``ops.attention`` (dropout, masks with their gradient, ``is_causal``, ``enable_gqa``, ``scale``). What the op does not take
+at a call (other ranks, value heads of another size, DTensors) is PyTorch's own. Seeds come from ``fastlm.rng``, one place
+per call in the source.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm import ops, rng
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.source import Methods, Unreadable
+from fastlm.swap.tensors import plain
+
+_NAME = "scaled_dot_product_attention"
+
+
+class SDPA:
+    """``F.scaled_dot_product_attention`` by ``ops.attention``."""
+
+    def _fastlm_sdpa(
+        self,
+        place: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if not _served(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
+        seed = offset = None
+        if dropout_p > 0:
+            seed, ids = rng.batch(self, place, query.shape[0], query.device)  # type: ignore[arg-type]
+            offset = None if ids is None else (ids, 0, None, None)
+        out = ops.attention(
+            query, key, value, causal="upper_left" if is_causal else False, bias=attn_mask, scale=scale,
+            dropout_p=dropout_p, seed=seed, offset=offset,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> bool:
+    if not all(x.dim() == 4 for x in (q, k, v)) or not plain(q, k, v) or not 0 <= p < 1:
+        return False
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[3] == 0:
+        return False
+    if mask is not None and (is_causal or mask.dim() > 4 or mask.device != q.device):
+        return False
+    if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
+        return False
+    return q.dtype == k.dtype == v.dtype
+
+
+def _calls(methods: Methods) -> list[tuple[str, ast.Call]]:
+    """Every call of the function in forward and in the methods of the class that forward reaches on self."""
+    found: list[tuple[str, ast.Call]] = []
+    names, at = ["forward"], 0
+    while at < len(names):
+        name = names[at]
+        at += 1
+        try:
+            tree = methods.get(name)
+        except Unreadable:
+            if name == "forward":
+                raise
+            continue
+        own = tree.args.args[0].arg if tree.args.args else ""
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            target = node.func
+            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == own:
+                helper = target.attr
+                if helper not in names and not hasattr(nn.Module, helper) and callable(getattr(methods.cls, helper, 0)):
+                    names.append(helper)
+            elif methods.resolve(name, target) is F.scaled_dot_product_attention:
+                found.append((name, node))
+    return found
+
+
+class AttentionRule(Rule):
+    name = "attention"
+    mixin = SDPA
+
+    def match(self, module: nn.Module, path: str) -> Rewrite | Reason | None:
+        cls = type(module)
+        if cls.__module__.startswith("torch."):
+            if isinstance(module, nn.MultiheadAttention):
+                return Reason("nn.MultiheadAttention calls attention behind torch's own function; PyTorch's runs")
+            return None
+        forward = getattr(cls, "forward", None)
+        if forward is None or forward is nn.Module.forward:
+            return None
+        try:
+            return self.describe(module, ()) if _calls(Methods(cls)) else None
+        except Unreadable as error:
+            code = getattr(forward, "__code__", None)
+            return Reason(f"its attention stays: {error}") if code is not None and _NAME in code.co_names else None
+
+    def describe(self, module: nn.Module, facts: Facts) -> Rewrite:
+        return Rewrite(self.name, facts, "attention", "attention", (1, 1, 16, 64), 3)
+
+    def edit(self, methods: Methods, facts: Facts) -> None:
+        for name, call in _calls(methods):
+            own = methods.get(name).args.args[0].arg
+            call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_sdpa", ast.Load())
+            call.args.insert(0, ast.Constant(methods.place()))
+            methods.change(name)
+
+    def namespace(self, facts: Facts) -> dict[str, Any]:
+        return {}
+
+
+register(AttentionRule())

@@ -1,0 +1,53 @@
+"""Rule: ``nn.Dropout`` alone, through dropout_add_norm without residual and norm (a block's own dropouts: blocks.py)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm import ops, rng
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.tensors import plain
+
+
+def drop(module: nn.Module, place: int, x: Tensor, p: float) -> Tensor:
+    """Dropout of ``x`` with the seed of ``module``'s ``place``; what the op does not take is PyTorch's."""
+    if p == 0:
+        return x
+    if p >= 1 or x.dim() == 0 or not plain(x):
+        return F.dropout(x, p, True)
+    seed, offset = rng.rows(module, place, x)
+    dropped = ops.dropout_add_norm(x, norm=None, p=p, seed=seed, offset=offset)
+    assert isinstance(dropped, Tensor)
+    return dropped
+
+
+class DropoutForward:
+    """``nn.Dropout.forward`` by the op; ``p`` and ``training`` are read at each call."""
+
+    p: float
+    training: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        return drop(self, 0, input, self.p) if self.training else input  # type: ignore[arg-type]
+
+
+class DropoutRule(Rule):
+    name = "dropout"
+    mixin = DropoutForward
+    draws = 1
+
+    def match(self, module: nn.Module, path: str) -> Rewrite | Reason | None:
+        if isinstance(module, nn.Dropout):
+            if module.inplace:
+                return Reason("it drops in place, and the op does not")
+            if type(module).forward is nn.Dropout.forward:
+                return self.describe(module, ())
+            return Reason("a Dropout with a forward of its own")
+        return None
+
+    def describe(self, module: nn.Module, facts: Facts) -> Rewrite:
+        return Rewrite(self.name, facts, "dropout_add_norm(norm=None)", "dropout_add_norm")
+
+
+register(DropoutRule())

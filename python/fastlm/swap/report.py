@@ -1,0 +1,56 @@
+"""What ``fastlm.swap`` did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One swapped module: its path, class before, what serves now, on which backend, and why that one."""
+
+    module: str
+    was: str
+    now: str
+    backend: str
+    why: str
+
+
+@dataclass
+class Report:
+    """``rows``: what was swapped; ``left``: (module, class, reason) of what was not. ``print(report)`` shows a table."""
+
+    rows: list[Row] = field(default_factory=list)
+    left: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.rows and not self.left:
+            return "nothing to swap: no norm, dropout, attention or residual block of a known structure"
+        lines = []
+        if self.rows:
+            grouped: dict[tuple[str, str, str, str], list[str]] = {}
+            for row in self.rows:
+                grouped.setdefault((_star(row.module), row.was, row.now, row.backend), []).append(row.module)
+            table = [("module", "was", "is", "backend")]
+            for (path, was, now, backend), members in grouped.items():
+                where = f"{path} ({len(members)})" if len(members) > 1 else members[0] or "(model)"
+                table.append((where, was, now, backend))
+            widths = [max(len(line[i]) for line in table) for i in range(4)]
+            lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+            lines.insert(1, "  ".join("-" * width for width in widths))
+            for why in dict.fromkeys(f"{row.backend}: {row.why}" for row in self.rows):
+                lines.append(why)
+        if self.left:
+            lines.append("not swapped:" if self.rows else "nothing swapped:")
+            reasons: dict[tuple[str, str, str], list[str]] = {}
+            for path, name, why in self.left:
+                reasons.setdefault((_star(path), name, why), []).append(path)
+            for (path, name, why), members in reasons.items():
+                where = f"{path} ({len(members)})" if len(members) > 1 else members[0] or "(model)"
+                lines.append(f"  {where} {name}: {why}")
+        return "\n".join(lines)
+
+
+def _star(path: str) -> str:
+    """The path with its numbers replaced, so that the layers of a model share a line."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -1,0 +1,171 @@
+"""What watches a run: metrics.jsonl, a progress bar, a picture of the curves, tensorboard. Each is told by the trainer.
+
+A callback is any object with some of: start(trainer), step(trainer, row), end(trainer). `row` is a step's line of metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.errors import InputError
+
+if TYPE_CHECKING:
+    from fastlm.train.loop import Trainer
+
+
+class Callback:
+    def start(self, trainer: Trainer) -> None: ...
+
+    def step(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+
+    def end(self, trainer: Trainer) -> None: ...
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; a line torn by a kill is left out."""
+    rows = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Metrics(Callback):
+    """metrics.jsonl, one line a step. Going on after a kill first drops the lines after the checkpoint."""
+
+    def start(self, trainer: Trainer) -> None:
+        self.path = trainer.folder / "metrics.jsonl"
+        self.rewind(trainer.step)
+
+    def rewind(self, step: int) -> None:
+        rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(draft, self.path)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+
+    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def end(self, trainer: Trainer) -> None:
+        self.file.close()
+
+
+def clock(seconds: float) -> str:
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class Progress(Callback):
+    """A bar with loss, validation, tokens/s, stall, memory and time left; plain lines where there is no terminal."""
+
+    def start(self, trainer: Trainer) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = Console()
+        self.val, self.loss, self.shown, self.bar = "", None, time.perf_counter(), None
+        self.first = trainer.step
+        self.began = time.perf_counter()
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=trainer.config.optim.steps, completed=trainer.step)
+
+    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if row["loss"] is not None:
+            self.loss = row["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * row["loss"]
+        if "val_loss" in row:
+            self.val = f" | val {row['val_loss']:.3f}" + (f" = {row['val_bpb']:.3f} bpb" if "val_bpb" in row else "")
+        now, steps = time.perf_counter(), trainer.config.optim.steps
+        last = row["step"] == steps
+        every = 0.2 if self.bar is not None else 10.0
+        if now - self.shown < every and not last:
+            return
+        self.shown = now
+        done = row["step"] - self.first
+        left = (now - self.began) / max(done, 1) * (steps - row["step"])
+        loss = float("nan") if self.loss is None else self.loss
+        mfu = f" | {row['mfu']:.0%} MFU" if "mfu" in row else ""
+        text = (
+            f"step {row['step']}/{steps} | loss {loss:.3f}{self.val} | {row['tokens_per_s']:,.0f} tok/s{mfu} | "
+            f"stall {row['stall']:.1%} | {trainer.memory() / 2**20:,.0f} MB | {clock(left)} left"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], description=text)
+        else:
+            print(text, flush=True)
+
+    def end(self, trainer: Trainer) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: Any) -> None:
+    """Training and validation loss of runs against the step, in one picture (a path or a file object, png or svg)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, rows in runs.items():
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+        if train:
+            smooth, value = [], train[0][1]
+            for _, loss in train:
+                value = 0.97 * value + 0.03 * loss
+                smooth.append(value)
+            line = axes.plot([s for s, _ in train], smooth, label=f"{prefix}training", linewidth=1.2)
+            if len(runs) == 1:
+                axes.plot(*zip(*train), color=line[0].get_color(), alpha=0.15, linewidth=0.6)
+        val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+        if val:
+            axes.plot(*zip(*val), "o-", label=f"{prefix}validation", markersize=3.5)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+class Picture(Callback):
+    """loss.png in the run's folder."""
+
+    def end(self, trainer: Trainer) -> None:
+        draw({trainer.folder.name: read_metrics(trainer.folder)}, trainer.folder / "loss.png")
+
+
+class Tensorboard(Callback):
+    def start(self, trainer: Trainer) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        self.writer = SummaryWriter(str(trainer.folder / "tensorboard"), purge_step=trainer.step + 1)
+
+    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(name, value, row["step"])
+
+    def end(self, trainer: Trainer) -> None:
+        self.writer.close()
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,231 @@
+"""Configuration of a training run: documented dataclasses, from which the command line is made.
+
+Field names are unique over all groups, since on the command line each is a flag of its own (`--lr 3e-3`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastlm.data.errors import InputError
+from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
+
+Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
+
+
+@dataclass
+class ModelConfig:
+    """The model."""
+
+    size: Size = "nano"
+    """A named size; the fields below change what it says."""
+    style: Literal["gpt2", "llama"] = "llama"
+    """gpt2: LayerNorm, learned positions, GELU, biases. llama: RMSNorm, rotary positions, SwiGLU, no biases."""
+    layers: int | None = None
+    """Number of blocks."""
+    heads: int | None = None
+    """Query heads of each attention."""
+    kv_heads: int | None = None
+    """Key and value heads; fewer than heads groups the queries."""
+    width: int | None = None
+    """Width of the residual stream."""
+    hidden: int | None = None
+    """Width of the MLP."""
+    context: int | None = None
+    """Tokens that one sample holds."""
+    dropout: float = 0.0
+    """Probability of dropout on embeddings, attention and both branches of a block."""
+    tied: bool | None = None
+    """Whether the output matrix is the embedding's."""
+    init: str = ""
+    """A run, checkpoint or exported folder whose weights to start from (fine-tuning)."""
+
+    def resolve(self, vocab: int) -> GPTConfig:
+        names = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied")
+        changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        if "width" in changes and "hidden" not in changes:
+            changes["hidden"] = 0
+        try:
+            return named(self.size, self.style, vocab=vocab, dropout=self.dropout, **changes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+@dataclass
+class DataConfig:
+    """The data."""
+
+    tokenizer: str = "bytes"
+    """bytes, chars, bpe (trained on the corpus), or the path of a tokenizer.json."""
+    vocab: int = 8192
+    """Tokens of a BPE trained on the corpus."""
+    field: str = "text"
+    """Which field of .jsonl and .parquet rows holds the text."""
+    separator: str = ""
+    """Text that parts documents within a file (\\n and \\t are understood)."""
+    weights: tuple[float, ...] = ()
+    """Weights that mix several corpora (one per CORPUS); without them all are one."""
+    val_fraction: float = 0.05
+    """Part of the documents held out for validation, chosen by their content's hash."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimisation."""
+
+    steps: int = 2930
+    """Optimizer steps of the whole run."""
+    batch: int = 8
+    """Samples of one step, over all ranks and micro-batches."""
+    micro: int = 0
+    """Samples of one forward on one rank; 0: all of the rank's share at once."""
+    ramp: int = 0
+    """Steps over which the batch grows from an eighth to its full size."""
+    optimizer: Literal["adamw", "lion", "muon"] = "adamw"
+    """adamw, lion, or muon (for the blocks' matrices, adamw for the rest)."""
+    lr: float = 3e-3
+    """Peak learning rate (of Muon's matrices: muon_lr)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices under Muon."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases, norms and embeddings' norms have none."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0: not clipped."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd stays and falls over the last `cooldown` of the steps."""
+    warmup: int = 100
+    """Steps over which the learning rate rises from 0."""
+    cooldown: float = 0.2
+    """Part of the steps over which wsd falls."""
+    min_lr: float = 0.05
+    """Where the schedule ends, as a part of the peak."""
+    smoothing: float = 0.0
+    """Label smoothing of the training loss."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the training loss."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, used for evaluation; 0: none."""
+
+
+@dataclass
+class RunConfig:
+    """The run."""
+
+    name: str = ""
+    """Name of the run's folder; without it, date and time."""
+    out: str = "runs"
+    """Folder of runs. A run's folder is never overwritten."""
+    kernels: Literal["fused", "torch"] = "fused"
+    """fused: fastlm's kernels swapped in; torch: PyTorch's own."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast to this type; weights and optimizer stay float32."""
+    seed: int = 1
+    """Seed of weights, order of the data and dropout."""
+    threads: int = 0
+    """CPU threads; 0: as PyTorch chooses."""
+    compile: bool = False
+    """torch.compile the model."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic algorithms (needed for exact resume on a GPU)."""
+    recompute: Literal["none", "half", "full"] = "none"
+    """Activation checkpointing: compute every other (half) or every (full) block again in the backward."""
+    mesh: str = ""
+    """Parallelism by dimension, such as dp=2 or fsdp=4. Not built yet: anything but "" is refused."""
+    nproc: int = 1
+    """Processes to start on this machine. Not built yet: more than 1 is refused."""
+    eval_every: int = 500
+    """Steps between evaluations; 0: only at the end."""
+    eval_tokens: int = 65536
+    """Validation tokens of an evaluation on the way, spread evenly; 0: all. The last one always takes all."""
+    patience: int = 0
+    """Evaluations without improvement after which training stops and the best weights are restored; 0: never."""
+    min_delta: float = 0.0
+    """What counts as improvement, in nats."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Latest checkpoints kept, besides the best."""
+    keep_every: int = 0
+    """Also keep each checkpoint at a multiple of this many steps."""
+    max_bad: int = 10
+    """Steps in a row with a non-finite loss or gradient (each is skipped) after which training stops."""
+    spike: float = 0.0
+    """Roll back to the last checkpoint when the loss exceeds its running mean by this factor; 0: never."""
+    sample: int = 400
+    """Tokens of text generated after the last evaluation."""
+    tensorboard: bool = False
+    """Also write tensorboard events into the run's folder."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass
+class Config:
+    """Train a language model on text."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise InputError, naming the flag, for a value that cannot be."""
+        o, r = self.optim, self.run
+        for name, value, low in (
+            ("steps", o.steps, 1),
+            ("batch", o.batch, 1),
+            ("micro", o.micro, 0),
+            ("warmup", o.warmup, 0),
+            ("ramp", o.ramp, 0),
+            ("keep", r.keep, 1),
+            ("nproc", r.nproc, 1),
+            ("eval-every", r.eval_every, 0),
+            ("save-every", r.save_every, 0),
+            ("max-bad", r.max_bad, 1),
+        ):
+            if value < low:
+                raise InputError(f"--{name} must be at least {low}; it is {value}")
+        for name, part, top in (
+            ("dropout", self.model.dropout, 1.0),
+            ("val-fraction", self.data.val_fraction, 1.0),
+            ("smoothing", o.smoothing, 1.0),
+            ("ema", o.ema, 1.0),
+        ):
+            if not 0 <= part < top:
+                raise InputError(f"--{name} must lie in [0, 1); it is {part}")
+        if not 0 < o.lr < float("inf"):
+            raise InputError(f"--lr must be positive and finite; it is {o.lr}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Config:
+        """From a saved configuration; fields that this version does not know are left out."""
+        groups = {}
+        for group in dataclasses.fields(cls):
+            kind = group.default_factory  # type: ignore[misc]
+            known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved[group.name].items() if k in known}
+            groups[group.name] = kind(**values)  # type: ignore[operator,misc]
+        return cls(**groups)
+
+    def differences(self, other: Config) -> list[str]:
+        """What changes from self to other, one line each."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name}: {value} -> {theirs[group][name]}"
+            for group in mine
+            for name, value in mine[group].items()
+            if value != theirs[group][name]
+        ]
+
+
+assert set(SIZES) == set(Size.__args__)  # type: ignore[attr-defined]
+assert set(STYLES) == {"gpt2", "llama"}

@@ -1,0 +1,419 @@
+"""The trainer. Read `fit`, then `train_step`: they are the whole of it, the rest is what they call.
+
+The loss of a step is a sum over target tokens divided by their number over all micro-batches and ranks. Whether a step
+is sound is decided on the device and the optimizer told there, so no step waits for the device on a guard's account.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlm.data import InputError, Prefetch
+from fastlm.data.loader import Source
+from fastlm.train import checkpoint, optim, parallel, state
+from fastlm.train.callbacks import Callback, Metrics, warn
+from fastlm.train.config import Config
+from fastlm.train.kernels import Kernels
+from fastlm.train.machine import peak_flops, peak_memory, pick_device
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+FLUSH = 10  # steps whose metrics may wait on a GPU before they are read
+
+
+def token_loss(model: nn.Module, tokens: Tensor, targets: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of target tokens."""
+    return model(tokens, targets, **options), (targets != -100).sum()
+
+
+class Trainer:
+    """Trains `model` on `data` by `config` into `folder`.
+
+    `loss(model, *batch)` gives a summed loss and the number it is a sum over; `evaluate(model)` a dictionary with
+    "val_loss". `Trainer(config, model, DatasetSource(dataset, seed), folder, loss=...).fit()` trains one's own module.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        data: Source,
+        folder: Path | str,
+        *,
+        loss: Loss | None = None,
+        evaluate: Callable[[nn.Module, bool], dict[str, float]] | None = None,
+        callbacks: Sequence[Callback] = (),
+        ranks: parallel.Ranks | None = None,
+        flops_per_sample: float = 0.0,
+    ) -> None:
+        config.check()
+        self.config, self.data, self.folder = config, data, Path(folder)
+        self.ranks = ranks or parallel.Ranks()
+        self.device = self.ranks.device or pick_device(config.run.device)
+        self.plain = model.to(self.device)
+        self.kernels = Kernels(self.plain, config.run.kernels)
+        if hasattr(self.plain, "recompute"):
+            self.plain.recompute = config.run.recompute  # type: ignore[assignment]
+        elif config.run.recompute != "none":
+            raise InputError("--recompute needs a model with an attribute `recompute`, as fastlm's GPT has")
+        self.model = parallel.wrap(self.plain, config, self.ranks)
+        if config.run.compile:
+            self.model.compile()
+        self.optimizer = optim.make(self.plain, config.optim)
+        options = {k: v for k, v in (("smoothing", config.optim.smoothing), ("z_loss", config.optim.z_loss)) if v}
+        self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
+        self.evaluate_with = evaluate
+        self.callbacks: list[Callback] = [Metrics(), *callbacks] if self.ranks.first else []
+        self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every)
+        self.ema = {n: p.detach().clone() for n, p in self.plain.named_parameters()} if config.optim.ema else {}
+        self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
+        self.step = self.consumed = 0
+        self.best: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.waited = 0  # evaluations without improvement
+        self.bad_in_row = self.bad_steps = 0
+        self.mean_loss: float | None = None
+        self.skipped: list[tuple[int, int]] = []
+        self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
+        self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
+        self.stop = ""
+        self.pending: list[dict[str, Any]] = []
+        self.last_saved = -1
+        state.seed_all(config.run.seed, self.ranks.rank)
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self) -> str:
+        """Train to the last step, or until something stops it; returns why it ended."""
+        run = self.config.run
+        with self._signals():
+            for callback in self.callbacks:
+                callback.start(self)
+            self._load_ahead()
+            self._clock = time.perf_counter()
+            try:
+                while self.step < self.config.optim.steps and not self.ranks.agree(bool(self.stop)):
+                    self.train_step()
+                    last = self.step == self.config.optim.steps
+                    improved = False
+                    if (run.eval_every and self.step % run.eval_every == 0) or last:
+                        improved = self.evaluate(whole=last)
+                    self.flush(force=last or improved)
+                    if improved or last or (run.save_every and self.step % run.save_every == 0):
+                        self.save(best=improved)
+                    if run.patience and self.waited >= run.patience:
+                        self.stop = f"early: no better validation loss in {self.waited} evaluations"
+                self.flush(force=True)
+                if self.stop and self.last_saved != self.step and not self.bad_in_row:
+                    self.save()
+                self.saver.wait()
+            finally:
+                self.loader.close()
+                for callback in self.callbacks:
+                    callback.end(self)
+        return self.stop or "all steps done"
+
+    def train_step(self) -> None:
+        cfg = self.config.optim
+        size = self.batch_size(self.step)
+        part = optim.rate(cfg, self.step)
+        self.optimizer.set_rate(part)
+        unit = 1.0 / self.nominal(size)  # keeps the summed gradients near their final size; corrected exactly below
+        total = torch.zeros((), device=self.device)
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        number = self.micro_batches(size)
+        for i in range(number):
+            ids, batch = next(self.loader)
+            batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
+            self.kernels.place(self.config.run.seed, self.step, ids)
+            with self.ranks.no_sync(self.model, i < number - 1), self.autocast():
+                loss, tokens = self.loss(self.model, *batch)
+                (loss * (unit * self.scale)).backward()
+            total += loss.detach()
+            count += tokens
+        total, count = self.ranks.sum(total), self.ranks.sum(count)
+        params = [p for p in self.plain.parameters() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        factor = self.ranks.size_of_mean / (unit * self.scale * count)
+        norm = self.ranks.norm(grads) * factor
+        found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
+        if cfg.clip:
+            factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factor)
+        self.optimizer.set_found_inf(found)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._after(found)
+        self.step += 1
+        self.consumed += size
+        self.pending.append(
+            {
+                "step": self.step,
+                "loss": total / count,
+                "grad_norm": norm,
+                "bad": found,
+                "lr": part * cfg.lr,
+                "size": size,
+            }
+        )
+
+    def _after(self, found: Tensor) -> None:
+        """Moving average and loss scale, both by the device's own verdict on the step."""
+        if self.ema:
+            weight = (1 - self.config.optim.ema) * (1 - found)
+            with torch.no_grad():
+                for name, p in self.plain.named_parameters():
+                    self.ema[name].lerp_(p.detach(), weight)
+        if self.config.run.dtype == "float16":  # halve after a bad step, double after 2,000 good ones
+            self.good = (self.good + 1) * (1 - found)
+            grown = torch.where(self.good >= 2000, self.scale * 2, self.scale)
+            self.scale = torch.where(found > 0, self.scale * 0.5, grown)
+            self.good = torch.where(self.good >= 2000, torch.zeros_like(self.good), self.good)
+
+    # ------------------------------------------------------------------------------------------- samples and batches
+
+    def batch_size(self, step: int) -> int:
+        cfg = self.config.optim
+        if step >= cfg.ramp:
+            return cfg.batch
+        low = max(cfg.batch // 8, self.ranks.size_of_data)
+        return min(cfg.batch, low + (cfg.batch - low) * step // cfg.ramp)
+
+    def nominal(self, size: int) -> float:
+        return float(size * getattr(getattr(self.plain, "config", None), "context", 1))
+
+    def micro_batches(self, size: int) -> int:
+        """Micro-batches of this rank in a step; every rank makes as many, a rank with fewer samples ends with less."""
+        share = -(-size // self.ranks.size_of_data)
+        return -(-share // (self.config.optim.micro or share))
+
+    def plan(self, step: int, sample: int) -> Iterator[np.ndarray]:
+        """Sample numbers of each micro-batch of this rank from `step` on, the first sample being `sample`."""
+        while step < self.config.optim.steps:
+            size = self.batch_size(step)
+            own = np.array_split(np.arange(sample, sample + size), self.ranks.size_of_data)[self.ranks.data_rank]
+            yield from np.array_split(own, self.micro_batches(size))
+            sample, step = sample + size, step + 1
+
+    def _load_ahead(self) -> None:
+        pin = self.device.type == "cuda"
+        self.loader = Prefetch(self.data, self.plan(self.step, self.consumed), pin=pin)
+        self._stalled = 0.0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.run.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.run.dtype))
+
+    # --------------------------------------------------------------------------------------- measuring and evaluating
+
+    def flush(self, force: bool = False) -> None:
+        """Read the metrics of the last steps off the device, hand them to the callbacks, and judge them."""
+        if not self.pending or (self.device.type != "cpu" and len(self.pending) < FLUSH and not force):
+            return
+        rows, self.pending = self.pending, []
+        keys = ("loss", "grad_norm", "bad")
+        values = torch.stack([row[k].float() for row in rows for k in keys]).tolist()
+        now = time.perf_counter()
+        took, stalled = (
+            now - self._clock - sum(row.get("aside", 0.0) for row in rows),
+            self.loader.stalled - self._stalled,
+        )
+        self._clock, self._stalled = now, self.loader.stalled
+        samples = sum(row["size"] for row in rows)
+        for i, row in enumerate(rows):
+            loss, norm, bad = values[3 * i : 3 * i + 3]
+            row.pop("aside", None)
+            line = {
+                **row,
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "bad": int(bad),
+                "samples": row.pop("size"),
+                "tokens_per_s": round(self.nominal(samples) / took, 1),
+                "stall": round(stalled / took, 5),
+                "seconds": round(took / len(rows), 5),
+            }
+            line.pop("size")
+            if self.peak and self.flops_per_sample:
+                line["mfu"] = self.flops_per_sample * samples / took / self.peak / self.ranks.size
+            for callback in self.callbacks:
+                callback.step(self, line)
+            self._judge(int(line["step"]), loss, bad > 0)
+
+    def _judge(self, step: int, loss: float, bad: bool) -> None:
+        run = self.config.run
+        self.bad_in_row = self.bad_in_row + 1 if bad else 0
+        self.bad_steps += bad
+        if bad:
+            if self.ranks.first:
+                warn(f"step {step}: loss or gradient not finite; step skipped ({self.bad_in_row} in a row)")
+            if self.bad_in_row >= run.max_bad:
+                raise InputError(
+                    f"{self.bad_in_row} steps in a row had a non-finite loss or gradient (the last is step {step}): "
+                    f"training stopped. The last good checkpoint in {self.folder} is untouched; try a lower --lr, more "
+                    f"--warmup, or --dtype float32"
+                )
+            return
+        if run.spike and self.mean_loss is not None and loss > run.spike * self.mean_loss and self.last_saved > 0:
+            self._roll_back(step, loss)
+            return
+        self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
+
+    def _roll_back(self, step: int, loss: float) -> None:
+        """Back to the last checkpoint's weights, on with the samples after the spike."""
+        self.saver.wait()
+        mean, seen = self.mean_loss, self.consumed
+        self.restore(checkpoint.newest(self.folder, warn))
+        self.skipped.append((self.consumed, seen))
+        self.consumed, self.mean_loss = seen, mean
+        self.pending.clear()
+        for callback in self.callbacks:
+            if isinstance(callback, Metrics):
+                callback.rewind(self.step)
+        if self.ranks.first:
+            back = f"back to step {self.step}, skipping samples"
+            warn(f"step {step}: loss {loss:.3f} against a mean of {mean:.3f}: {back}")
+        self.loader.close()
+        self._load_ahead()
+
+    def evaluate(self, whole: bool) -> bool:
+        """Validation loss into the step's line; returns whether it is the best so far."""
+        if self.evaluate_with is None:
+            return False
+        start = time.perf_counter()
+        found = self.measure(whole)
+        self.latest = {"step": self.step, "whole": whole, **found}
+        self.pending[-1].update(found)
+        self.pending[-1]["aside"] = time.perf_counter() - start
+        better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
+        if better:
+            self.best = {"step": self.step, **found}
+        self.waited = 0 if better else self.waited + 1
+        return better
+
+    def measure(self, whole: bool) -> dict[str, float]:
+        assert self.evaluate_with is not None
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.averaged(), self.autocast():
+                return self.evaluate_with(self.model, whole)
+        finally:
+            self.model.train()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in the weights' place, if there is one."""
+        params = dict(self.plain.named_parameters()) if self.ema else {}
+        own = {n: p.detach().clone() for n, p in params.items()}
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(self.ema[n])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for n, p in params.items():
+                    p.copy_(own[n])
+
+    def memory(self) -> int:
+        return peak_memory(self.device)
+
+    # -------------------------------------------------------------------------------------------------- stop and go on
+
+    def save(self, best: bool = False) -> None:
+        tensors = {
+            "model.safetensors": state.model_tensors(self.plain),
+            "optimizer.safetensors": state.optimizer_tensors(self.plain, self.optimizer),
+            "random.safetensors": self.ranks.gather_tensors(state.random_tensors()),
+        }
+        if self.ema:
+            tensors["ema.safetensors"] = {n: state._full(t) for n, t in self.ema.items()}
+        if self.ranks.first:
+            self.saver.save(self.step, tensors, self.values(), best)
+        self.last_saved = self.step
+
+    def values(self) -> dict[str, Any]:
+        import platform
+
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "skipped": self.skipped,
+            "data": self.data.content,
+            "best": self.best,
+            "waited": self.waited,
+            "bad_in_row": self.bad_in_row,
+            "bad_steps": self.bad_steps,
+            "mean_loss": self.mean_loss,
+            "scale": self.scale.item(),
+            "good": self.good.item(),
+            "ranks": self.ranks.size,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "config": self.config.to_dict(),
+        }
+
+    def restore(self, folder: Path, *, other_data: bool = False) -> dict[str, Any]:
+        """The state of a checkpoint into this trainer. Data that changed are refused unless `other_data`."""
+        import json
+
+        checkpoint.verify(folder)
+        saved = json.loads((folder / "state.json").read_text())
+        if saved["data"] != self.data.content and not other_data:
+            raise InputError(
+                f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
+                f"--other-data goes on with them all the same"
+            )
+        state.load_model(self.plain, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
+        moments = checkpoint.read_safetensors(folder / "optimizer.safetensors")
+        state.load_optimizer(self.plain, self.optimizer, moments)
+        self.ranks.scatter_random(checkpoint.read_safetensors(folder / "random.safetensors"))
+        if self.ema and (folder / "ema.safetensors").exists():
+            ema = checkpoint.read_safetensors(folder / "ema.safetensors")
+            self.ema = {n: state._like(ema[n], t) for n, t in self.ema.items()}
+        self.step, self.consumed = saved["step"], saved["consumed"]
+        self.skipped = [(a, b) for a, b in saved["skipped"]]
+        self.best, self.waited = saved["best"], saved["waited"]
+        self.bad_in_row, self.bad_steps, self.mean_loss = saved["bad_in_row"], saved["bad_steps"], saved["mean_loss"]
+        self.scale.fill_(saved["scale"])
+        self.good.fill_(saved["good"])
+        self.last_saved = self.step
+        return saved
+
+    def load_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint alone, such as the best."""
+        checkpoint.verify(folder)
+        state.load_model(self.plain, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
+        if self.ema and (folder / "ema.safetensors").exists():
+            ema = checkpoint.read_safetensors(folder / "ema.safetensors")
+            self.ema = {n: state._like(ema[n], t) for n, t in self.ema.items()}
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the loop after the step, with a checkpoint; a second one ends the process at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop.startswith("signal"):
+                os._exit(128 + number)
+            self.stop = f"signal {signal.Signals(number).name}"
+            warn(f"{signal.Signals(number).name}: saving after this step; once more to exit at once")
+
+        old = {}
+        with contextlib.suppress(ValueError):  # not the main thread: signals are someone else's
+            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

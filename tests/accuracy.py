@@ -1,0 +1,99 @@
+"""The one rule by which every result of every op is judged: as exact as PyTorch.
+
+Against a float64 reference, the largest error is at most twice that of PyTorch's best path at the same dtype plus one
+unit in the last place at the tensor's largest reference magnitude; the mean error at most 1.5 times plus the same.
+Small cases are drawn again until each output has pooled at least 4,096 elements, because two equally valid orders of a
+short sum may differ by more than 2x on one draw. There is no other tolerance in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POOL = 4096
+MAX_DRAWS = 512  # conftest lifts it for the long tests: a gradient of one element pools 4,096 only in as many draws
+
+
+@dataclass
+class Result:
+    """One output of one draw: what the op gave, what PyTorch's best path gives, and the float64 truth."""
+
+    ours: Tensor
+    torch: Tensor
+    reference: Tensor
+
+
+def ulp(dtype: torch.dtype, magnitude: float) -> float:
+    """One unit in the last place of ``dtype`` at ``magnitude``."""
+    info = torch.finfo(dtype)
+    magnitude = max(magnitude, info.tiny)
+    return info.eps * 2.0 ** torch.tensor(magnitude, dtype=torch.float64).log2().floor().item()
+
+
+def violation(results: list[Result]) -> str | None:
+    """Why pooled draws of one output break the rule, or None."""
+    largest = [0.0, 0.0]
+    total = [0.0, 0.0]
+    count, magnitude = 0, 0.0
+    dtype = results[0].ours.dtype
+    for result in results:
+        if result.ours.shape != result.reference.shape:
+            return f"shape {list(result.ours.shape)}, expected {list(result.reference.shape)}"
+        if result.ours.dtype != dtype or (result.torch.dtype != dtype):
+            return f"dtype {result.ours.dtype}, PyTorch's is {result.torch.dtype}"
+        reference = result.reference.double()
+        finite = reference.isfinite()
+        if not torch.equal(result.ours.double()[~finite].nan_to_num(7.0), reference[~finite].nan_to_num(7.0)):
+            return "differs where the reference is not finite"
+        ours = result.ours.double()[finite]
+        if not ours.isfinite().all():
+            return f"{int((~ours.isfinite()).sum())} values are not finite where the reference is"
+        reference = reference[finite]
+        if reference.numel() == 0:
+            continue
+        magnitude = max(magnitude, reference.abs().max().item())
+        count += reference.numel()
+        for i, value in enumerate((ours, result.torch.double()[finite])):
+            error = (value - reference).abs()
+            largest[i] = max(largest[i], error.max().item())
+            total[i] += error.sum().item()
+    if count == 0:
+        return None
+    unit = ulp(dtype, magnitude)
+    if largest[0] > 2 * largest[1] + unit:
+        return f"largest error {largest[0]:.3e}, PyTorch's {largest[1]:.3e}, one ulp {unit:.3e} ({count} values)"
+    if total[0] / count > 1.5 * total[1] / count + unit:
+        return (
+            f"mean error {total[0] / count:.3e}, PyTorch's {total[1] / count:.3e}, one ulp {unit:.3e} ({count} values)"
+        )
+    return None
+
+
+def assert_as_exact_as_torch(draw: Callable[[torch.Generator], dict[str, Result]], seed: int | None = None) -> None:
+    """Draws until every output has pooled ``POOL`` elements, then applies the rule to each.
+
+    ``draw`` gets a CPU generator for its fresh random inputs and returns its outputs by name. The seed of a failure is
+    in the message; FASTLM_TEST_SEED=<seed> replays it.
+    """
+    replay = os.environ.get("FASTLM_TEST_SEED")
+    if replay is not None:
+        seed = int(replay)
+    elif seed is None:
+        seed = torch.seed() % 2**32
+    generator = torch.Generator().manual_seed(seed)
+    pooled: dict[str, list[Result]] = {}
+    for _ in range(MAX_DRAWS):
+        results = draw(generator)
+        for name, result in results.items():
+            pooled.setdefault(name, []).append(result)
+        if all(sum(r.reference.numel() for r in rs) >= POOL or rs[0].reference.numel() == 0 for rs in pooled.values()):
+            break
+    broken = {name: why for name, rs in pooled.items() if (why := violation(rs))}
+    if broken:
+        text = "; ".join(f"{name}: {why}" for name, why in broken.items())
+        raise AssertionError(f"{text}. Replay with FASTLM_TEST_SEED={seed}")

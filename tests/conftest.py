@@ -1,0 +1,65 @@
+"""Shared fixtures. Two threads and no leftovers of the environment, so that a run depends on nothing outside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.pop("FASTLM_BACKEND", None)
+# Before torch is imported: with other processes on the cores, spinning threads make every parallel region ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import interpreter
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow (make test-all)")
+    parser.addoption("--gpu-report", default="", help="write the outcome of tests marked gpu(op, backend) as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow"):
+        import accuracy
+
+        accuracy.MAX_DRAWS = accuracy.POOL
+    if config.getoption("--gpu-report"):
+        config.pluginmanager.register(GpuReport(Path(config.getoption("--gpu-report"))))
+
+
+class GpuReport:
+    """Writes, after each test marked ``gpu(op, backend)``, how many of that op and backend passed, failed, skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[str, dict[str, dict[str, int]]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]):
+        report = yield
+        marker = item.get_closest_marker("gpu")
+        if marker and len(marker.args) == 2 and (report.when == "call" or report.outcome != "passed"):
+            op, backend = marker.args
+            counts = self.counts.setdefault(op, {}).setdefault(backend, {"passed": 0, "failed": 0, "skipped": 0})
+            counts[report.outcome] += 1
+            self.path.write_text(json.dumps(self.counts))
+        return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow (make test-all)"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    interpreter.redirect(config, items)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's own randomness is fixed; accuracy.assert_as_exact_as_torch draws fresh inputs and prints their seed."""
+    torch.manual_seed(0)

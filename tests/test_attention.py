@@ -1,0 +1,551 @@
+"""attention on the backends that run here: values, gradients, masks, strides, tracing, memory, bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import fastlm
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import Result, assert_as_exact_as_torch, violation
+from attention_cases import (
+    BF16,
+    F16,
+    F32,
+    FEATURES,
+    HEAD_SIZES,
+    Case,
+    compose,
+    draw,
+    full_grid,
+    grid,
+    inputs,
+    run,
+    truth,
+)  # fmt: skip
+from fastlm import _native
+from fastlm.ops.attention import _arguments
+from fastlm.reference.attention import dropout_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+BACKENDS = ["reference"] + (["cpu"] if not _native.missing() and fastlm.backend.module("attention", "cpu")[0] else [])
+op = fastlm.ops.attention
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled core with attention")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with fastlm.backend.use(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("name,case", [(b, c) for b in BACKENDS for c in grid(b)], ids=lambda x: str(x))
+def test_as_exact_as_torch(name, case):
+    with fastlm.backend.use(name):
+        assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+# The kernels' whole grid; of the reference, which is the definition, every tenth case.
+FULL = [(b, c) for b in BACKENDS for c in full_grid()[:: 10 if b == "reference" else 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,case", FULL, ids=lambda x: str(x))
+def test_as_exact_as_torch_full_grid(name, case):
+    with fastlm.backend.use(name):
+        assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+@needs_cpu
+@settings(max_examples=20, deadline=None)
+@given(
+    queries=st.integers(1, 150), keys=st.integers(1, 150), head_size=st.sampled_from(HEAD_SIZES),
+    group=st.sampled_from([1, 2, 4]), dtype=st.sampled_from([F32, BF16, F16]),
+    causal=st.sampled_from([False, True, "upper_left"]),
+    window=st.none() | st.tuples(st.integers(-1, 60), st.integers(-1, 60)), bias=st.sampled_from([None, "qk", "bhqk"]),
+    alibi=st.booleans(), softcap=st.sampled_from([0.0, 5.0]), p=st.sampled_from([0.0, 0.2]),
+    layout=st.sampled_from(["bhld", "blhd"]), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_any_shape_and_feature_on_cpu(queries, keys, head_size, group, dtype, causal, window, bias, alibi, softcap, p,
+                                      layout, seed):  # fmt: skip
+    case = Case(2, 4, 4 // group, queries, keys, head_size, dtype, causal, window, bias, None, alibi, softcap, None, p,
+                layout=layout)  # fmt: skip
+    tensors = inputs(case, torch.Generator().manual_seed(seed))
+    with fastlm.backend.use("cpu"):
+        ours = run(case, tensors)
+    real = truth(case, tensors)
+    for name, value in ours.items():
+        assert torch.equal(value.isfinite(), real[name].isfinite()), name
+        alive = real["lse"].isfinite()
+        if name in ("out", "dq"):
+            assert not value[~alive].any(), f"{name} of a row that sees nothing"
+    # Few values and one draw: the rule's statistics do not hold, a gross error would still show.
+    for name, value in ours.items():
+        finite = real[name].isfinite()
+        error = (value.double() - real[name])[finite]
+        size = real[name][finite].square().mean().sqrt() if finite.any() else 0
+        assert not finite.any() or error.square().mean().sqrt() <= 16 * torch.finfo(dtype).eps * (size + 1), name
+
+
+def _probabilities(backend, shape, p, seed, **extra):
+    """Kept probabilities of uniform attention, read from out, and again from dv: v and dout are unit vectors."""
+    batch, heads, queries, keys = shape
+    size = 64
+    q = torch.zeros(batch, heads, queries, size)
+    forward, back = [], []
+    for start in range(0, keys, size):
+        v = torch.zeros(batch, heads, keys, size)
+        v[:, :, range(start, min(start + size, keys)), range(min(size, keys - start))] = 1
+        forward.append(op(q, torch.zeros_like(v), v, dropout_p=p, seed=seed, **extra)[..., : keys - start])
+    v = torch.zeros(batch, heads, keys, size, requires_grad=True)
+    out = op(q, torch.zeros_like(v), v, dropout_p=p, seed=seed, **extra)
+    for start in range(0, queries, size):
+        dout = torch.zeros_like(out)
+        dout[:, :, range(start, min(start + size, queries)), range(min(size, queries - start))] = 1
+        (dv,) = torch.autograd.grad(out, v, dout, retain_graph=True)
+        back.append(dv[..., : queries - start].mT)
+    return torch.cat(forward, -1), torch.cat(back, -2)
+
+
+@pytest.mark.parametrize("keys", [1, 8, 13, 129, 300])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1 - 2**-17])
+def test_mask_is_the_reference_mask_forward_and_backward(backend, keys, p):
+    seed = torch.tensor(-1234567890123456789)
+    shape = (2, 3, 70, keys)
+    mask = dropout_mask(shape, seed, p)
+    for kept in _probabilities(backend, shape, p, seed):
+        assert torch.equal(kept != 0, mask)
+
+
+def test_mask_of_a_shard_is_a_slice_of_the_whole(backend):
+    seed = torch.tensor(99)
+    mask = dropout_mask((7, 9, 200, 300), seed, 0.4)
+    ids = torch.tensor([5, 2])
+    for k0 in (0, 64, 3, 100):
+        for kept in _probabilities(backend, (2, 3, 33, 90), 0.4, seed, offset=(ids, 4, 120, k0)):
+            assert torch.equal(kept != 0, mask[ids][:, 4:7, 120:153, k0 : k0 + 90])
+    kept, _ = _probabilities(backend, (2, 3, 33, 90), 0.4, seed, offset=(ids, 4, None, None))
+    assert torch.equal(kept != 0, mask[ids][:, 4:7, :33, :90])
+
+
+def test_packed_sequences_draw_the_mask_of_a_batch(backend):
+    torch.manual_seed(1)
+    lengths = [17, 0, 40]
+    q = torch.randn(57, 4, 32)
+    cu = torch.tensor([0, 17, 17, 57], dtype=torch.int32)
+    packed = op(q, q, q, cu_seqlens_q=cu, max_seqlen_q=40, max_seqlen_k=40, causal=True, dropout_p=0.3, seed=5)
+    for number, (start, length) in enumerate(zip(cu.tolist(), lengths, strict=False)):
+        x = q[start : start + length].transpose(0, 1)[None]
+        alone = op(x, x, x, causal=True, dropout_p=0.3, seed=5, offset=(torch.tensor([number]), 0, None, None))
+        torch.testing.assert_close(packed[start : start + length].transpose(0, 1)[None], alone)
+
+
+def test_seeds_and_generator_govern_the_mask(backend):
+    x = torch.randn(1, 2, 32, 16)
+    draws = [op(x, x, x, dropout_p=0.5, seed=s) for s in (0, 1, 2**32, -1)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    torch.manual_seed(5)
+    first, second = (op(x, x, x, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(op(x, x, x, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_strided_inputs_give_the_same_bits(backend):
+    case = Case(kv_heads=2, queries=37, keys=37, causal=True, bias="hqk", p=0.2, layout="bhld")
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    expected = run(case, tensors)
+    views = {
+        "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "length last": lambda t: t.mT.contiguous().mT,
+        "wide rows": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        "every second element": lambda t: torch.stack([t, t], -1)[..., 0],
+        "unaligned": lambda t: torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape),
+    }
+    for name, view in views.items():
+        strided = {k: view(v) if v.dim() == 4 else v for k, v in tensors.items()}
+        got = run(case, strided)
+        for key, value in expected.items():
+            assert torch.equal(got[key], value), (name, key)
+
+
+def test_expanded_keys_and_gradients_are_right(backend):
+    torch.manual_seed(3)
+    q = torch.randn(2, 4, 20, 16, requires_grad=True)
+    k = torch.randn(2, 1, 20, 16).expand(2, 4, 20, 16)
+    expected = op(q, k.clone(), k.clone(), causal=True)
+    assert torch.equal(op(q, k, k, causal=True), expected)
+    (a,) = torch.autograd.grad(op(q, k, k, causal=True).sum(), q)  # an expanded gradient of out
+    (b,) = torch.autograd.grad(expected, q, torch.ones_like(expected))
+    assert torch.equal(a, b)
+
+
+def test_out_is_laid_out_like_q(backend):
+    q = torch.randn(2, 9, 4, 16).transpose(1, 2)
+    assert op(q, q, q).stride() == q.stride()
+    contiguous = q.contiguous()
+    assert op(contiguous, q, q).is_contiguous()
+    (dq,) = torch.autograd.grad(op(q.requires_grad_(), q, q).sum(), q)
+    assert dq.stride() == q.stride()
+
+
+@pytest.mark.parametrize("causal", [False, "upper_left"])
+@pytest.mark.parametrize("lengths", [(64, 192), (192, 64), (65, 70)])
+def test_agrees_with_sdpa(backend, causal, lengths):
+    case = Case(queries=lengths[0], keys=lengths[1], causal=causal, kv_heads=2)
+    t = inputs(case, torch.Generator().manual_seed(0))
+    expected = F.scaled_dot_product_attention(t["q"], t["k"], t["v"], is_causal=bool(causal), enable_gqa=True)
+    torch.testing.assert_close(op(t["q"], t["k"], t["v"], causal=causal), expected)
+
+
+@pytest.mark.parametrize("keys", [64, 192, 320])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_no_nan_where_a_mask_hides_rows_at_64_mod_128(backend, keys, dtype):
+    mask = torch.ones(1, 1, keys, keys, dtype=torch.bool)
+    mask[..., :3, :] = False
+    mask[..., -5:, :] = False
+    mask[..., :, 10:40] = False
+    for bias in (mask, torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).to(dtype).requires_grad_()):
+        q, k, v = (torch.randn(2, 2, keys, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+        out, lse = op(q, k, v, bias=bias, return_lse=True)
+        leaves = (q, k, v) if bias is mask else (q, k, v, bias)
+        grads = torch.autograd.grad(out.float().square().sum() + lse[..., 3:-5].sum(), leaves)
+        assert out.isfinite().all()
+        assert all(g.isfinite().all() for g in grads)
+        hidden = ~mask[0, 0].any(-1)
+        assert not out[:, :, hidden].any()
+        assert not grads[0][:, :, hidden].any()
+        assert (lse[:, :, hidden] == float("-inf")).all()
+        if bias is not mask:
+            assert not grads[3].masked_fill(mask, 0).any()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e4, 1e18])
+def test_huge_and_tiny_scores(backend, size):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 32, requires_grad=True) for _ in range(3))
+    out, lse = op(q * size, k, v, causal=True, return_lse=True)
+    grads = torch.autograd.grad(out.sum(), (k, v))
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+    expected = F.scaled_dot_product_attention((q * size).double(), k.double(), v.double(), is_causal=True)
+    if size != 1e18:  # there, rounding of the scores decides which key wins
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_large_negative_bias_does_not_hide_a_row(backend):
+    q, v = torch.zeros(1, 1, 5, 16), torch.randn(1, 1, 70, 16)
+    out, lse = op(q, torch.zeros_like(v), v, bias=torch.full((1, 1, 1, 70), -3e38), return_lse=True)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape))
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_lies_behind_the_valid_part_of_a_cache_never_leaks(backend, dtype):
+    q, cache = torch.randn(3, 4, 2, 32).to(dtype), torch.randn(2, 3, 2, 300, 32).to(dtype)
+    seqlens = torch.tensor([300, 130, 0], dtype=torch.int32)
+    clean = op(q, *cache, seqlens_k=seqlens, causal=True)
+    for b, n in enumerate(seqlens.tolist()):
+        cache[:, b, :, n:] = float("nan")
+    k, v = cache[0].requires_grad_(), cache[1].requires_grad_()
+    out = op(q, k, v, seqlens_k=seqlens, causal=True)
+    assert torch.equal(out, clean)
+    assert not out[2].any()
+    for grad in torch.autograd.grad(out.float().sum(), (k, v)):
+        assert grad.isfinite().all()
+        assert not grad[1, :, 130:].any()
+
+
+@pytest.mark.parametrize("feature", [
+    Case(kv_heads=2, causal=True, p=0.1), Case(bias="hk", keys=300), Case(bias="q", batch=3), Case(mask="qk", kv_heads=1),
+    Case(lengths=((170, 200), (0, 3), (129, 129)), causal=True, alibi=True, kv_heads=2), Case(queries=1, keys=3000),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@needs_cpu
+def test_same_bits_at_any_thread_count(feature, dtype):
+    case = replace(feature, dtype=dtype, queries=feature.queries if feature.queries == 1 else 261)
+    if case.keys == 65:
+        case = replace(case, keys=261)
+    tensors = inputs(case, torch.Generator().manual_seed(2))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            with fastlm.backend.use("cpu"):
+                results.append(run(case, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(other[name], value), name
+
+
+@needs_cpu
+def test_forward_and_backward_may_run_on_different_backends():
+    case = Case(p=0.3, causal=True, kv_heads=2)
+    tensors = inputs(case, torch.Generator().manual_seed(4))
+    real = truth(case, tensors)
+    measure = compose(case, tensors, F32)
+    q = tensors["q"].clone().requires_grad_()
+    for forward in BACKENDS:
+        for back in BACKENDS:
+            with fastlm.backend.use(forward):
+                out, lse = op(q, tensors["k"], tensors["v"], causal=True, dropout_p=0.3, seed=tensors["seed"],
+                              return_lse=True)  # fmt: skip
+            with fastlm.backend.use(back):
+                (dq,) = torch.autograd.grad((out, lse), q, (tensors["dout"], tensors["dlse"]))
+            assert violation([Result(dq, measure["dq"], real["dq"])]) is None
+
+
+_MEMORY = """
+import resource, sys, torch, fastlm
+torch.set_num_threads(2)
+dtype = getattr(torch, sys.argv[1])
+q, k, v = (torch.randn(1, 1, 8192, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+bias = torch.randn(1, 1, 1, 8192, dtype=dtype, requires_grad=True)
+small = [t[:, :, :300].detach().requires_grad_() for t in (q, k, v)]
+call = lambda q, k, v, b: fastlm.ops.attention(q, k, v, bias=b, causal=True, dropout_p=0.1, seed=1).float().sum()
+with fastlm.backend.use("cpu"):
+    call(*small, bias[..., :300]).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call(q, k, v, bias).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_linear_in_the_length(dtype):
+    done = subprocess.run([sys.executable, "-c", _MEMORY, dtype], capture_output=True, text=True, check=True)
+    # One tensor has 2 MiB in float32; scores, a mask or an expanded bias at one byte each would have 64 MiB.
+    assert int(done.stdout) < 48 * 1024
+
+
+OPCHECKED = [
+    Case(p=0.2, causal=True, kv_heads=2), Case(bias="hk"), Case(mask="qk", softcap=2.0), Case(valid=(3, 20)),
+    Case(lengths=((3, 9), (0, 1))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=str)
+def test_opcheck(backend, case):
+    from attention_cases import arguments, leaves
+
+    case = replace(case, queries=9, keys=24, head_size=16)
+    t = inputs(case, torch.Generator().manual_seed(0))
+    x = leaves(t)
+    _, args = _arguments(x["q"], x["k"], x["v"], **arguments(case, {**t, **x}))
+    opcheck(torch.ops.fastlm.attention.default, args)
+
+
+def test_compiles_whole_with_dynamic_shapes_and_once_for_all_seeds(backend):
+    def block(q, k, v, bias, seed):
+        out, lse = op(q, k, v, causal=True, window=(30, -1), bias=bias, dropout_p=0.25, seed=seed, return_lse=True)
+        return out.transpose(1, 2).flatten(2) * 2, lse
+
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    # Sizes differ from each other in the first call: dynamo takes equal ones for one symbol.
+    for batch, queries, keys, seed in ((5, 9, 12, 1), (3, 17, 30, 2), (4, 40, 50, 3)):
+        q = torch.randn(batch, queries, 4, 16).transpose(1, 2).requires_grad_()
+        k, v = (torch.randn(batch, 2, keys, 16, requires_grad=True) for _ in range(2))
+        bias = torch.randn(4, 1, keys, requires_grad=True)
+        expected = block(q, k, v, bias, torch.tensor(seed))
+        got = compiled(q, k, v, bias, torch.tensor(seed))
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+        grads = [torch.autograd.grad(o[0].sum() + o[1].sum(), (q, k, v, bias)) for o in (got, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert counter.frame_count <= 2
+
+
+def test_packed_sequences_compile(backend):
+    torch._dynamo.reset()
+    f = lambda q, cu: op(q, q, q, cu_seqlens_q=cu, causal=True)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ends in ([0, 3, 10], [0, 0, 7, 20]):
+        q, cu = torch.randn(ends[-1], 4, 16), torch.tensor(ends, dtype=torch.int32)
+        assert torch.equal(compiled(q, cu), f(q, cu))
+
+
+def test_autocast_casts_float32(backend):
+    q, k = torch.randn(1, 2, 20, 16, requires_grad=True), torch.randn(1, 2, 20, 16)
+    with torch.autocast("cpu", BF16):
+        out = op(q, k, k.bfloat16(), causal=True)
+    assert out.dtype == BF16
+    assert torch.equal(out, op(q.bfloat16(), k.bfloat16(), k.bfloat16(), causal=True))
+    out.sum().backward()
+    assert q.grad.dtype == F32
+
+
+def test_activation_checkpointing_recomputes_the_same_mask(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.randn(1, 2, 40, 16, requires_grad=True)
+    grads = []
+    for wrap in (False, True):
+        torch.manual_seed(3)
+        f = lambda x: op(x, x, x, dropout_p=0.5).square()
+        out = checkpoint(f, x, use_reentrant=False) if wrap else f(x)
+        torch.manual_seed(17)
+        grads.append(torch.autograd.grad(out.sum(), x)[0])
+    assert torch.equal(*grads)
+
+
+def test_lse_is_differentiable_alone(backend):
+    q, k = (torch.randn(1, 2, 30, 16, requires_grad=True) for _ in range(2))
+    _, lse = op(q, k, torch.randn(1, 2, 30, 16), return_lse=True)
+    got = torch.autograd.grad(lse.sum(), (q, k))
+    expected = torch.autograd.grad((q @ k.mT / 4).logsumexp(-1).sum(), (q, k))
+    torch.testing.assert_close(got, expected)
+
+
+def test_double_backward_raises(backend):
+    x = torch.randn(1, 1, 8, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(op(x, x, x).square().sum(), x, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 16), (2, 4, 0, 16)])
+def test_empty_batches_and_lengths(backend, shape):
+    q = torch.randn(shape, requires_grad=True)
+    k = torch.randn(shape[0], 2, 7, 16, requires_grad=True)
+    out, lse = op(q, k, k, return_lse=True)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k))
+    assert [g.shape for g in grads] == [q.shape, k.shape]
+    assert not grads[1].any()
+
+
+Q = torch.randn(2, 4, 6, 16)
+K = torch.randn(2, 2, 9, 16)
+P = torch.randn(10, 4, 16)
+CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+packed = dict(q=P, k=P, v=P, cu_seqlens_q=CU)
+BAD = [
+    (dict(q=[1.0]), TypeError, r"q is a list; it must be a tensor"),
+    (dict(q=Q.int()), TypeError, r"q is int32; it must be one of float32"),
+    (dict(q=Q[0]), ValueError, r"q has shape \[4, 6, 16\]; it must be \[batch, heads, length, head size\]"),
+    (dict(k=K.bfloat16()), TypeError, r"k is torch.bfloat16 and q is torch.float32"),
+    (dict(v=K[:, :, :8]), ValueError, r"v has shape \[2, 2, 8, 16\]; it must be \[2, 2, 9, 16\] like k"),
+    (dict(k=K[..., :8], v=K[..., :8]), ValueError, r"k has shape \[2, 2, 9, 8\]; its last axis must be .* 16"),
+    (dict(k=K[:1], v=K[:1]), ValueError, r"k has shape \[1, 2, 9, 16\]; its batch must be q's, 2"),
+    (dict(q=Q[:, :3]), ValueError, r"k has 2 heads .*; q's 3 must be a multiple"),
+    (dict(k=K.to("meta")), ValueError, r"k is on meta; it must be on cpu"),
+    (dict(causal="lower"), ValueError, r"causal is 'lower'; it must be False, True or \"upper_left\""),
+    (dict(window=5), TypeError, r"window is 5; it must be None or \(left, right\)"),
+    (dict(window=(-2, 0)), ValueError, r"window is \(-2, 0\); each side must be at least 0, or -1"),
+    (dict(bias=torch.zeros(6, 8)), ValueError, r"bias has shape \[6, 8\]; it must be broadcastable to \[2, 4, 6, 9\]"),
+    (dict(bias=torch.zeros(6, 9).int()), TypeError, r"bias is int32"),
+    (dict(alibi_slopes=torch.ones(2)), ValueError, r"alibi_slopes has shape \[2\]; it must be \[4\] or \[2, 4\]"),
+    (dict(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError, r"alibi_slopes requires a gradient"),
+    (dict(softcap=-1.0), ValueError, r"softcap is -1.0; it must be finite and not negative"),
+    (dict(scale=float("nan")), ValueError, r"scale is nan"),
+    (dict(scale="1"), TypeError, r"scale is a str"),
+    (dict(dropout_p=1.0), ValueError, r"dropout_p is 1.0; it must be at least 0 and below 1"),
+    (dict(dropout_p=0.1, seed=1.5), TypeError, r"seed is a float"),
+    (dict(offset=(None, 0)), TypeError, r"offset is .*; it must be None or \(batch_ids, head0, q0, k0\)"),
+    (dict(offset=(None, 0, 1, None)), ValueError, r"both or none must be None"),
+    (dict(offset=(None, -1, 0, 0)), ValueError, r"offset's head0 is -1"),
+    (dict(offset=(torch.arange(3), 0, 0, 0)), ValueError, r"batch_ids has shape \[3\]; it must be \[2\]"),
+    (dict(seqlens_k=torch.ones(3).int()), ValueError, r"seqlens_k has shape \[3\]; it must be \[2\]"),
+    (dict(seqlens_k=torch.tensor([3, 10])), ValueError, r"seqlens_k is \[3, 10\]; each must be between 0 and the 9 keys"),
+    (dict(max_seqlen_q=4), ValueError, r"max_seqlen_q is 4 without cu_seqlens_q"),
+    (dict(cu_seqlens_k=CU), ValueError, r"it must be \[T, heads, head size\] with cu_seqlens"),
+    (packed | dict(cu_seqlens_q=None, cu_seqlens_k=CU), ValueError, r"cu_seqlens_k was given without cu_seqlens_q"),
+    (packed | dict(cu_seqlens_q=CU.float()), TypeError, r"cu_seqlens_q is float32"),
+    (packed | dict(cu_seqlens_q=CU[:1]), ValueError, r"cu_seqlens_q has shape \[1\]; it must be \[sequences \+ 1\]"),
+    (packed | dict(cu_seqlens_q=CU + 1), ValueError, r"cu_seqlens_q runs from 1 to 11"),
+    (packed | dict(cu_seqlens_q=torch.tensor([0, 11, 10])), ValueError, r"lengths \[11, -1\]"),
+    (packed | dict(cu_seqlens_q=torch.tensor([0, 4, 9])), ValueError, r"end at the number of packed tokens, 10"),
+    (packed | dict(max_seqlen_q=5), ValueError, r"max_seqlen_q is 5, and cu_seqlens_q has a sequence of 6"),
+    (packed | dict(bias=torch.zeros(10, 10)), ValueError, r"bias was given with cu_seqlens"),
+    (packed | dict(k=P[:9], v=P[:9]), ValueError, r"k packs 9 tokens and q 10"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=[f"{list(b[0])[-1]}-{i}" for i, b in enumerate(BAD)])
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        op(**(dict(q=Q, k=K, v=K) | change))
+
+
+def test_which_tells_backend_and_reason():
+    assert fastlm.backend.which("attention", Q.double(), K.double(), K.double()).backend == "reference"
+    if "cpu" in BACKENDS:
+        assert fastlm.backend.which("attention", Q, K, K, causal=True).backend == "cpu"
+
+
+def _drop_row(case, tensors):
+    result = run(case, tensors)
+    result["out"][:, :, -1] = 0
+    return result
+
+
+def _drop_key(case, tensors):
+    return run(replace(case, mask=None), tensors | {"mask": torch.arange(case.keys) < case.keys - 1})
+
+
+SPOILED = {
+    "a dropped row": _drop_row,
+    "a dropped key": _drop_key,
+    "a wrong scale": lambda case, tensors: run(replace(case, scale=0.1), tensors),
+    "a missing mask": lambda case, tensors: run(replace(case, causal=False), tensors),
+    "the other alignment": lambda case, tensors: run(replace(case, causal="upper_left"), tensors),
+    "a stale dropout mask": lambda case, tensors: run(case, tensors | {"seed": tensors["seed"] + 1}),
+    "dropout without its scale": lambda case, tensors: {
+        n: x * 0.8 if n == "out" else x for n, x in run(case, tensors).items()
+    },
+    "an offset of one head": lambda case, tensors: run(case, tensors, offset=(None, 1, None, None)),
+    "a missing softcap": lambda case, tensors: run(replace(case, softcap=0.0), tensors),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_the_rule_catches_a_wrong_kernel(name):
+    case = Case(causal=True, keys=70, p=0.2, softcap=4.0)
+
+    def wrong(generator):
+        twin = torch.Generator()
+        twin.set_state(generator.get_state())
+        spoiled = SPOILED[name](case, inputs(case, twin))
+        return {n: Result(spoiled[n], r.torch, r.reference) for n, r in draw(case, generator).items()}
+
+    with pytest.raises(AssertionError, match=r"out: .* Replay with FASTLM_TEST_SEED=1"):
+        assert_as_exact_as_torch(wrong, seed=1)
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_obeys_the_rule(isa):
+    path = os.path.dirname(__file__)
+    code = (
+        f"import sys; sys.path.insert(0, {path!r})\n"
+        "import fastlm\nfrom accuracy import assert_as_exact_as_torch\nfrom attention_cases import *\n"
+        "with fastlm.backend.use('cpu'):\n"
+        "    for n in (4, 7, 10, 18):\n"
+        "        for dtype in (F32, BF16):\n"
+        "            assert_as_exact_as_torch(lambda g: draw(replace(FEATURES[n], dtype=dtype, batch=2), g))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTLM_CPU_ISA": isa}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_features_name_every_argument():
+    """The table of features is what holds each argument on each backend; one that is missing would go untested."""
+    plain = Case()
+    for name in ("causal", "window", "bias", "mask", "alibi", "softcap", "scale", "p", "valid", "lengths", "kv_heads"):
+        assert any(getattr(f, name) != getattr(plain, name) for f in FEATURES), name

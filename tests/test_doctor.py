@@ -1,0 +1,57 @@
+"""fastlm doctor and the checks before installation: what they print for machines that lack something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import fastlm
+import pytest
+from fastlm import _native, backend
+from fastlm.bench.sources import checkout
+from fastlm.cli import doctor
+
+
+def test_report_names_every_op_and_why_each_backend_does_not_run(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    for op in backend.ops():
+        section = text[text.index(f"fastlm.ops.{op}") :].split("\nfastlm.ops.")[0]
+        for name in backend.BACKENDS:
+            assert name in section
+    assert f"fastlm             {fastlm.__version__}" in text
+    if not _native.missing():
+        assert _native._C.cpu_isa() in text
+
+
+def test_a_capped_instruction_set_is_told():
+    if _native.missing():
+        pytest.skip("no compiled core")
+    code = "from fastlm.cli import doctor; doctor.main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {"FASTLM_CPU_ISA": "portable"})  # fmt: skip
+    assert "portable" in done.stdout
+    if _native._C.cpu_isa() != "portable":
+        assert "capped by FASTLM_CPU_ISA=portable" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env=os.environ | {"FASTLM_CPU_ISA": "sse9"})  # fmt: skip
+    assert done.returncode != 0
+    assert "FASTLM_CPU_ISA is 'sse9'; it must be portable, avx2 or avx512" in done.stderr
+
+
+def _check(env, *args):
+    script = checkout() / "scripts/check_machine.py"
+    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, check=False, env=env)
+
+
+def test_check_machine_gives_the_remedy(tmp_path):
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "FASTLM_NATIVE")}
+    empty = clean | {"PATH": str(tmp_path)}
+    done = _check(empty, str(tmp_path / ".venv"))
+    assert done.returncode == 0
+    assert "note: no C++ compiler was found" in done.stderr
+    done = _check(empty | {"FASTLM_NATIVE": "ON"}, str(tmp_path / ".venv"))
+    assert done.returncode == 1
+    assert "apt-get install g++" in done.stderr
+    assert _check(clean | {"FASTLM_NATIVE": "OFF", "PATH": str(tmp_path)}, str(tmp_path / ".venv")).stderr == ""

@@ -1,0 +1,83 @@
+"""Every Triton kernel in every configuration, compiled without a GPU: no spills, tensor cores where they are promised.
+
+Differences from the committed figures (bench/results/offline.json) are shown as warnings for the same triton and ptxas;
+``python -m fastlm.bench.offline --write bench/results/offline.json`` takes them over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from fastlm.bench import offline
+from fastlm.kernels import table
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "offline.json"
+PARTS = 8  # so that two test workers share the compiling
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_without_spills(request, arch, part):
+    cases = [case for case in offline.cases() if case.arch == arch][part::PARTS]
+    cases = [case for case in cases if not case.thorough or request.config.getoption("--slow")]
+    compiled = {case.name: (case, offline.compile_case(case)[0]) for case in cases}
+    faults = [fault for case, figures in compiled.values() for fault in offline.faults(case, figures)]
+    assert not faults, "\n".join(faults)
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")).get(offline.key()) if RESULTS.exists() else None
+    if stored is None:
+        warnings.warn(f"bench/results/offline.json has no figures for {offline.key()}", stacklevel=1)
+        return
+    new = {name: {f"sm_{arch}": asdict(figures)} for name, (_, figures) in compiled.items()}
+    old = {name: {f"sm_{arch}": stored[name][f"sm_{arch}"]} for name in new if f"sm_{arch}" in stored.get(name, {})}
+    for line in offline.changes(old, new):
+        warnings.warn(f"offline figures changed: {line}", stacklevel=1)
+
+
+def test_every_rule_of_the_table_is_compiled():
+    assert list(offline.cases())
+    assert table.unreached() == []
+
+
+def test_a_spill_and_a_missing_tensor_core_are_faults():
+    case = next(iter(offline.cases()))
+    good = offline.Figures(registers=64, spill_bytes=0, shared=0, tensor_cores="")
+    assert offline.faults(case, good) == []
+    assert "spills 8 bytes" in offline.faults(case, replace(good, spill_bytes=8))[0]
+    assert "no tensor core" in offline.faults(replace(case, tensor_cores=True), good)[0]
+    before = {"k": {"sm_90": asdict(good)}}
+    assert offline.changes(before, before) == []
+    assert "-> gone" in offline.changes(before, {})[0]
+
+
+def test_the_compiler_does_report_spills():
+    """A check that cannot see a spill would pass everything: 8,192 live values do not fit into one warp."""
+    wide = next(case for case in offline.cases() if "8192" in case.name and case.options["num_warps"] == 16)
+    figures, _ = offline.compile_case(replace(wide, options={**wide.options, "num_warps": 1}))
+    assert figures.spill_bytes > 0
+
+
+def test_the_static_model_counts_programs_by_what_they_hold():
+    case = replace(next(iter(offline.cases())), arch=90, options={"num_warps": 4, "num_stages": 1}, programs=1320,
+                   bytes_moved=48 * 10**6, flops=10**6)  # fmt: skip
+    light = offline.predict(case, offline.Figures(32, 0, 0, ""))
+    assert (light.occupancy, light.bound, light.call_us) == (1.0, "bytes", 10.0)
+    assert offline.predict(case, offline.Figures(128, 0, 0, "")).occupancy == 0.25
+    assert offline.predict(case, offline.Figures(32, 0, 100 * 1024, "")).occupancy == 0.125
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+def test_philox_runs_once_for_eight_elements(kernel):
+    """A call is 14 multiplications to 64 bits, less what the first rounds share; once an element it would be 112."""
+    name = f"layer 16384x4096 bf16: {kernel}"
+    case = next(case for case in offline.cases() if case.name.endswith(name) and case.arch == 90)
+    _, ptx = offline.compile_case(case)
+    elements = case.constexprs["ROWS"] * case.constexprs["COLUMNS"] // (32 * case.options["num_warps"])
+    multiplications = len(re.findall(r"mul\.lo\.s32 .*-(?:766435501|845247145);", ptx))
+    assert elements // 8 * 7 <= multiplications <= elements // 8 * 14

@@ -1,0 +1,96 @@
+"""swap: models that call F.scaled_dot_product_attention run on the op, with their masks, causality and dropout."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import fastlm
+import pytest
+import torch
+import torch.nn.functional as F
+from fastlm.models.gpt import GPT, GPTConfig
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.qkv, self.p = nn.Linear(32, 64), p
+
+    def split(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 8, 8).transpose(1, 2).split((4, 2, 2), 1)
+        return q, k, v
+
+    def forward(self, x, mask=None, causal=False):
+        q, k, v = self.split(x)
+        p = self.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_results_and_gradients_follow_torch():
+    torch.manual_seed(0)
+    model = Attention()
+    x = torch.randn(3, 20, 32)
+    mask = torch.randn(3, 1, 20, 20)
+    cases = [(None, False), (None, True), (mask, False), (mask > 0, False)]
+    expected = [torch.autograd.grad(model(x, *c).sum(), model.qkv.weight)[0] for c in cases]
+    outs = [model(x, *c) for c in cases]
+    report = fastlm.swap(model)
+    assert "attention" in str(report)
+    assert any(row.now == "attention" for row in report.rows)
+    for case, grad, out in zip(cases, expected, outs, strict=True):
+        torch.testing.assert_close(model(x, *case), out, rtol=1e-4, atol=1e-5)
+        got = torch.autograd.grad(model(x, *case).sum(), model.qkv.weight)[0]
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-4)
+    fastlm.unswap(model)
+    assert type(model) is Attention
+
+
+def test_survives_copies_and_compiles_whole():
+    torch._dynamo.reset()
+    model = Attention().eval()
+    fastlm.swap(model)
+    x = torch.randn(2, 10, 32)
+    expected = model(x, causal=True)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x, causal=True), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, causal=True), expected)
+
+
+def test_masks_follow_the_samples_not_the_batch():
+    model = Attention(p=0.5)
+    fastlm.swap(model)
+    x = torch.randn(4, 10, 32)
+    fastlm.rng.set(model, 1, 2, [10, 11, 12, 13])
+    whole = model(x)
+    fastlm.rng.set(model, 1, 2, [12, 13])
+    assert torch.equal(model(x[2:]), whole[2:])
+    fastlm.rng.set(model, 1, 3, [12, 13])
+    assert not torch.equal(model(x[2:]), whole[2:])
+
+
+@pytest.mark.parametrize("style", [{}, dict(kv_heads=2, norm="rms", position="rotary")])
+def test_gpt(style):
+    model = GPT(GPTConfig(**style)).eval()
+    tokens = torch.randint(256, (2, 33))
+    expected = model(tokens)
+    report = fastlm.swap(model)
+    assert sum(row.now == "attention" for row in report.rows) == 4
+    got = model(tokens)
+    first = lambda y: y[0] if isinstance(y, tuple) else y
+    torch.testing.assert_close(first(got), first(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_op_does_not_take_is_torchs():
+    class Flat(nn.Module):
+        def forward(self, q, v):
+            return F.scaled_dot_product_attention(q, q, v)
+
+    model = Flat()
+    q, v = torch.randn(4, 9, 16), torch.randn(4, 9, 8)
+    expected = model(q, v)
+    fastlm.swap(model)
+    assert torch.equal(model(q, v), expected)
