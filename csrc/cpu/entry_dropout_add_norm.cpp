@@ -2,6 +2,7 @@
 // set.
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -66,8 +67,15 @@ int64_t last_level_cache() {
   return bytes;
 }
 
-int64_t bytes_of(const dan::Common& a, const dan::Operand& t) {
-  return t.data == nullptr ? 0 : a.rows * a.size[3] * (t.dtype == kFloat32 ? 4 : 2);
+// Whether outputs go past the cache: where all that a call reads and writes takes more than half of it, lines of the
+// outputs would be fetched from memory to be overwritten, and be gone again before a consumer comes. Counting what is
+// read too took a quarter off the time of a bfloat16 [4096, 1024] and nothing off what a following matmul takes.
+bool past_the_cache(const dan::Common& a, std::initializer_list<const dan::Operand*> tensors) {
+  int64_t bytes = 0;
+  for (const dan::Operand* t : tensors) {
+    if (t->data != nullptr) bytes += a.rows * a.size[3] * (t->dtype == kFloat32 ? 4 : 2);
+  }
+  return bytes > last_level_cache() / 2;
 }
 
 void set_common(dan::Common& a, const Sizes& sizes, const Tensor& seed, const Tensor& offset, bool offset_per_row,
@@ -127,7 +135,7 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
   a.eps = static_cast<float>(eps);
   a.mean = statistic(mean, "mean", norm == kLayerNorm);
   a.rstd = statistic(rstd, "rstd", norm != kNoNorm);
-  a.stream = bytes_of(a, a.y) + bytes_of(a, a.z) > last_level_cache() / 2;
+  a.stream = past_the_cache(a, {&a.x, &a.residual, &a.y, &a.z});
   const int64_t lines = a.threads * dan::kForwardLines + dan::kVectors;
   run(a, workspace(lines * dan::padded(a.size[3])).get());
 }
@@ -159,7 +167,7 @@ void dropout_add_norm_backward_cpu(Sizes sizes, Tensor dy, Tensor dz, Tensor z, 
   if (!normed && a.rows > 0 && (a.dweight.data != nullptr || a.dbias.data != nullptr)) {
     throw std::invalid_argument("dropout_add_norm: dweight and dbias need dy and a norm");
   }
-  a.stream = bytes_of(a, a.dx) + bytes_of(a, a.dresidual) > last_level_cache() / 2;
+  a.stream = past_the_cache(a, {&a.dy, &a.dz, &a.z, &a.dx, &a.dresidual});
   const int64_t lines = a.threads * dan::kBackwardLines + dan::kVectors + 3 * dan::blocks(a.rows);
   run(a, workspace(lines * dan::padded(a.size[3])).get());
 }
