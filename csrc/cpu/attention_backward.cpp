@@ -98,14 +98,16 @@ void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta) {
 }
 
 // One row of a tile: scores become kept probabilities, dout v^T becomes ds.
-FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, float natural, float lse, float delta,
+FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natural, float lse, float delta,
                                  const uint16_t* keep, float keep_scale, const float* slope, float* dbias,
                                  int64_t dbias_stride, int keys, float* p, float* ds) {
-  const Vec scale = set1(natural), shift = set1(lse > -kInfinity ? lse : kInfinity), minus = set1(delta);
-  const Vec log2e = set1(kLog2e), kept = set1(keep_scale);
+  const Vec scale = set1(natural.high), more = set1(natural.low), kept = set1(keep_scale), minus = set1(delta);
+  const Vec shift = set1(lse > -kInfinity ? -lse : -kInfinity);
+  const Factor log2 = Factor::of(kLog2e);
   Vec row_sum = zero();
   for (int c = from; c < to; c += 16) {
-    Vec x = exp2(minimum(load(p + c) * scale - shift, zero()) * log2e);
+    const Vec score = load(p + c);
+    Vec x = exp_of(minimum(fma(score, more, fma(score, scale, shift)), zero()), log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     Vec g = load(ds + c), stays = x;
     if (keep) {
@@ -160,7 +162,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
   if (!look(a, s, head, t, w.bits)) return;
   const int n = static_cast<int>(a.head_size), panels = (t.rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
   const bool shape_needed = shaped(a);
-  const float natural = shape_needed ? 1.0f : a.scale;
+  const Factor natural = Factor::of(shape_needed ? 1.0 : a.scale);
   pack_rows<Pairs>(w.q, p.words, place(a.q, s.batch, head, s.q_start + t.row0), a.q.dtype, a.q.s[2], a.q.s[3], t.rows,
                    rows_padded, n);
   pack_rows<Pairs>(w.dout, p.words, place(a.dout, s.batch, head, s.q_start + t.row0), a.dout.dtype, a.dout.s[2],
@@ -320,7 +322,7 @@ void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Se
     }
     for (int j = 0; j < stored; ++j) {
       store_row(place(a.dk, s.batch, kv_head, s.k_start + key0 + j), a.dk.dtype, a.dk.s[3], w.dk + j * p.padded,
-                a.scale, n);
+                static_cast<float>(a.scale), n);
       store_row(place(a.dv, s.batch, kv_head, s.k_start + key0 + j), a.dv.dtype, a.dv.s[3], w.dv + j * p.padded,
                 a.keep_scale, n);
     }
@@ -334,7 +336,7 @@ void finish_dq(const Attention& a, const Plan& p, const Sequence& s, int64_t hea
     for (int piece = 1; piece < p.pieces; ++piece) {
       for (int c = 0; c < p.columns; c += 16) store(row + c, load(row + c) + load(row + piece * step + c));
     }
-    store_row(place(a.dq, s.batch, head, s.q_start + i), a.dq.dtype, a.dq.s[3], row, a.scale,
+    store_row(place(a.dq, s.batch, head, s.q_start + i), a.dq.dtype, a.dq.s[3], row, static_cast<float>(a.scale),
               static_cast<int>(a.head_size));
   }
 }

@@ -61,12 +61,12 @@ Scratch scratch_of(Pool& pool, const Plan& p, bool pairs) {
   return w;
 }
 
-// What a piece of the keys leaves for a block of rows: its output, then largest score (natural) and sum of each row.
+// What a piece of the keys leaves for a block of rows: its output, then largest score and sum of each row.
 int64_t part_floats(const Plan& p) { return static_cast<int64_t>(p.rows) * (p.padded + 2); }
 
 // The exponentials of one row of scores, written to P; updates top, sum and the row of the output.
 template <bool Pairs>
-FASTLM_INLINE void soften(const Seen& seen, int from, int to, float factor, const uint16_t* keep, float* scores,
+FASTLM_INLINE void soften(const Seen& seen, int from, int to, Factor log2, const uint16_t* keep, float* scores,
                           Word* pairs, float& top, float& sum, float* out, int columns) {
   Vec high = set1(-kInfinity);
   if (seen.all) {
@@ -80,16 +80,16 @@ FASTLM_INLINE void soften(const Seen& seen, int from, int to, float factor, cons
   if (now > before) {
     top = now;
     if (before > -kInfinity) {
-      const float shrink = first_lane(exp2(set1((before - now) * factor)));
+      const float shrink = first_lane(exp_of(set1(before - now), log2));
       const Vec f = set1(shrink);
       sum *= shrink;
       for (int c = 0; c < columns; c += 16) store(out + c, load(out + c) * f);
     }
   }
-  const Vec reference = set1(now > -kInfinity ? now : 0.0f), scale = set1(factor);
+  const Vec reference = set1(now > -kInfinity ? now : 0.0f);
   Vec part = zero();
   for (int c = from; c < to; c += 16) {
-    Vec x = exp2((load(scores + c) - reference) * scale);
+    Vec x = exp_of(load(scores + c) - reference, log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     part = part + x;
     if (keep) x = select(keep[c / 16], x, zero());
@@ -109,7 +109,8 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
   const int panels = (rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
   const int64_t kv_head = head / (a.q_heads / a.k_heads);
   const bool shape_needed = shaped(a);
-  const float natural = shape_needed ? 1.0f : a.scale, factor = natural * kLog2e;
+  const double natural = shape_needed ? 1.0 : a.scale;  // of a score
+  const Factor log2 = Factor::of(natural * kLog2e);
   Dropout dropout = Dropout::of(a, s, head);
   for (int r = 0; r < rows_padded; ++r) {
     w.top[r] = -kInfinity;
@@ -167,7 +168,7 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
       if (shape_needed) shape(a, s, head, row0 + row, t, from, to, scores, nullptr);
       uint16_t keep[kChunks];
       if (a.threshold) dropout.row(row0 + row, key0, keep);
-      soften<Pairs>(Seen::of(s, t, row, from, to), from, to, factor, a.threshold ? keep : nullptr, scores, pairs,
+      soften<Pairs>(Seen::of(s, t, row, from, to), from, to, log2, a.threshold ? keep : nullptr, scores, pairs,
                     w.top[row], w.sum[row], w.out + static_cast<int64_t>(row) * p.padded, p.columns);
     }
     for (int column = 0; column < p.columns; column += kColumns) {
@@ -190,7 +191,7 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     memcpy(part, w.out, sizeof(float) * static_cast<size_t>(rows) * p.padded);
     float* ends = part + static_cast<int64_t>(p.rows) * p.padded;
     for (int r = 0; r < rows; ++r) {
-      ends[r] = w.top[r] * natural;
+      ends[r] = w.top[r];
       ends[p.rows + r] = w.sum[r];
     }
     return;
@@ -200,7 +201,7 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     const bool none = !(w.sum[r] > 0.0f);
     store_row(place(a.out, s.batch, head, s.q_start + row0 + r), a.out.dtype, a.out.s[3],
               w.out + static_cast<int64_t>(r) * p.padded, none ? 0.0f : a.keep_scale / w.sum[r], n);
-    lse[r] = none ? -kInfinity : w.top[r] * natural + logf(w.sum[r]);
+    lse[r] = none ? -kInfinity : static_cast<float>(w.top[r] * natural + log(static_cast<double>(w.sum[r])));
   }
 }
 
@@ -209,6 +210,8 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
           const float* parts) {
   const int rows = static_cast<int>(least(p.rows, s.rows - row0));
   const int64_t step = part_floats(p), ends = static_cast<int64_t>(p.rows) * p.padded;
+  const double natural = shaped(a) ? 1.0 : a.scale;
+  const Factor log2 = Factor::of(natural * kLog2e);
   float* lse = a.lse + lse_place(a, s, head) + row0;
   for (int r = 0; r < rows; ++r) {
     float top = -kInfinity, sum = 0.0f;
@@ -218,7 +221,7 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
     }
     memset(w.out, 0, sizeof(float) * static_cast<size_t>(p.padded));
     for (int i = 0; i < p.pieces && top > -kInfinity; ++i) {
-      const float weight = first_lane(exp2(set1((parts[i * step + ends + r] - top) * kLog2e)));
+      const float weight = first_lane(exp_of(set1(parts[i * step + ends + r] - top), log2));
       const float* row = parts + i * step + static_cast<int64_t>(r) * p.padded;
       sum += parts[i * step + ends + p.rows + r] * weight;
       for (int c = 0; c < p.columns; c += 16) store(w.out + c, fma(load(row + c), set1(weight), load(w.out + c)));
@@ -226,7 +229,7 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
     const bool none = !(sum > 0.0f);
     store_row(place(a.out, s.batch, head, s.q_start + row0 + r), a.out.dtype, a.out.s[3], w.out,
               none ? 0.0f : a.keep_scale / sum, static_cast<int>(a.head_size));
-    lse[r] = none ? -kInfinity : top + logf(sum);
+    lse[r] = none ? -kInfinity : static_cast<float>(top * natural + log(static_cast<double>(sum)));
   }
 }
 

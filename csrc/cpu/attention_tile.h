@@ -158,7 +158,7 @@ struct Rows {
 
 // Whether scores need more than a positive scale.
 FASTLM_INLINE bool shaped(const Attention& a) {
-  return (a.bias.p && a.bias.dtype != kBool) || a.alibi || a.softcap > 0.0f || !(a.scale > 0.0f);
+  return (a.bias.p && a.bias.dtype != kBool) || a.alibi || a.softcap > 0.0f || !(a.scale > 0.0);
 }
 
 // Keys [from, to) of row i: scale, softcap, bias, ALiBi. `slope` (if not null) gets the derivative of the softcap.
@@ -168,25 +168,28 @@ FASTLM_NOINLINE void shape(const Attention& a, const Sequence& s, int64_t head, 
   const int64_t stride = a.bias.s[3];
   const char* bias = biased ? place(a.bias, s.batch, head, i) : nullptr;
   const int bias_size = size_of(a.bias.dtype);
-  const Vec scale = set1(a.scale), cap = set1(a.softcap), one = set1(1.0f);
+  const Vec scale = set1(static_cast<float>(a.scale)), cap = set1(a.softcap), one = set1(1.0f);
   const Vec minus_slope = set1(a.alibi ? -a.alibi[s.batch * a.alibi_batch + head] : 0.0f);
   static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int c = from; c < to; c += 16) {
     const int64_t key = t.key0 + c;
-    Vec x = load(scores + c) * scale;
+    Vec x = load(scores + c), factor = scale;
     if (a.softcap > 0.0f) {
-      const Vec y = tanh(divide(x, cap));
-      x = y * cap;
-      if (slope) store(slope + c, (one - y) * (one + y));
+      x = tanh(divide(x * scale, cap));
+      factor = cap;
+      if (slope) store(slope + c, (one - x) * (one + x));
     }
     if (biased) {
       const int n = t.keys - c;
-      x = x + (stride == 0 ? load_strided(bias, a.bias.dtype, 0, 16)
-                           : load_strided(bias + key * stride * bias_size, a.bias.dtype, stride, n));
+      x = fma(x, factor,
+              stride == 0 ? load_strided(bias, a.bias.dtype, 0, 16)
+                          : load_strided(bias + key * stride * bias_size, a.bias.dtype, stride, n));
+    } else {
+      x = x * factor;
     }
     if (a.alibi) {
       const Vec distance = set1(static_cast<float>(key - s.base - i)) + load(lanes);
-      x = x + minus_slope * absolute(distance);
+      x = fma(minus_slope, absolute(distance), x);
     }
     store(scores + c, x);
   }
