@@ -106,7 +106,7 @@ FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natu
   const Factor log2 = Factor::of(kLog2e);
   Vec row_sum = zero();
   for (int c = from; c < to; c += 16) {
-    const Vec score = load(p + c);
+    const Vec score = maximum(load(p + c), set1(-__FLT_MAX__));  // -inf times 0 would be NaN
     Vec x = exp_of(minimum(fma(score, more, fma(score, scale, shift)), zero()), log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     Vec g = load(ds + c), stays = x;
@@ -159,7 +159,7 @@ void clear(float* p, int from, int to) {
 template <bool Pairs>
 void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t head, Tile& t,
                    Dropout& dropout, const float* delta, float* dq) {
-  if (!look(a, s, head, t, w.bits)) return;
+  if (!look(a, s, t, w.bits)) return;
   const int n = static_cast<int>(a.head_size), panels = (t.rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
   const bool shape_needed = shaped(a);
   const Factor natural = Factor::of(shape_needed ? 1.0 : a.scale);
@@ -180,7 +180,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         const int from = t.from[panel] > column ? t.from[panel] : column;
         const int to = t.to[panel] < column + kColumns ? t.to[panel] : column + kColumns;
         if (from >= to) continue;
-        multiply<Pairs>(to - from, p.depth, left + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
+        multiply<Pairs>(kPanel, to - from, p.depth, left + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
                         right + (from - column), kColumns, result + panel * kPanel * kScoreRow + from, kScoreRow,
                         false);
       }
@@ -202,7 +202,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
       float* slope = w.slope ? w.slope + row * kScoreRow : nullptr;
       if (shape_needed) shape(a, s, head, t.row0 + row, t, from, to, scores, slope);
       uint16_t keep[kChunks];
-      if (a.threshold) dropout.row(t.row0 + row, t.key0, keep);
+      if (a.threshold) dropout.row(head, t.row0 + row, t.key0, keep);
       float* dbias = nullptr;
       if (shared_by_rows) {
         dbias = few_bias;
@@ -210,7 +210,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         dbias = a.dbias + s.batch * a.dbias_stride[0] + head * a.dbias_stride[1] + (t.row0 + row) * a.dbias_stride[2] +
                 t.key0 * a.dbias_stride[3];
       }
-      differentiate(Seen::of(s, t, row, from, to), from, to, natural, lse[row], delta[t.row0 + row],
+      differentiate(Seen::of(s, t, row, t.row0 + row, from, to), from, to, natural, lse[row], delta[t.row0 + row],
                     a.threshold ? keep : nullptr, a.keep_scale, slope, dbias, a.dbias_stride[3], t.keys, scores, ds);
     }
     if (shared_by_rows && row % kBiasRows == kBiasRows - 1) {
@@ -257,12 +257,12 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         const int begin = first[key / 16] * kPanel, count = last[key / 16] * kPanel - begin;
         if (count <= 0) continue;
         if (Pairs) {
-          multiply<Pairs>(wide, count / 2, left_pairs + begin / 2 * kScoreRow + key, 1, kScoreRow,
+          multiply<Pairs>(kPanel, wide, count / 2, left_pairs + begin / 2 * kScoreRow + key, 1, kScoreRow,
                           right + static_cast<int64_t>(begin / 2) * p.padded, p.padded,
                           result + static_cast<int64_t>(key) * p.padded, p.padded, true);
         } else {
-          multiply<Pairs>(wide, count, reinterpret_cast<const Word*>(left) + begin * kScoreRow + key, 1, kScoreRow,
-                          right + static_cast<int64_t>(begin) * p.padded, p.padded,
+          multiply<Pairs>(kPanel, wide, count, reinterpret_cast<const Word*>(left) + begin * kScoreRow + key, 1,
+                          kScoreRow, right + static_cast<int64_t>(begin) * p.padded, p.padded,
                           result + static_cast<int64_t>(key) * p.padded, p.padded, true);
         }
       }
@@ -272,11 +272,13 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
       if (from >= to) continue;
       float* c = dq + (t.row0 + panel * kPanel) * p.padded + column;
       if (Pairs) {
-        multiply<Pairs>(wide, (to - from) / 2, w.ds_rows + (panel * kPanel * kScoreRow + from) / 2, kScoreRow / 2, 1,
-                        w.k_pairs + static_cast<int64_t>(from / 2) * p.padded + column, p.padded, c, p.padded, true);
+        multiply<Pairs>(kPanel, wide, (to - from) / 2, w.ds_rows + (panel * kPanel * kScoreRow + from) / 2,
+                        kScoreRow / 2, 1, w.k_pairs + static_cast<int64_t>(from / 2) * p.padded + column, p.padded, c,
+                        p.padded, true);
       } else {
-        multiply<Pairs>(wide, to - from, reinterpret_cast<Word*>(w.ds) + panel * kPanel * kScoreRow + from, kScoreRow,
-                        1, w.k + static_cast<int64_t>(from) * p.padded + column, p.padded, c, p.padded, true);
+        multiply<Pairs>(kPanel, wide, to - from, reinterpret_cast<Word*>(w.ds) + panel * kPanel * kScoreRow + from,
+                        kScoreRow, 1, w.k + static_cast<int64_t>(from) * p.padded + column, p.padded, c, p.padded,
+                        true);
       }
     }
   }
@@ -312,10 +314,11 @@ void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Se
       if (Pairs) pack_pairs(w.k_pairs, w.k, p.words, p.words, keys16);
       for (int64_t g = 0; g < p.group; ++g) {
         const int64_t head = kv_head * p.group + g;
-        Dropout dropout = Dropout::of(a, s, head);
+        Dropout dropout = Dropout::of(a, s);
         for (int64_t row0 = row_begin / kRows * kRows; row0 < row_end; row0 += kRows) {
           t.row0 = row0;
-          t.rows = static_cast<int>(least(kRows, s.rows - row0));
+          t.rows = t.queries = static_cast<int>(least(kRows, s.rows - row0));
+          t.head = head;
           backward_tile<Pairs>(a, p, w, s, head, t, dropout, w.delta + g * p.dq_rows, dq + g * p.dq_rows * p.padded);
         }
       }
