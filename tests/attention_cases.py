@@ -308,7 +308,7 @@ MANY = Case(batch=8, heads=32, kv_heads=8, causal=True, bias="bhk", p=0.1)  # fo
 FEW = (  # few queries against many keys: heads that share k and v are worked on together, keys in pieces
     Case(heads=16, kv_heads=4, queries=6, keys=700, causal=True, bias="bhqk", p=0.2, valid=(700, 530)),
     Case(heads=16, kv_heads=4, queries=6, keys=900, window=(300, 2), mask="bhqk", alibi=True, softcap=5.0),
-    Case(heads=32, kv_heads=4, queries=2, keys=530, mask="qk", p=0.1, valid=(530, 512), causal=True),
+    Case(heads=16, kv_heads=2, queries=7, keys=530, mask="qk", p=0.1, valid=(530, 512), causal=True),
     Case(heads=12, kv_heads=2, lengths=((2, 600), (16, 520), (0, 3), (1, 1)), causal=True, p=0.1, window=(550, -1)),
 )
 DECODE = Case(batch=2, heads=64, kv_heads=64, head_size=16, causal=True)
