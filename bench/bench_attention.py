@@ -215,6 +215,38 @@ def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: d
     )  # fmt: skip
 
 
+def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goals: dict[str, float]) -> Case:
+    """One new token against a full cache: the time is that of reading the cache."""
+    d = 64
+    valid = torch.tensor([length], dtype=torch.int32, device=device)
+
+    def make(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(device, DTYPES[dtype])
+        cache = normal(2, 1, kv_heads, length, d)
+        q = normal(1, heads, 1, d)
+        return Inputs(q, cache[0], cache[1], q, None, torch.tensor(seed))
+
+    def ours(i: Inputs, call: Call) -> Tensor:
+        return fastlm.ops.attention(i.q, i.k, i.v, causal=True, seqlens_k=valid)
+
+    def sdpa(i: Inputs, call: Call) -> Tensor:
+        k, v = i.k[:, :, :length], i.v[:, :, :length]
+        return F.scaled_dot_product_attention(i.q, k, v, enable_gqa=heads != kv_heads)
+
+    call = Call()
+    contenders = (
+        _contender("fastlm", ours, call, FORWARD, "ours"),
+        _contender("sdpa", sdpa, call, FORWARD, "baseline"),
+    )
+    return Case(
+        "attention", f"decode 1x{heads}/{kv_heads}x{length}x{d} {dtype}", make, contenders,
+        2 * kv_heads * length * d * DTYPES[dtype].itemsize, 4 * heads * length * d, dtype, device,
+        {"heads": heads, "kv_heads": kv_heads, "l": length, "d": d, "part": FORWARD}, "alone",
+        _error(call, FORWARD), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), length == 4096,
+    )  # fmt: skip
+
+
 def cases(device: str) -> Iterator[Case]:
     """The goals are those of the design's table for two AVX-512 cores, and for an H200-class GPU."""
     if device == "cpu":
@@ -236,6 +268,10 @@ def cases(device: str) -> Iterator[Case]:
             yield _case(small, dtype, causal, BOTH, device, {"sdpa": 1.2}, smoke=True)
         yield _case(long, "float32", Call(causal=True, window=256), FORWARD, device, {plain: 5})
         yield _case(long, "float32", Call(causal=True, window=256), BOTH, device, {plain: 4})
+        for heads, kv_heads in ((12, 12), (32, 8)):
+            for length in (4096, 16384):
+                for dtype in ("float32", "bfloat16"):
+                    yield _decode(heads, kv_heads, length, dtype, device, {"sdpa": 1.0})
         return
     best = {"sdpa flash": 0.7, "sdpa cudnn": 0.7, "flex": 0.7, "flash-attn": 0.7}
     best_back = dict.fromkeys(best, 0.65)

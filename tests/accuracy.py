@@ -2,8 +2,9 @@
 
 Against a float64 reference, the largest error is at most twice that of PyTorch's best path at the same dtype plus one
 unit in the last place at the tensor's largest reference magnitude; the mean error at most 1.5 times plus the same.
-Small cases are drawn again until each output has pooled at least 4,096 elements, because two equally valid orders of a
-short sum may differ by more than 2x on one draw. There is no other tolerance in the tests.
+Small cases are drawn again until each output has pooled at least 4,096 finite elements, because two equally valid orders
+of a short sum may differ by more than 2x on one draw. A largest error is the tail of a distribution: a pool that breaks
+the rule is drawn on to eight times its draws, and that pool alone decides. There is no other tolerance in the tests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 POOL = 4096
+AGAIN = 8
 MAX_DRAWS = 512  # conftest lifts it for the long tests: a gradient of one element pools 4,096 only in as many draws
 
 
@@ -74,8 +76,12 @@ def violation(results: list[Result]) -> str | None:
     return None
 
 
+def _finite(results: list[Result]) -> int:
+    return sum(int(r.reference.isfinite().sum()) for r in results)
+
+
 def assert_as_exact_as_torch(draw: Callable[[torch.Generator], dict[str, Result]], seed: int | None = None) -> None:
-    """Draws until every output has pooled ``POOL`` elements, then applies the rule to each.
+    """Draws until every output has pooled ``POOL`` finite elements, then applies the rule to each.
 
     ``draw`` gets a CPU generator for its fresh random inputs and returns its outputs by name. The seed of a failure is
     in the message; FASTLM_TEST_SEED=<seed> replays it.
@@ -87,13 +93,29 @@ def assert_as_exact_as_torch(draw: Callable[[torch.Generator], dict[str, Result]
         seed = torch.seed() % 2**32
     generator = torch.Generator().manual_seed(seed)
     pooled: dict[str, list[Result]] = {}
-    for _ in range(MAX_DRAWS):
-        results = draw(generator)
-        for name, result in results.items():
+    draws = 0
+
+    def pool() -> None:
+        nonlocal draws
+        draws += 1
+        for name, result in draw(generator).items():
             pooled.setdefault(name, []).append(result)
-        if all(sum(r.reference.numel() for r in rs) >= POOL or rs[0].reference.numel() == 0 for rs in pooled.values()):
-            break
-    broken = {name: why for name, rs in pooled.items() if (why := violation(rs))}
+
+    # An output that has had no finite element in sixteen draws has none.
+    full = lambda results: (count := _finite(results)) >= POOL or (count == 0 and len(results) >= 16)
+    empty = lambda results: results[0].reference.numel() == 0
+    pool()
+    while draws < MAX_DRAWS and not all(empty(results) or full(results) for results in pooled.values()):
+        pool()
+    broken = _broken(pooled)
+    if any(why.startswith(("largest", "mean")) for why in broken.values()):
+        for _ in range(min((AGAIN - 1) * draws, POOL)):
+            pool()
+        broken = _broken(pooled)
     if broken:
         text = "; ".join(f"{name}: {why}" for name, why in broken.items())
         raise AssertionError(f"{text}. Replay with FASTLM_TEST_SEED={seed}")
+
+
+def _broken(pooled: dict[str, list[Result]]) -> dict[str, str]:
+    return {name: why for name, results in pooled.items() if (why := violation(results))}

@@ -305,6 +305,12 @@ FEATURES = (
 )
 RICH = Case(batch=1, causal=True, kv_heads=2, bias="hk", p=0.1)
 MANY = Case(batch=8, heads=32, kv_heads=8, causal=True, bias="bhk", p=0.1)  # for short lengths
+FEW = (  # few queries against many keys: heads that share k and v are worked on together, keys in pieces
+    Case(heads=16, kv_heads=4, queries=6, keys=700, causal=True, bias="bhqk", p=0.2, valid=(700, 530)),
+    Case(heads=16, kv_heads=4, queries=6, keys=900, window=(300, 2), mask="bhqk", alibi=True, softcap=5.0),
+    Case(heads=16, kv_heads=2, queries=7, keys=530, mask="qk", p=0.1, valid=(530, 512), causal=True),
+    Case(heads=12, kv_heads=2, lengths=((2, 600), (16, 520), (0, 3), (1, 1)), causal=True, p=0.1, window=(550, -1)),
+)
 DECODE = Case(batch=2, heads=64, kv_heads=64, head_size=16, causal=True)
 LENGTHS = ((1, 1), (17, 129), (127, 128), (128, 127), (129, 17), (1, 1000), (1000, 1000), (0, 5), (5, 0), (64, 192))
 HEAD_SIZES = (16, 40, 64, 72, 128, 256)
@@ -316,6 +322,7 @@ def grid(backend: str) -> list[Case]:
     cases = [replace(f, dtype=(F32, BF16, F16)[n % 3]) for n, f in enumerate(FEATURES)]
     if not few:
         cases += [replace(f, dtype=(BF16, F32, F32)[n % 3]) for n, f in enumerate(FEATURES)]
+        cases += [replace(f, dtype=d) for f in FEW for d in (F32, BF16)]
     for n, (q, k) in enumerate(LENGTHS):
         if few and q == 1 < k:
             continue

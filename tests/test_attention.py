@@ -266,6 +266,8 @@ def test_what_lies_behind_the_valid_part_of_a_cache_never_leaks(backend, dtype):
 @pytest.mark.parametrize("feature", [
     Case(kv_heads=2, causal=True, p=0.1), Case(bias="hk", keys=300), Case(bias="q", batch=3), Case(mask="qk", kv_heads=1),
     Case(lengths=((170, 200), (0, 3), (129, 129)), causal=True, alibi=True, kv_heads=2), Case(queries=1, keys=3000),
+    Case(batch=1, heads=4, kv_heads=1, queries=1, keys=3000, valid=(2900,), causal=True, bias="bhk", p=0.1),
+    Case(bias="bhqk"), Case(bias="h", batch=3), Case(alibi=True, window=(100, 20), softcap=5.0, p=0.1),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @needs_cpu
@@ -310,11 +312,11 @@ import resource, sys, torch, fastlm
 torch.set_num_threads(2)
 dtype = getattr(torch, sys.argv[1])
 q, k, v = (torch.randn(1, 1, 8192, 64, dtype=dtype, requires_grad=True) for _ in range(3))
-bias = torch.randn(1, 1, 1, 8192, dtype=dtype, requires_grad=True)
+bias = torch.randn(1, 1, *map(int, sys.argv[2].split("x")), dtype=dtype, requires_grad=True)
 small = [t[:, :, :300].detach().requires_grad_() for t in (q, k, v)]
 call = lambda q, k, v, b: fastlm.ops.attention(q, k, v, bias=b, causal=True, dropout_p=0.1, seed=1).float().sum()
 with fastlm.backend.use("cpu"):
-    call(*small, bias[..., :300]).backward()
+    call(*small, bias[..., :300, :300]).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call(q, k, v, bias).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -322,9 +324,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @needs_cpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_linear_in_the_length(dtype):
-    done = subprocess.run([sys.executable, "-c", _MEMORY, dtype], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    "dtype,bias", [("float32", "1x8192"), ("bfloat16", "1x8192"), ("float32", "8192x1"), ("bfloat16", "1x1")]
+)
+def test_memory_is_linear_in_the_length(dtype, bias):
+    done = subprocess.run([sys.executable, "-c", _MEMORY, dtype, bias], capture_output=True, text=True, check=True)
     # One tensor has 2 MiB in float32; scores, a mask or an expanded bias at one byte each would have 64 MiB.
     assert int(done.stdout) < 48 * 1024
 

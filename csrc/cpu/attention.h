@@ -25,7 +25,8 @@ struct Attention {
   float keep_scale;
   int causal;
   int64_t left, right;  // -1: unlimited
-  float softcap, scale;
+  float softcap;
+  double scale;
   int64_t head0, q0, k0;
   float* lse;         // [batches, q_heads, q_length]; packed [q_heads, q_length]
   const float* dlse;  // as lse, or null

@@ -3,11 +3,12 @@
 //     p = exp(shape(q k^T) - lse);  delta = sum(dout * out) - dlse;  ds = p * (keep * dout v^T - delta)
 //     dv = (keep * p)^T dout;  dk = scale * ds^T q;  dq = scale * ds k;  dbias = the sum of ds over its broadcast axes
 //
-// Five products of rows x keys x head size. An item of work owns one head of k and v, or a fixed piece of its keys
+// Five products of rows x keys x head size. An item of work owns one head of k and v, or one of its segments of keys
 // where heads are few: it walks over tiles of keys, and within each over the query heads and rows that see them, in
-// fixed order. dk and dv of a tile stay in cache; dq gathers in float32 scratch of the item, and pieces are joined in
-// order. So no sum depends on the number of threads. Where batches or heads share elements of dbias, they take turns,
-// and within a turn every item owns its part of dbias.
+// fixed order. dk and dv of a tile stay in cache; dq gathers in float32 scratch, segment by segment, and segments are
+// added in order. Where they begin depends on the number of keys alone, so no sum depends on the number of threads, nor
+// on which other heads and batches the call has: a shard's gradients are the bits of the whole. Where batches or heads
+// share elements of dbias, they take turns, and within a turn every item owns its part of dbias.
 #include <stdlib.h>
 
 #include "cpu/attention_tile.h"
@@ -16,13 +17,15 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kRows = 64;  // of a tile
+constexpr int kRows = 64;     // of a tile
+constexpr int kSegments = 4;  // of the keys of a head, at most, none below kSegmentKeys
+constexpr int64_t kSegmentKeys = 256;
 
 struct Plan {
-  int pieces, words, columns, padded;
-  int64_t depth, group, dq_rows;           // query heads of a head of k; rows of dq's scratch of one head
-  int64_t turns_b, turns_h, own_b, own_h;  // batches and heads of k that take turns, and those within a turn
-  int64_t dq_floats;                       // of one item
+  int segments, pieces, words, columns, padded;  // pieces: segments that are items of their own, or 1
+  int64_t depth, group, dq_rows;                 // query heads of a head of k; rows of dq's scratch of one head
+  int64_t turns_b, turns_h, own_b, own_h;        // batches and heads of k that take turns, and those within a turn
+  int64_t dq_floats;                             // of one item
 };
 
 template <bool Pairs>
@@ -39,17 +42,15 @@ Plan plan_of(const Attention& a) {
   p.turns_h = a.dbias && a.dbias_in_order && !a.dbias_all_heads ? a.k_heads : 1;
   p.own_b = a.batches / p.turns_b;
   p.own_h = a.k_heads / p.turns_h;
-  const int64_t own = p.own_b * p.own_h;
-  p.pieces = 1;
   const bool sums_rows = a.dbias && a.dbias_stride[3] == 0;  // over all keys: not to be cut
-  if (own < 8 && !sums_rows) p.pieces = static_cast<int>(least((7 + own) / own, (a.longest_k + 255) / 256));
-  if (p.pieces < 1) p.pieces = 1;
+  p.segments = a.longest_k > kSegmentKeys ? kSegments : 1;
+  p.pieces = p.own_b * p.own_h < 8 && !sums_rows ? p.segments : 1;
   return p;
 }
 
 struct Scratch {
   Word *k, *k_turned, *k_pairs, *v, *v_turned, *q, *q_pairs, *dout, *dout_pairs, *p_pairs, *ds_pairs, *ds_rows;
-  float *p, *ds, *slope, *dk, *dv, *delta, *dq;
+  float *p, *ds, *slope, *dk, *dv, *delta, *dq, *dq_sum;
   uint16_t* bits;
 };
 Scratch scratch_of(Pool& pool, const Attention& a, const Plan& p, bool pairs) {
@@ -75,7 +76,10 @@ Scratch scratch_of(Pool& pool, const Attention& a, const Plan& p, bool pairs) {
   w.dv = pool.take<float>(kKeys * p.padded);
   w.delta = pool.take<float>(p.group * p.dq_rows);
   w.bits = pool.take<uint16_t>(kRows * kChunks);
-  if (p.pieces == 1) w.dq = pool.take<float>(p.dq_floats);
+  if (p.pieces == 1) {
+    w.dq_sum = pool.take<float>(p.dq_floats);
+    w.dq = p.segments > 1 ? pool.take<float>(p.dq_floats) : w.dq_sum;
+  }
   return w;
 }
 
@@ -98,14 +102,16 @@ void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta) {
 }
 
 // One row of a tile: scores become kept probabilities, dout v^T becomes ds.
-FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, float natural, float lse, float delta,
+FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natural, float lse, float delta,
                                  const uint16_t* keep, float keep_scale, const float* slope, float* dbias,
                                  int64_t dbias_stride, int keys, float* p, float* ds) {
-  const Vec scale = set1(natural), shift = set1(lse > -kInfinity ? lse : kInfinity), minus = set1(delta);
-  const Vec log2e = set1(kLog2e), kept = set1(keep_scale);
+  const Vec scale = set1(natural.high), more = set1(natural.low), kept = set1(keep_scale), minus = set1(delta);
+  const Vec shift = set1(lse > -kInfinity ? -lse : -kInfinity);
+  const Factor log2 = Factor::of(kLog2e);
   Vec row_sum = zero();
   for (int c = from; c < to; c += 16) {
-    Vec x = exp2(minimum(load(p + c) * scale - shift, zero()) * log2e);
+    const Vec score = maximum(load(p + c), set1(-__FLT_MAX__));  // -inf times 0 would be NaN
+    Vec x = exp_of(minimum(fma(score, more, fma(score, scale, shift)), zero()), log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     Vec g = load(ds + c), stays = x;
     if (keep) {
@@ -157,10 +163,10 @@ void clear(float* p, int from, int to) {
 template <bool Pairs>
 void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t head, Tile& t,
                    Dropout& dropout, const float* delta, float* dq) {
-  if (!look(a, s, head, t, w.bits)) return;
+  if (!look(a, s, t, w.bits)) return;
   const int n = static_cast<int>(a.head_size), panels = (t.rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
   const bool shape_needed = shaped(a);
-  const float natural = shape_needed ? 1.0f : a.scale;
+  const Factor natural = Factor::of(shape_needed ? 1.0 : a.scale);
   pack_rows<Pairs>(w.q, p.words, place(a.q, s.batch, head, s.q_start + t.row0), a.q.dtype, a.q.s[2], a.q.s[3], t.rows,
                    rows_padded, n);
   pack_rows<Pairs>(w.dout, p.words, place(a.dout, s.batch, head, s.q_start + t.row0), a.dout.dtype, a.dout.s[2],
@@ -178,7 +184,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         const int from = t.from[panel] > column ? t.from[panel] : column;
         const int to = t.to[panel] < column + kColumns ? t.to[panel] : column + kColumns;
         if (from >= to) continue;
-        multiply<Pairs>(to - from, p.depth, left + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
+        multiply<Pairs>(kPanel, to - from, p.depth, left + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
                         right + (from - column), kColumns, result + panel * kPanel * kScoreRow + from, kScoreRow,
                         false);
       }
@@ -200,7 +206,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
       float* slope = w.slope ? w.slope + row * kScoreRow : nullptr;
       if (shape_needed) shape(a, s, head, t.row0 + row, t, from, to, scores, slope);
       uint16_t keep[kChunks];
-      if (a.threshold) dropout.row(t.row0 + row, t.key0, keep);
+      if (a.threshold) dropout.row(head, t.row0 + row, t.key0, keep);
       float* dbias = nullptr;
       if (shared_by_rows) {
         dbias = few_bias;
@@ -208,7 +214,7 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         dbias = a.dbias + s.batch * a.dbias_stride[0] + head * a.dbias_stride[1] + (t.row0 + row) * a.dbias_stride[2] +
                 t.key0 * a.dbias_stride[3];
       }
-      differentiate(Seen::of(s, t, row, from, to), from, to, natural, lse[row], delta[t.row0 + row],
+      differentiate(Seen::of(s, t, row, t.row0 + row, from, to), from, to, natural, lse[row], delta[t.row0 + row],
                     a.threshold ? keep : nullptr, a.keep_scale, slope, dbias, a.dbias_stride[3], t.keys, scores, ds);
     }
     if (shared_by_rows && row % kBiasRows == kBiasRows - 1) {
@@ -255,12 +261,12 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         const int begin = first[key / 16] * kPanel, count = last[key / 16] * kPanel - begin;
         if (count <= 0) continue;
         if (Pairs) {
-          multiply<Pairs>(wide, count / 2, left_pairs + begin / 2 * kScoreRow + key, 1, kScoreRow,
+          multiply<Pairs>(kPanel, wide, count / 2, left_pairs + begin / 2 * kScoreRow + key, 1, kScoreRow,
                           right + static_cast<int64_t>(begin / 2) * p.padded, p.padded,
                           result + static_cast<int64_t>(key) * p.padded, p.padded, true);
         } else {
-          multiply<Pairs>(wide, count, reinterpret_cast<const Word*>(left) + begin * kScoreRow + key, 1, kScoreRow,
-                          right + static_cast<int64_t>(begin) * p.padded, p.padded,
+          multiply<Pairs>(kPanel, wide, count, reinterpret_cast<const Word*>(left) + begin * kScoreRow + key, 1,
+                          kScoreRow, right + static_cast<int64_t>(begin) * p.padded, p.padded,
                           result + static_cast<int64_t>(key) * p.padded, p.padded, true);
         }
       }
@@ -270,36 +276,54 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
       if (from >= to) continue;
       float* c = dq + (t.row0 + panel * kPanel) * p.padded + column;
       if (Pairs) {
-        multiply<Pairs>(wide, (to - from) / 2, w.ds_rows + (panel * kPanel * kScoreRow + from) / 2, kScoreRow / 2, 1,
-                        w.k_pairs + static_cast<int64_t>(from / 2) * p.padded + column, p.padded, c, p.padded, true);
+        multiply<Pairs>(kPanel, wide, (to - from) / 2, w.ds_rows + (panel * kPanel * kScoreRow + from) / 2,
+                        kScoreRow / 2, 1, w.k_pairs + static_cast<int64_t>(from / 2) * p.padded + column, p.padded, c,
+                        p.padded, true);
       } else {
-        multiply<Pairs>(wide, to - from, reinterpret_cast<Word*>(w.ds) + panel * kPanel * kScoreRow + from, kScoreRow,
-                        1, w.k + static_cast<int64_t>(from) * p.padded + column, p.padded, c, p.padded, true);
+        multiply<Pairs>(kPanel, wide, to - from, reinterpret_cast<Word*>(w.ds) + panel * kPanel * kScoreRow + from,
+                        kScoreRow, 1, w.k + static_cast<int64_t>(from) * p.padded + column, p.padded, c, p.padded,
+                        true);
       }
     }
   }
 }
 
-// Keys key_begin ... of one head of k: dk and dv in full, dq [group, dq_rows, padded] of these keys.
+struct Range {
+  int64_t begin, end;
+};
+FASTLM_INLINE Range segment_of(const Sequence& s, int number) {
+  const int64_t keys = most(kSegmentKeys, round_up((s.keys + kSegments - 1) / kSegments, kKeys));
+  return {least(number * keys, s.keys), least((number + 1) * keys, s.keys)};
+}
+// The rows that see any of these keys.
+FASTLM_INLINE Range rows_of(const Sequence& s, int64_t key_begin, int64_t key_end) {
+  key_end = least(key_end, s.valid);
+  Range r = {s.right < 0 ? 0 : most(0, key_begin - s.base - s.right),
+             s.left < 0 ? s.rows : least(s.rows, key_end - s.base + s.left)};
+  if (key_begin >= key_end || r.begin >= r.end) r = {0, 0};
+  return r;
+}
+
+// The keys of one segment of one head of k: dk and dv in full, and what they give to dq [group, dq_rows, padded], in
+// the rows that see them.
 template <bool Pairs>
-void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t kv_head,
-                   int64_t key_begin, int64_t key_end, float* dq) {
+void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t kv_head, Range keys,
+                   float* dq) {
   const int n = static_cast<int>(a.head_size);
-  for (int64_t g = 0; g < p.group; ++g) {
-    deltas(a, s, kv_head * p.group + g, w.delta + g * p.dq_rows);
-    memset(dq + g * p.dq_rows * p.padded, 0, sizeof(float) * static_cast<size_t>(round_up(s.rows, kPanel)) * p.padded);
+  const Range seen = rows_of(s, keys.begin, keys.end);
+  for (int64_t g = 0; g < p.group && seen.begin < seen.end; ++g) {
+    const int64_t begin = seen.begin / kPanel * kPanel, end = round_up(seen.end, kPanel);
+    memset(dq + (g * p.dq_rows + begin) * p.padded, 0, sizeof(float) * static_cast<size_t>(end - begin) * p.padded);
   }
-  for (int64_t key0 = key_begin; key0 < key_end; key0 += kKeys) {
-    const int stored = static_cast<int>(least(kKeys, key_end - key0));
+  for (int64_t key0 = keys.begin; key0 < keys.end; key0 += kKeys) {
+    const int stored = static_cast<int>(least(kKeys, keys.end - key0));
     Tile t;
     t.key0 = key0;
     t.keys = static_cast<int>(least(stored, s.valid - key0));
     memset(w.dk, 0, sizeof(float) * kKeys * p.padded);
     memset(w.dv, 0, sizeof(float) * kKeys * p.padded);
-    // The rows that see any of these keys.
-    const int64_t row_begin = s.right < 0 ? 0 : most(0, key0 - s.base - s.right);
-    const int64_t row_end = s.left < 0 ? s.rows : least(s.rows, key0 + t.keys - s.base + s.left);
-    if (t.keys > 0 && row_begin < row_end) {
+    const Range rows = rows_of(s, key0, key0 + stored);
+    if (rows.begin < rows.end) {
       const int64_t keys16 = round_up(t.keys, 16);
       pack_rows<Pairs>(w.k, p.words, place(a.k, s.batch, kv_head, s.k_start + key0), a.k.dtype, a.k.s[2], a.k.s[3],
                        t.keys, keys16, n);
@@ -310,32 +334,35 @@ void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Se
       if (Pairs) pack_pairs(w.k_pairs, w.k, p.words, p.words, keys16);
       for (int64_t g = 0; g < p.group; ++g) {
         const int64_t head = kv_head * p.group + g;
-        Dropout dropout = Dropout::of(a, s, head);
-        for (int64_t row0 = row_begin / kRows * kRows; row0 < row_end; row0 += kRows) {
+        Dropout dropout = Dropout::of(a, s);
+        for (int64_t row0 = rows.begin / kRows * kRows; row0 < rows.end; row0 += kRows) {
           t.row0 = row0;
-          t.rows = static_cast<int>(least(kRows, s.rows - row0));
+          t.rows = t.queries = static_cast<int>(least(kRows, s.rows - row0));
+          t.head = head;
           backward_tile<Pairs>(a, p, w, s, head, t, dropout, w.delta + g * p.dq_rows, dq + g * p.dq_rows * p.padded);
         }
       }
     }
     for (int j = 0; j < stored; ++j) {
       store_row(place(a.dk, s.batch, kv_head, s.k_start + key0 + j), a.dk.dtype, a.dk.s[3], w.dk + j * p.padded,
-                a.scale, n);
+                static_cast<float>(a.scale), n);
       store_row(place(a.dv, s.batch, kv_head, s.k_start + key0 + j), a.dv.dtype, a.dv.s[3], w.dv + j * p.padded,
                 a.keep_scale, n);
     }
   }
 }
 
-// dq of one query head from its pieces, `step` floats apart, in order.
-void finish_dq(const Attention& a, const Plan& p, const Sequence& s, int64_t head, float* dq, int64_t step) {
+// Adds what one segment gave to dq of one query head.
+void add_segment(const Plan& p, Range seen, const float* from, float* dq) {
+  for (int64_t i = seen.begin * p.padded; i < seen.end * p.padded; i += 16) {
+    store(dq + i, load(dq + i) + load(from + i));
+  }
+}
+
+void finish_dq(const Attention& a, const Plan& p, const Sequence& s, int64_t head, const float* dq) {
   for (int64_t i = 0; i < s.rows; ++i) {
-    float* row = dq + i * p.padded;
-    for (int piece = 1; piece < p.pieces; ++piece) {
-      for (int c = 0; c < p.columns; c += 16) store(row + c, load(row + c) + load(row + piece * step + c));
-    }
-    store_row(place(a.dq, s.batch, head, s.q_start + i), a.dq.dtype, a.dq.s[3], row, a.scale,
-              static_cast<int>(a.head_size));
+    store_row(place(a.dq, s.batch, head, s.q_start + i), a.dq.dtype, a.dq.s[3], dq + i * p.padded,
+              static_cast<float>(a.scale), static_cast<int>(a.head_size));
   }
 }
 
@@ -347,31 +374,47 @@ bool backward(const Attention& a) {
   const int64_t bytes = round_up(reinterpret_cast<int64_t>(measure.at), 4096) + 64;
   const int64_t own = p.own_b * p.own_h, items = own * p.pieces;
   const int threads = static_cast<int>(least(a.threads, most(items, 1)));
-  const int64_t shared = p.pieces > 1 ? items * p.dq_floats * static_cast<int64_t>(sizeof(float)) : 0;
+  const int64_t shared = p.pieces > 1 ? (items + own) * p.dq_floats * static_cast<int64_t>(sizeof(float)) : 0;
   char* memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(round_up(bytes * threads + shared, 64))));
   if (!memory) return false;
   float* pieces = reinterpret_cast<float*>(memory + bytes * threads);
+  float* sums = pieces + items * p.dq_floats;
   for (int64_t turn = 0; turn < p.turns_b * p.turns_h; ++turn) {
     const auto run = [&](int64_t item, int thread, bool joining) {
       const int64_t piece = joining ? 0 : item % p.pieces, rest = joining ? item / p.group : item / p.pieces;
       const int64_t batch = p.turns_b > 1 ? turn / p.turns_h : rest / p.own_h;
       const int64_t kv_head = p.turns_h > 1 ? turn % p.turns_h : rest % p.own_h;
       const Sequence s = sequence_of(a, batch);
-      if (joining) {
-        const int64_t g = item % p.group;
-        finish_dq(a, p, s, kv_head * p.group + g, pieces + rest * p.pieces * p.dq_floats + g * p.dq_rows * p.padded,
-                  p.dq_floats);
-        return;
-      }
       Pool pool = {memory + bytes * thread};
       const Scratch w = scratch_of(pool, a, p, Pairs);
-      const int64_t share = round_up((s.keys + p.pieces - 1) / p.pieces, kKeys);
-      float* dq = p.pieces > 1 ? pieces + item * p.dq_floats : w.dq;
-      backward_item<Pairs>(a, p, w, s, kv_head, least(piece * share, s.keys), least((piece + 1) * share, s.keys), dq);
-      if (p.pieces == 1) {
-        for (int64_t g = 0; g < p.group; ++g) {
-          finish_dq(a, p, s, kv_head * p.group + g, dq + g * p.dq_rows * p.padded, 0);
+      const size_t dq_bytes = sizeof(float) * static_cast<size_t>(s.rows) * p.padded;
+      if (joining) {
+        const int64_t g = item % p.group;
+        float* dq = sums + item * p.dq_rows * p.padded;
+        memset(dq, 0, dq_bytes);
+        for (int i = 0; i < p.pieces; ++i) {
+          const Range keys = segment_of(s, i);
+          add_segment(p, rows_of(s, keys.begin, keys.end),
+                      pieces + (rest * p.pieces + i) * p.dq_floats + g * p.dq_rows * p.padded, dq);
         }
+        finish_dq(a, p, s, kv_head * p.group + g, dq);
+        return;
+      }
+      for (int64_t g = 0; g < p.group; ++g) deltas(a, s, kv_head * p.group + g, w.delta + g * p.dq_rows);
+      if (p.pieces > 1) {
+        backward_item<Pairs>(a, p, w, s, kv_head, segment_of(s, static_cast<int>(piece)), pieces + item * p.dq_floats);
+        return;
+      }
+      for (int64_t g = 0; g < p.group; ++g) memset(w.dq_sum + g * p.dq_rows * p.padded, 0, dq_bytes);
+      for (int i = 0; i < p.segments; ++i) {
+        const Range keys = segment_of(s, i), seen = rows_of(s, keys.begin, keys.end);
+        backward_item<Pairs>(a, p, w, s, kv_head, keys, w.dq);
+        for (int64_t g = 0; g < p.group && p.segments > 1; ++g) {
+          add_segment(p, seen, w.dq + g * p.dq_rows * p.padded, w.dq_sum + g * p.dq_rows * p.padded);
+        }
+      }
+      for (int64_t g = 0; g < p.group; ++g) {
+        finish_dq(a, p, s, kv_head * p.group + g, w.dq_sum + g * p.dq_rows * p.padded);
       }
     };
     for (int joining = 0; joining < (p.pieces > 1 ? 2 : 1); ++joining) {

@@ -3,8 +3,11 @@
 // An item of work is a block of rows of one head and walks over the keys, keeping per row the largest score so far, the
 // sum of exponentials relative to it, and the unnormalised output. Two products of rows x keys x head size; exp, max
 // and sum are about fifteen instructions for sixteen scores. K and V are packed tile by tile into the thread's scratch,
-// which costs 1/rows of the products. Few rows against many keys: the keys are cut into pieces of fixed size, joined in
-// order.
+// which costs 1/rows of the products.
+//
+// Few queries against many keys (generation): the queries of heads that share a head of k and v stand in one block, so
+// a cache is read once, and its keys are cut into pieces of a fixed size, joined in order. Then the time is that of
+// reading 2 x keys x head size.
 #include <stdlib.h>
 
 #include "cpu/attention_tile.h"
@@ -13,9 +16,14 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+constexpr int kFewRows = 64;       // up to so many in all, keys are cut
+constexpr int kPieceKeys = 512;    // of a piece,
+constexpr int kMostPieces = 256;   // unless they were more than these
+constexpr int kStackQueries = 16;  // up to so many, heads are put together
+
 struct Plan {
-  int rows, pieces;  // rows of a block; pieces of the keys
-  int64_t blocks, piece_keys;
+  int rows, pieces, stack;  // rows of a block; pieces of the keys; heads of a block
+  int64_t blocks, queries, piece_keys;
   int words, columns;  // words of a packed row; columns of the output (a multiple of 16)
   int64_t depth;       // words that are summed for a score
   int padded;          // floats of a row of the output, and of V as the right factor
@@ -28,15 +36,22 @@ Plan plan_of(const Attention& a) {
   p.words = Pairs ? p.padded / 2 : p.padded;
   p.depth = Pairs ? (a.head_size + 1) / 2 : a.head_size;
   p.columns = static_cast<int>(round_up(a.head_size, 16));
-  const int64_t heads = a.batches * a.q_heads;
-  p.pieces = 1;
+  const int64_t heads = a.batches * a.q_heads, group = a.q_heads / a.k_heads;
+  p.stack = 1;
+  for (int64_t n = 2; n <= group && n * a.longest_q <= kFewRows && a.longest_q <= kStackQueries; ++n) {
+    if (group % n == 0) p.stack = static_cast<int>(n);
+  }
   p.rows = a.head_size > 128 ? 128 : 256;
   while (p.rows > 64 && heads * ((a.longest_q + p.rows - 1) / p.rows) < 16) p.rows /= 2;
-  p.rows = static_cast<int>(least(p.rows, round_up(most(a.longest_q, 1), kPanel)));
-  p.blocks = (a.longest_q + p.rows - 1) / p.rows;
-  if (heads * p.blocks < 16 && a.longest_q <= 64) p.pieces = static_cast<int>(least(32, (a.longest_k + 511) / 512));
-  if (p.pieces < 1) p.pieces = 1;
-  p.piece_keys = round_up((a.longest_k + p.pieces - 1) / p.pieces, kKeys);
+  p.rows = static_cast<int>(least(p.rows, round_up(most(p.stack * a.longest_q, 1), kPanel)));
+  p.queries = p.stack > 1 ? a.longest_q : p.rows;
+  p.blocks = (a.longest_q + p.queries - 1) / p.queries;
+  p.pieces = 1;
+  p.piece_keys = most(a.longest_k, 1);
+  if (p.stack * a.longest_q <= kFewRows) {
+    p.piece_keys = most(kPieceKeys, round_up((a.longest_k + kMostPieces - 1) / kMostPieces, kKeys));
+    p.pieces = static_cast<int>(most(1, (a.longest_k + p.piece_keys - 1) / p.piece_keys));
+  }
   return p;
 }
 
@@ -61,12 +76,12 @@ Scratch scratch_of(Pool& pool, const Plan& p, bool pairs) {
   return w;
 }
 
-// What a piece of the keys leaves for a block of rows: its output, then largest score (natural) and sum of each row.
+// What a piece of the keys leaves for a block of rows: its output, then largest score and sum of each row.
 int64_t part_floats(const Plan& p) { return static_cast<int64_t>(p.rows) * (p.padded + 2); }
 
 // The exponentials of one row of scores, written to P; updates top, sum and the row of the output.
 template <bool Pairs>
-FASTLM_INLINE void soften(const Seen& seen, int from, int to, float factor, const uint16_t* keep, float* scores,
+FASTLM_INLINE void soften(const Seen& seen, int from, int to, Factor log2, const uint16_t* keep, float* scores,
                           Word* pairs, float& top, float& sum, float* out, int columns) {
   Vec high = set1(-kInfinity);
   if (seen.all) {
@@ -80,16 +95,16 @@ FASTLM_INLINE void soften(const Seen& seen, int from, int to, float factor, cons
   if (now > before) {
     top = now;
     if (before > -kInfinity) {
-      const float shrink = first_lane(exp2(set1((before - now) * factor)));
+      const float shrink = first_lane(exp_of(set1(before - now), log2));
       const Vec f = set1(shrink);
       sum *= shrink;
       for (int c = 0; c < columns; c += 16) store(out + c, load(out + c) * f);
     }
   }
-  const Vec reference = set1(now > -kInfinity ? now : 0.0f), scale = set1(factor);
+  const Vec reference = set1(now > -kInfinity ? now : 0.0f);
   Vec part = zero();
   for (int c = from; c < to; c += 16) {
-    Vec x = exp2((load(scores + c) - reference) * scale);
+    Vec x = exp_of(load(scores + c) - reference, log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     part = part + x;
     if (keep) x = select(keep[c / 16], x, zero());
@@ -102,15 +117,29 @@ FASTLM_INLINE void soften(const Seen& seen, int from, int to, float factor, cons
   sum += total(part);
 }
 
+// A row's output, and lse from its largest score and the sum of exponentials.
+FASTLM_INLINE void finish(const Attention& a, const Sequence& s, Query q, const float* out, double top, float sum) {
+  const bool none = !(sum > 0.0f);
+  store_row(place(a.out, s.batch, q.head, s.q_start + q.i), a.out.dtype, a.out.s[3], out,
+            none ? 0.0f : a.keep_scale / sum, static_cast<int>(a.head_size));
+  a.lse[lse_place(a, s, q.head) + q.i] = none ? -kInfinity : static_cast<float>(top + log(static_cast<double>(sum)));
+}
+
+// Rows row0 ... of heads head ... against keys [key_begin, key_end); the result, or `part` of it.
 template <bool Pairs>
 void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t head, int64_t row0,
                   int64_t key_begin, int64_t key_end, float* part) {
-  const int rows = static_cast<int>(least(p.rows, s.rows - row0));
-  const int panels = (rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
+  Tile t;
+  t.head = head;
+  t.row0 = row0;
+  t.queries = static_cast<int>(least(p.queries, s.rows - row0));
+  t.rows = t.queries * p.stack;
+  const int rows = t.rows, panels = (rows + kPanel - 1) / kPanel, rows_padded = panels * kPanel;
   const int64_t kv_head = head / (a.q_heads / a.k_heads);
   const bool shape_needed = shaped(a);
-  const float natural = shape_needed ? 1.0f : a.scale, factor = natural * kLog2e;
-  Dropout dropout = Dropout::of(a, s, head);
+  const double natural = shape_needed ? 1.0 : a.scale;  // of a score
+  const Factor log2 = Factor::of(natural * kLog2e);
+  Dropout dropout = Dropout::of(a, s);
   for (int r = 0; r < rows_padded; ++r) {
     w.top[r] = -kInfinity;
     w.sum[r] = 0.0f;
@@ -119,17 +148,16 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
   const int n = static_cast<int>(a.head_size);
   bool packed_q = false;
   key_begin = most(key_begin, first_key(s, row0) / kKeys * kKeys);
-  key_end = least(key_end, last_key(s, row0 + rows - 1));
+  key_end = least(key_end, last_key(s, row0 + t.queries - 1));
   for (int64_t key0 = key_begin; key0 < key_end; key0 += kKeys) {
-    Tile t;
-    t.row0 = row0;
     t.key0 = key0;
-    t.rows = rows;
     t.keys = static_cast<int>(least(kKeys, s.valid - key0));
-    if (!look(a, s, head, t, w.bits)) continue;
+    if (!look(a, s, t, w.bits)) continue;
     if (!packed_q) {
-      pack_rows<Pairs>(w.q, p.words, place(a.q, s.batch, head, s.q_start + row0), a.q.dtype, a.q.s[2], a.q.s[3], rows,
-                       rows_padded, n);
+      for (int g = 0; g < p.stack; ++g) {
+        pack_rows<Pairs>(w.q + g * t.queries * p.words, p.words, place(a.q, s.batch, head + g, s.q_start + row0),
+                         a.q.dtype, a.q.s[2], a.q.s[3], t.queries, t.queries, n);
+      }
       packed_q = true;
     }
     const int64_t keys16 = round_up(t.keys, 16);
@@ -150,24 +178,21 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
         const int from = t.from[panel] > column ? t.from[panel] : column;
         const int to = t.to[panel] < column + kColumns ? t.to[panel] : column + kColumns;
         if (from >= to) continue;
-        multiply<Pairs>(to - from, p.depth, w.q + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
-                        b + (from - column), kColumns, w.scores + panel * kPanel * kScoreRow + from, kScoreRow, false);
+        multiply<Pairs>(rows - panel * kPanel, to - from, p.depth, w.q + static_cast<int64_t>(panel) * kPanel * p.words,
+                        p.words, 1, b + (from - column), kColumns, w.scores + panel * kPanel * kScoreRow + from,
+                        kScoreRow, false);
       }
     }
-    for (int row = 0; row < rows_padded; ++row) {
+    for (int row = 0; row < rows; ++row) {
       const int from = t.from[row / kPanel], to = t.to[row / kPanel];
       float* scores = w.scores + row * kScoreRow;
       Word* pairs = w.p_pairs + row * (kScoreRow / 2);
       if (from >= to) continue;
-      if (row >= rows) {
-        memset(scores + from, 0, sizeof(float) * static_cast<size_t>(to - from));
-        if (Pairs) memset(pairs + from / 2, 0, sizeof(Word) * static_cast<size_t>(to - from) / 2);
-        continue;
-      }
-      if (shape_needed) shape(a, s, head, row0 + row, t, from, to, scores, nullptr);
+      const Query query = query_of(t, row);
+      if (shape_needed) shape(a, s, query.head, query.i, t, from, to, scores, nullptr);
       uint16_t keep[kChunks];
-      if (a.threshold) dropout.row(row0 + row, key0, keep);
-      soften<Pairs>(Seen::of(s, t, row, from, to), from, to, factor, a.threshold ? keep : nullptr, scores, pairs,
+      if (a.threshold) dropout.row(query.head, query.i, key0, keep);
+      soften<Pairs>(Seen::of(s, t, row, query.i, from, to), from, to, log2, a.threshold ? keep : nullptr, scores, pairs,
                     w.top[row], w.sum[row], w.out + static_cast<int64_t>(row) * p.padded, p.columns);
     }
     for (int column = 0; column < p.columns; column += kColumns) {
@@ -177,11 +202,13 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
         if (from >= to) continue;
         float* c = w.out + static_cast<int64_t>(panel) * kPanel * p.padded + column;
         if (Pairs) {
-          multiply<Pairs>(wide, (to - from) / 2, w.p_pairs + (panel * kPanel * kScoreRow + from) / 2, kScoreRow / 2, 1,
+          multiply<Pairs>(rows - panel * kPanel, wide, (to - from) / 2,
+                          w.p_pairs + (panel * kPanel * kScoreRow + from) / 2, kScoreRow / 2, 1,
                           w.v_pairs + static_cast<int64_t>(from / 2) * p.padded + column, p.padded, c, p.padded, true);
         } else {
-          multiply<Pairs>(wide, to - from, reinterpret_cast<Word*>(w.scores) + panel * kPanel * kScoreRow + from,
-                          kScoreRow, 1, v.p + from * v.step + column, v.step, c, p.padded, true);
+          multiply<Pairs>(rows - panel * kPanel, wide, to - from,
+                          reinterpret_cast<Word*>(w.scores) + panel * kPanel * kScoreRow + from, kScoreRow, 1,
+                          v.p + from * v.step + column, v.step, c, p.padded, true);
         }
       }
     }
@@ -190,26 +217,27 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     memcpy(part, w.out, sizeof(float) * static_cast<size_t>(rows) * p.padded);
     float* ends = part + static_cast<int64_t>(p.rows) * p.padded;
     for (int r = 0; r < rows; ++r) {
-      ends[r] = w.top[r] * natural;
+      ends[r] = w.top[r];
       ends[p.rows + r] = w.sum[r];
     }
     return;
   }
-  float* lse = a.lse + lse_place(a, s, head) + row0;
   for (int r = 0; r < rows; ++r) {
-    const bool none = !(w.sum[r] > 0.0f);
-    store_row(place(a.out, s.batch, head, s.q_start + row0 + r), a.out.dtype, a.out.s[3],
-              w.out + static_cast<int64_t>(r) * p.padded, none ? 0.0f : a.keep_scale / w.sum[r], n);
-    lse[r] = none ? -kInfinity : w.top[r] * natural + logf(w.sum[r]);
+    finish(a, s, query_of(t, r), w.out + static_cast<int64_t>(r) * p.padded, w.top[r] * natural, w.sum[r]);
   }
 }
 
 // Joins the pieces of a block of rows, in order.
 void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t head, int64_t row0,
           const float* parts) {
-  const int rows = static_cast<int>(least(p.rows, s.rows - row0));
+  Tile t;
+  t.head = head;
+  t.row0 = row0;
+  t.queries = static_cast<int>(least(p.queries, s.rows - row0));
+  const int rows = t.queries * p.stack;
   const int64_t step = part_floats(p), ends = static_cast<int64_t>(p.rows) * p.padded;
-  float* lse = a.lse + lse_place(a, s, head) + row0;
+  const double natural = shaped(a) ? 1.0 : a.scale;
+  const Factor log2 = Factor::of(natural * kLog2e);
   for (int r = 0; r < rows; ++r) {
     float top = -kInfinity, sum = 0.0f;
     for (int i = 0; i < p.pieces; ++i) {
@@ -218,15 +246,12 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
     }
     memset(w.out, 0, sizeof(float) * static_cast<size_t>(p.padded));
     for (int i = 0; i < p.pieces && top > -kInfinity; ++i) {
-      const float weight = first_lane(exp2(set1((parts[i * step + ends + r] - top) * kLog2e)));
+      const float weight = first_lane(exp_of(set1(parts[i * step + ends + r] - top), log2));
       const float* row = parts + i * step + static_cast<int64_t>(r) * p.padded;
       sum += parts[i * step + ends + p.rows + r] * weight;
       for (int c = 0; c < p.columns; c += 16) store(w.out + c, fma(load(row + c), set1(weight), load(w.out + c)));
     }
-    const bool none = !(sum > 0.0f);
-    store_row(place(a.out, s.batch, head, s.q_start + row0 + r), a.out.dtype, a.out.s[3], w.out,
-              none ? 0.0f : a.keep_scale / sum, static_cast<int>(a.head_size));
-    lse[r] = none ? -kInfinity : top + logf(sum);
+    finish(a, s, query_of(t, r), w.out, top * natural, sum);
   }
 }
 
@@ -236,7 +261,7 @@ bool forward(const Attention& a) {
   Pool measure = {nullptr};
   scratch_of(measure, p, Pairs);
   const int64_t bytes = round_up(reinterpret_cast<int64_t>(measure.at), 4096) + 64;
-  const int64_t heads = a.batches * a.q_heads, items = heads * p.blocks * p.pieces;
+  const int64_t stacks = a.q_heads / p.stack, heads = a.batches * stacks, items = heads * p.blocks * p.pieces;
   const int threads = static_cast<int>(least(a.threads, most(items, 1)));
   const int64_t parts = p.pieces > 1 ? items * part_floats(p) * static_cast<int64_t>(sizeof(float)) : 0;
   char* memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(round_up(bytes * threads + parts, 64))));
@@ -247,8 +272,8 @@ bool forward(const Attention& a) {
     Pool pool = {memory + bytes * thread};
     const Scratch w = scratch_of(pool, p, Pairs);
     const int64_t piece = joining ? 0 : item % p.pieces, rest = joining ? item : item / p.pieces;
-    const int64_t head = rest % a.q_heads, batch = rest / a.q_heads % a.batches;
-    const int64_t row0 = (p.blocks - 1 - rest / heads) * p.rows;
+    const int64_t head = rest % stacks * p.stack, batch = rest / stacks % a.batches;
+    const int64_t row0 = (p.blocks - 1 - rest / heads) * p.queries;
     const Sequence s = sequence_of(a, batch);
     if (row0 >= s.rows) return;
     if (joining) {

@@ -69,13 +69,13 @@ FASTLM_INLINE Lane lane_add(Lane c, Lane a, Lane b) {
 }
 #endif
 
-// kPanel rows of C by N lanes.
-template <bool Pairs, int N>
+// R rows of C by N lanes.
+template <bool Pairs, int R, int N>
 FASTLM_NOINLINE void micro(int64_t k, const Word* a, int64_t row, int64_t step, const Word* b, int64_t ldb, float* c,
                            int64_t ldc, bool add) {
-  Lane sums[kPanel][N];
+  Lane sums[R][N];
 #pragma GCC unroll 8
-  for (int i = 0; i < kPanel; ++i) {
+  for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[i][j] = lane_zero();
   }
@@ -84,7 +84,7 @@ FASTLM_NOINLINE void micro(int64_t k, const Word* a, int64_t row, int64_t step, 
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) columns[j] = lane_load(b + j * kLane);
 #pragma GCC unroll 8
-    for (int i = 0; i < kPanel; ++i) {
+    for (int i = 0; i < R; ++i) {
       const Lane x = lane_word(a + i * row);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sums[i][j] = lane_add<Pairs>(sums[i][j], x, columns[j]);
@@ -93,7 +93,7 @@ FASTLM_NOINLINE void micro(int64_t k, const Word* a, int64_t row, int64_t step, 
     b += ldb;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kPanel; ++i) {
+  for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float* at = c + i * ldc + j * kLane;
@@ -102,31 +102,40 @@ FASTLM_NOINLINE void micro(int64_t k, const Word* a, int64_t row, int64_t step, 
   }
 }
 
-// kPanel rows by `columns` (a multiple of 16, at most kColumns) of C (+)= A B, in blocks of the sum of kBlock words:
-// rounding errors of a block do not meet those of the next.
 constexpr int kBlock = 64;
-template <bool Pairs>
-FASTLM_INLINE void multiply(int columns, int64_t k, const Word* a, int64_t row, int64_t step, const Word* b,
-                            int64_t ldb, float* c, int64_t ldc, bool add) {
+template <bool Pairs, int R>
+FASTLM_INLINE void multiply_rows(int columns, int64_t k, const Word* a, int64_t row, int64_t step, const Word* b,
+                                 int64_t ldb, float* c, int64_t ldc, bool add) {
   for (; k > 0; k -= kBlock) {
     const int64_t depth = k < kBlock ? k : kBlock;
     int left = columns;
     const Word* bs = b;
     float* cs = c;
     for (constexpr int wide = kMostLanes * kLane; left >= wide; left -= wide) {
-      micro<Pairs, kMostLanes>(depth, a, row, step, bs, ldb, cs, ldc, add);
+      micro<Pairs, R, kMostLanes>(depth, a, row, step, bs, ldb, cs, ldc, add);
       bs += wide;
       cs += wide;
     }
 #if FASTLM_ISA_avx512
-    if (left == 48) micro<Pairs, 3>(depth, a, row, step, bs, ldb, cs, ldc, add);
-    if (left == 32) micro<Pairs, 2>(depth, a, row, step, bs, ldb, cs, ldc, add);
-    if (left == 16) micro<Pairs, 1>(depth, a, row, step, bs, ldb, cs, ldc, add);
+    if (left == 48) micro<Pairs, R, 3>(depth, a, row, step, bs, ldb, cs, ldc, add);
+    if (left == 32) micro<Pairs, R, 2>(depth, a, row, step, bs, ldb, cs, ldc, add);
+    if (left == 16) micro<Pairs, R, 1>(depth, a, row, step, bs, ldb, cs, ldc, add);
 #endif
     a += kBlock * step;
     b += kBlock * ldb;
     add = true;
   }
+}
+
+// Up to kPanel rows by `columns` (a multiple of 16, at most kColumns) of C (+)= A B, in blocks of the sum of kBlock
+// words: rounding errors of a block do not meet those of the next.
+template <bool Pairs>
+FASTLM_INLINE void multiply(int rows, int columns, int64_t k, const Word* a, int64_t row, int64_t step, const Word* b,
+                            int64_t ldb, float* c, int64_t ldc, bool add) {
+  if (rows >= kPanel) return multiply_rows<Pairs, kPanel>(columns, k, a, row, step, b, ldb, c, ldc, add);
+  if (rows == 3) return multiply_rows<Pairs, 3>(columns, k, a, row, step, b, ldb, c, ldc, add);
+  if (rows == 2) return multiply_rows<Pairs, 2>(columns, k, a, row, step, b, ldb, c, ldc, add);
+  multiply_rows<Pairs, 1>(columns, k, a, row, step, b, ldb, c, ldc, add);
 }
 
 // --- packing ---

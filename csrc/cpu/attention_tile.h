@@ -44,15 +44,26 @@ FASTLM_INLINE int64_t last_key(const Sequence& s, int64_t i) {  // one past
   return s.right < 0 ? s.valid : least(s.valid, i + s.base + s.right + 1);
 }
 
-// The keys of a tile that its rows see. Of each panel of rows only keys [from, to), multiples of 16, are worked on.
+// The keys of a tile that its rows see. Its rows are queries row0 ... of one head, or those of several heads that share
+// a head of k, one head after the other: row r is query row0 + r % queries of head + r / queries. Of each panel of rows
+// only keys [from, to), multiples of 16, are worked on.
 struct Tile {
-  int64_t row0, key0;
-  int rows, keys;
+  int64_t head, row0, key0;
+  int queries, rows, keys;
   int low, high;  // of all panels
   int from[kMostRows / kPanel], to[kMostRows / kPanel];
   const uint16_t* bits;  // a bool mask, kChunks words a row, or null
   int bits_row;          // 0: the same for all rows
 };
+
+struct Query {
+  int64_t head, i;
+};
+FASTLM_INLINE Query query_of(const Tile& t, int row) {
+  if (row < t.queries) return {t.head, t.row0 + row};
+  const int heads = row / t.queries;
+  return {t.head + heads, t.row0 + row - heads * t.queries};
+}
 
 // The bits of mask elements [from, to) of a row of n, 16 to a word; from and to are multiples of 16.
 FASTLM_INLINE void mask_row(const char* p, int64_t stride, int from, int to, int n, uint16_t* bits) {
@@ -77,27 +88,32 @@ FASTLM_INLINE void mask_row(const char* p, int64_t stride, int from, int to, int
 }
 
 // Fills the tile's ranges; false if no row sees a key. `bits` has room for kChunks words a row.
-FASTLM_NOINLINE bool look(const Attention& a, const Sequence& s, int64_t head, Tile& t, uint16_t* bits) {
+FASTLM_NOINLINE bool look(const Attention& a, const Sequence& s, Tile& t, uint16_t* bits) {
   const int panels = static_cast<int>((t.rows + kPanel - 1) / kPanel);
   const bool masked = a.bias.p && a.bias.dtype == kBool;
-  const char* mask = masked ? place(a.bias, s.batch, head, t.row0) + t.key0 * a.bias.s[3] : nullptr;
   t.bits = masked ? bits : nullptr;
-  t.bits_row = masked && a.bias.s[2] != 0 ? kChunks : 0;
+  t.bits_row = masked && (a.bias.s[2] != 0 || (t.rows > t.queries && a.bias.s[1] != 0)) ? kChunks : 0;
   t.low = kKeys;
   t.high = 0;
   if (masked && t.bits_row == 0) {  // one row for all
-    mask_row(mask, a.bias.s[3], 0, static_cast<int>(round_up(t.keys, 16)), t.keys, bits);
+    mask_row(place(a.bias, s.batch, t.head, t.row0) + t.key0 * a.bias.s[3], a.bias.s[3], 0,
+             static_cast<int>(round_up(t.keys, 16)), t.keys, bits);
   }
   for (int panel = 0; panel < panels; ++panel) {
-    const int64_t i = t.row0 + panel * kPanel, last = least(i + kPanel, t.row0 + t.rows) - 1;
-    int from = static_cast<int>(least(most(first_key(s, i) - t.key0, 0), kKeys)) & ~15;
-    int to = static_cast<int>(round_up(least(most(last_key(s, last) - t.key0, 0), t.keys), 16));
+    const int row = panel * kPanel, end = static_cast<int>(least(row + kPanel, t.rows));
+    Query first = query_of(t, row), last = query_of(t, end - 1);
+    if (first.head != last.head) first.i = t.row0, last.i = t.row0 + t.queries - 1;
+    int from = static_cast<int>(least(most(first_key(s, first.i) - t.key0, 0), kKeys)) & ~15;
+    int to = static_cast<int>(round_up(least(most(last_key(s, last.i) - t.key0, 0), t.keys), 16));
     if (masked && from < to) {
       uint16_t seen[kChunks] = {};
-      for (int64_t r = i; r <= last; ++r) {
-        uint16_t* row = bits + (r - t.row0) * t.bits_row;
-        if (t.bits_row) mask_row(mask + (r - t.row0) * a.bias.s[2], a.bias.s[3], from, to, t.keys, row);
-        for (int c = 0; c < kChunks; ++c) seen[c] |= row[c];
+      for (int r = row; r < end; ++r) {
+        uint16_t* of_row = bits + r * t.bits_row;
+        const Query q = query_of(t, r);
+        if (t.bits_row) {
+          mask_row(place(a.bias, s.batch, q.head, q.i) + t.key0 * a.bias.s[3], a.bias.s[3], from, to, t.keys, of_row);
+        }
+        for (int c = 0; c < kChunks; ++c) seen[c] |= of_row[c];
         if (!t.bits_row) break;
       }
       while (from < to && !seen[from / 16]) from += 16;
@@ -114,14 +130,14 @@ FASTLM_NOINLINE bool look(const Attention& a, const Sequence& s, int64_t head, T
   return t.low < t.high;
 }
 
-// The keys of [from, to) that one row sees, as bits of each chunk; `all` if it sees them all.
+// The keys of [from, to) that one row, query i, sees, as bits of each chunk; `all` if it sees them all.
 struct Seen {
   uint16_t bits[kChunks];
   bool all;
-  FASTLM_INLINE Seen of(const Sequence& s, const Tile& t, int row, int from, int to) {
+  FASTLM_INLINE Seen of(const Sequence& s, const Tile& t, int row, int64_t i, int from, int to) {
     Seen seen;
-    const int begin = static_cast<int>(least(most(first_key(s, t.row0 + row) - t.key0, 0), kKeys));
-    const int end = static_cast<int>(least(most(last_key(s, t.row0 + row) - t.key0, 0), t.keys));
+    const int begin = static_cast<int>(least(most(first_key(s, i) - t.key0, 0), kKeys));
+    const int end = static_cast<int>(least(most(last_key(s, i) - t.key0, 0), t.keys));
     const bool inside = begin <= from && end >= to;
     seen.all = inside && !t.bits;
     if (seen.all) return seen;
@@ -158,7 +174,7 @@ struct Rows {
 
 // Whether scores need more than a positive scale.
 FASTLM_INLINE bool shaped(const Attention& a) {
-  return (a.bias.p && a.bias.dtype != kBool) || a.alibi || a.softcap > 0.0f || !(a.scale > 0.0f);
+  return (a.bias.p && a.bias.dtype != kBool) || a.alibi || a.softcap > 0.0f || !(a.scale > 0.0);
 }
 
 // Keys [from, to) of row i: scale, softcap, bias, ALiBi. `slope` (if not null) gets the derivative of the softcap.
@@ -168,25 +184,28 @@ FASTLM_NOINLINE void shape(const Attention& a, const Sequence& s, int64_t head, 
   const int64_t stride = a.bias.s[3];
   const char* bias = biased ? place(a.bias, s.batch, head, i) : nullptr;
   const int bias_size = size_of(a.bias.dtype);
-  const Vec scale = set1(a.scale), cap = set1(a.softcap), one = set1(1.0f);
+  const Vec scale = set1(static_cast<float>(a.scale)), cap = set1(a.softcap), one = set1(1.0f);
   const Vec minus_slope = set1(a.alibi ? -a.alibi[s.batch * a.alibi_batch + head] : 0.0f);
   static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int c = from; c < to; c += 16) {
     const int64_t key = t.key0 + c;
-    Vec x = load(scores + c) * scale;
+    Vec x = load(scores + c), factor = scale;
     if (a.softcap > 0.0f) {
-      const Vec y = tanh(divide(x, cap));
-      x = y * cap;
-      if (slope) store(slope + c, (one - y) * (one + y));
+      x = tanh(divide(x * scale, cap));
+      factor = cap;
+      if (slope) store(slope + c, (one - x) * (one + x));
     }
     if (biased) {
       const int n = t.keys - c;
-      x = x + (stride == 0 ? load_strided(bias, a.bias.dtype, 0, 16)
-                           : load_strided(bias + key * stride * bias_size, a.bias.dtype, stride, n));
+      x = fma(x, factor,
+              stride == 0 ? load_strided(bias, a.bias.dtype, 0, 16)
+                          : load_strided(bias + key * stride * bias_size, a.bias.dtype, stride, n));
+    } else {
+      x = x * factor;
     }
     if (a.alibi) {
       const Vec distance = set1(static_cast<float>(key - s.base - i)) + load(lanes);
-      x = x + minus_slope * absolute(distance);
+      x = fma(minus_slope, absolute(distance), x);
     }
     store(scores + c, x);
   }
@@ -194,18 +213,18 @@ FASTLM_NOINLINE void shape(const Attention& a, const Sequence& s, int64_t head, 
 
 // --- dropout ---
 
-// The decisions of one head: rows of kKeys keys.
+// The decisions of one batch: rows of kKeys keys.
 struct Dropout {
   Philox philox;
   uint32_t threshold;
-  int64_t head, q0, k0;
-  FASTLM_INLINE Dropout of(const Attention& a, const Sequence& s, int64_t head) {
+  int64_t head0, q0, k0;
+  FASTLM_INLINE Dropout of(const Attention& a, const Sequence& s) {
     Dropout d;
     d.philox = Philox::make(a.key);
     // Philox's rows count (query, head) as one 64-bit number; the batch enters where dropout_add_norm has a 0.
     d.philox.key1[0] ^= static_cast<uint32_t>(a.batch_ids ? a.batch_ids[s.batch] : s.batch);
     d.threshold = a.threshold;
-    d.head = a.head0 + head;
+    d.head0 = a.head0;
     d.q0 = a.q0;
     d.k0 = a.k0;
     return d;
@@ -217,9 +236,9 @@ struct Dropout {
     for (int c = 0; c < 8; ++c) bits[c] = static_cast<uint16_t>(less(zero(), keep.choose(c, set1(1.0f))));
 #endif
   }
-  // bits[c]: keys key0 + 16c ... of row i
-  inline __attribute__((always_inline)) void row(int64_t i, int64_t key0, uint16_t* bits) {
-    philox.set_row(static_cast<uint64_t>(head) << 32 | static_cast<uint32_t>(q0 + i));
+  // bits[c]: keys key0 + 16c ... of query i
+  inline __attribute__((always_inline)) void row(int64_t head, int64_t i, int64_t key0, uint16_t* bits) {
+    philox.set_row(static_cast<uint64_t>(head0 + head) << 32 | static_cast<uint32_t>(q0 + i));
     const int64_t first = k0 + key0;
     const int skip = static_cast<int>(first & 7);
     Keep keep;

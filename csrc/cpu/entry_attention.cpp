@@ -73,7 +73,7 @@ Attention common(const AttentionSizes& n, const Tensor& q, const Tensor& k, cons
     }
   }
   a.causal = causal, a.left = left, a.right = right;
-  a.softcap = static_cast<float>(softcap), a.scale = static_cast<float>(scale);
+  a.softcap = static_cast<float>(softcap), a.scale = scale;
   a.head0 = head0, a.q0 = q0, a.k0 = k0;
   a.keep_scale = 1.0f;
   if (p > 0.0) {
