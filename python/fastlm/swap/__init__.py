@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend, rng
-from fastlm.swap import attention, blocks, classes, dropout, norms  # noqa: F401  (they register their rules)
+from fastlm.swap import attention, blocks, classes, dropout, interface, multihead, norms  # noqa: F401  (they register their rules)
 from fastlm.swap.report import Report, Row
 from fastlm.swap.rules import RULES, Reason, Rewrite
 
