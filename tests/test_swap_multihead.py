@@ -26,7 +26,7 @@ class Ops(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function).removesuffix(".default"))
+        self.seen.append(function.name())
         return function(*args, **(kwargs or {}))
 
 
@@ -87,7 +87,7 @@ def compare(make, name, *, cross=False, first=True, batched=True):
             (copy.deepcopy(original), torch.float64),
         ):
             module.to(kind)
-            leaves = [x.to(kind).requires_grad_() for x in inputs]
+            leaves = [x.to(kind).clone().requires_grad_() for x in inputs]
             call = {
                 k: v.to(kind) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()
             }
@@ -167,7 +167,8 @@ def test_wrong_arguments_raise_what_torch_raises():
     with pytest.raises(RuntimeError, match="is_causal"):
         module(x, x, x, need_weights=False, is_causal=True)
     nested = torch.nested.nested_tensor([torch.randn(4, E), torch.randn(7, E)])
-    assert module.eval()(nested, nested, nested, need_weights=False)[0].is_nested
+    with torch.no_grad():
+        assert module.eval()(nested, nested, nested, need_weights=False)[0].is_nested
 
 
 def test_rows_that_may_attend_to_nothing_give_the_projections_bias_and_no_nan():
@@ -196,7 +197,6 @@ def test_dropout_masks_follow_the_samples():
         torch.testing.assert_close(part(call(x[2:])), whole[2:])
         fastlm.rng.set(module, 1, 3, [12, 13], batch_dim=0 if first else 1)
         assert not torch.allclose(part(call(x[2:])), whole[2:])
-        assert torch.equal(call(x.roll(1)), module.eval()(*[x.roll(1)] * 3, need_weights=False)[0]) is False
 
 
 def encoder(norm_first=True, p=0.0, **options):
@@ -215,11 +215,12 @@ def test_encoder_layers_run_one_op_a_chain_in_training_and_evaluation(norm_first
     x, pad = torch.randn(B, L, E), padding(torch.Generator().manual_seed(0), L)
     with torch.inference_mode(mode == "inference"), Ops() as ops:
         got = swapped(x, src_mask=CAUSAL, src_key_padding_mask=pad)
-    seen = [name for name in ops.seen if name.startswith(("fastlm::", "aten::native_layer_norm", "aten::_transformer"))]
-    chains = ["fastlm::dropout_add_norm_forward"] * (3 if norm_first and mode == "train" else 3 if norm_first else 2)
-    assert seen.count("fastlm::attention_forward") == 1
-    assert len([n for n in seen if n == chains[0]]) >= 2
-    assert not [n for n in seen if n.startswith("aten")]
+    seen = [name.removesuffix("_forward") for name in ops.seen]
+    assert seen.count("fastlm::attention") == 1
+    assert (
+        seen.count("fastlm::dropout_add_norm") == 2
+    )  # with norms first the last sum has none, and the first norm no sum
+    assert not [name for name in seen if "layer_norm" in name or "_transformer" in name]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         expected = original(x, src_mask=CAUSAL, src_key_padding_mask=pad)
