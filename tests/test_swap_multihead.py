@@ -184,19 +184,20 @@ def test_rows_that_may_attend_to_nothing_give_the_projections_bias_and_no_nan():
     assert x.grad.isfinite().all()
 
 
-def test_dropout_masks_follow_the_samples():
-    for first in (True, False):
-        module = nn.MultiheadAttention(E, H, dropout=0.5, batch_first=first)
-        fastlm.swap(module)
-        x = torch.randn(4, L, E)
-        call = lambda x: module(*[x if first else x.transpose(0, 1)] * 3, need_weights=False)[0]
-        part = (lambda y: y) if first else (lambda y: y.transpose(0, 1))
-        assert fastlm.rng.set(module, 1, 2, [10, 11, 12, 13], batch_dim=0 if first else 1) == 1
-        whole = part(call(x))
-        fastlm.rng.set(module, 1, 2, [12, 13], batch_dim=0 if first else 1)
-        torch.testing.assert_close(part(call(x[2:])), whole[2:])
-        fastlm.rng.set(module, 1, 3, [12, 13], batch_dim=0 if first else 1)
-        assert not torch.allclose(part(call(x[2:])), whole[2:])
+@pytest.mark.parametrize("first", [True, False])
+def test_dropout_masks_follow_the_samples(first):
+    module = nn.MultiheadAttention(E, H, dropout=0.5, batch_first=first)
+    fastlm.swap(module)
+    x = torch.randn(4, L, E)
+
+    def run(x, step, ids):
+        assert fastlm.rng.set(module, 1, step, ids, batch_dim=0 if first else 1) == 1
+        y = module(*[x if first else x.transpose(0, 1)] * 3, need_weights=False)[0]
+        return y if first else y.transpose(0, 1)
+
+    whole = run(x, 2, [10, 11, 12, 13])
+    torch.testing.assert_close(run(x[2:], 2, [12, 13]), whole[2:])
+    assert not torch.allclose(run(x[2:], 3, [12, 13]), whole[2:])
 
 
 def encoder(norm_first=True, p=0.0, **options):

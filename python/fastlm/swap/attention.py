@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -28,8 +28,23 @@ from fastlm.swap.tensors import tell
 _SETTING = "_attn_implementation"
 # What modules hand on and neither function reads; masks already contain the windows.
 _IGNORED = frozenset(
-    "sliding_window position_ids cache_position use_cache output_hidden_states return_dict num_items_in_batch "
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k cache past_key_values past_key_value layer_idx".split()
+    [
+        "sliding_window",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "cache",
+        "past_key_values",
+        "past_key_value",
+        "layer_idx",
+    ]
 )
 _MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "output_attentions"))
 
