@@ -40,8 +40,8 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inter
         return out
     place = ABSENT
     if positions is not None:
-        steps = (*positions.stride(), 0, 0)[:2]
-        place = (positions.data_ptr(), DTYPE[positions.dtype], *steps, 0, 0)
+        batch, row, *_ = (*positions.stride(), 0, 0)
+        place = (positions.data_ptr(), DTYPE[positions.dtype], batch, row, 0, 0)
     b, h, length, d = x.shape
     _native._C.rotary_cpu(
         (b, h, length, d), _four(x), _native.vector(cos.view(-1)), _native.vector(sin.view(-1)), place,

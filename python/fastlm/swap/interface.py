@@ -28,24 +28,10 @@ from fastlm.swap.tensors import tell
 _SETTING = "_attn_implementation"
 # What modules hand on and neither function reads; masks already contain the windows.
 _IGNORED = frozenset(
-    [
-        "sliding_window",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_hidden_states",
-        "return_dict",
-        "num_items_in_batch",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "cache",
-        "past_key_values",
-        "past_key_value",
-        "layer_idx",
-    ]
-)
+    ("sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "layer_idx",
+     "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache",
+     "past_key_values", "past_key_value")
+)  # fmt: skip
 _MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "output_attentions"))
 
 
@@ -129,8 +115,8 @@ def _refusal(
 
 def _weights_wanted() -> bool:
     """Whether transformers is collecting attention weights through its hooks."""
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    collected = capturing._active_collector.get() if hasattr(capturing, "_active_collector") else None
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    collected = None if collector is None else collector.get()
     return collected is not None and any("attentions" in name for name in collected)
 
 

@@ -10,6 +10,7 @@ import __future__
 import ast
 import copy
 import inspect
+import itertools
 import linecache
 import textwrap
 from types import CellType, CodeType, FunctionType
@@ -101,7 +102,7 @@ class Methods:
 
 def _rewrappable(chain: list[Any]) -> bool:
     """Whether each function of ``chain`` holds the next one in its closure, and so can be put around another one."""
-    return all(_cells(outer).count(inner) == 1 for outer, inner in zip(chain, chain[1:]))
+    return all(_cells(outer).count(inner) == 1 for outer, inner in itertools.pairwise(chain))
 
 
 def _cells(function: FunctionType) -> list[Any]:
