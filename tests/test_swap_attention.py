@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 
 import fastlm
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.swap import tensors
 from torch import nn
 
 
@@ -84,7 +86,7 @@ def test_gpt(style):
     torch.testing.assert_close(first(got), first(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_what_the_op_does_not_take_is_torchs():
+def test_what_the_op_does_not_take_is_torchs_and_said(caplog):
     class Flat(nn.Module):
         def forward(self, q, v):
             return F.scaled_dot_product_attention(q, q, v)
@@ -93,4 +95,7 @@ def test_what_the_op_does_not_take_is_torchs():
     q, v = torch.randn(4, 9, 16), torch.randn(4, 9, 8)
     expected = model(q, v)
     fastlm.swap(model)
-    assert torch.equal(model(q, v), expected)
+    tensors._told.clear()
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        assert torch.equal(model(q, v), expected)
+    assert "a Flat calls PyTorch's own scaled_dot_product_attention: the op takes [batch" in caplog.text

@@ -11,13 +11,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
-from fastlm.swap.tensors import plain
+from fastlm.swap.tensors import plain, tell
 
 _NAME = "scaled_dot_product_attention"
 
@@ -37,7 +38,9 @@ class SDPA:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not served(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+        why = refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        if why:
+            tell(f"a {type(self).__name__} calls PyTorch's own {_NAME}: {why}")
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa,
@@ -72,17 +75,26 @@ def attend(
     return out
 
 
-def served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> bool:
-    """Whether the op takes what ``F.scaled_dot_product_attention`` was given."""
-    if not all(x.dim() == 4 for x in (q, k, v)) or not plain(q, k, v) or not 0 <= p < 1:
-        return False
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[3] == 0:
-        return False
-    if mask is not None and (is_causal or mask.dim() > 4 or mask.device != q.device):
-        return False
+def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> str:
+    """Why the op does not take what ``F.scaled_dot_product_attention`` was given, or ""."""
+    shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}" if not q.is_nested else "nested tensors"
+    if not plain(q, k, v, None if mask is None or mask.dtype == torch.bool else mask):
+        return "its tensors are nested, not floating, or DTensors"
+    if not all(x.dim() == 4 for x in (q, k, v)) or q.shape[3] == 0:
+        return f"the op takes [batch, heads, length, head size], not {shapes}"
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        return f"the op takes one batch and one head size, not {shapes}"
     if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
-        return False
-    return q.dtype == k.dtype == v.dtype
+        return f"its heads do not fit: {shapes}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"its dtypes differ: {q.dtype}, {k.dtype} and {v.dtype}"
+    if not 0 <= p < 1:
+        return f"its dropout is {p}"
+    if mask is not None and is_causal:
+        return "it got a mask with is_causal"
+    if mask is not None and (mask.dim() > 4 or mask.device != q.device):
+        return f"its mask has shape {list(mask.shape)} on {mask.device}"
+    return ""
 
 
 def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:

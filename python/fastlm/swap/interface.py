@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlm.swap.attention import attend, reached, served
+from fastlm.swap.attention import attend, reached, refusal
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
 from fastlm.swap.tensors import tell
@@ -108,9 +108,7 @@ def _refusal(
         whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         if any(have not in (1, need) for have, need in zip(mask.shape, whole)):
             return f"its mask has shape {list(mask.shape)} for scores {list(whole)}"
-    if not served(query, key, value, mask, given.get("dropout") or 0.0, False, known.grouped):
-        return f"the op does not take shapes {list(query.shape)}, {list(key.shape)} and {list(value.shape)} of its kind"
-    return ""
+    return refusal(query, key, value, mask, given.get("dropout") or 0.0, False, known.grouped)
 
 
 def _weights_wanted() -> bool:
