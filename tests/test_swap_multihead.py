@@ -14,7 +14,7 @@ from fastlm.swap import tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-E, H, B, L, S = 32, 4, 3, 10, 14
+E, H, B, L, S = 64, 4, 3, 10, 14
 CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 
 
@@ -102,8 +102,10 @@ def compare(make, name, *, cross=False, first=True, batched=True):
             y.backward(dy.to(kind))
             grads = {n: p.grad for n, p in module.named_parameters()}
             # The key's bias moves all scores of a query alike: its gradient is rounding and nothing else.
-            if grads.get("in_proj_bias") is not None:
-                grads["in_proj_bias"] = torch.cat((grads["in_proj_bias"][:E], grads["in_proj_bias"][2 * E :]))
+            biases = {n: grads.pop(n) for n in ("in_proj_bias", "out_proj.bias") if n in grads}
+            if biases:
+                q_bias, _, v_bias = biases["in_proj_bias"].chunk(3)
+                grads["biases"] = torch.cat((q_bias, v_bias, biases["out_proj.bias"]))
             results.append({"y": y.detach(), **grads, **{f"d{i}": x.grad for i, x in enumerate(leaves)}})
             if mask is not None and mask.is_floating_point():
                 results[-1]["dmask"] = mask.grad

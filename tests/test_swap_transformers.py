@@ -131,8 +131,8 @@ def test_softcap_and_grouped_heads_are_recognised():
     from transformers.models.bert.modeling_bert import eager_attention_forward as bert
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
 
-    assert interface.recognise(gemma2)[:3] == (False, True, True)
-    assert interface.recognise(bert)[:3] == (False, False, False)
+    assert interface.recognise(gemma2)[:4] == (False, True, True, False)
+    assert interface.recognise(bert)[:4] == (False, False, False, False)
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         **SMALL,
@@ -147,6 +147,28 @@ def test_softcap_and_grouped_heads_are_recognised():
     assert sum(row.now == "attention" for row in fastlm.swap(swapped).rows) == 2
     tokens = torch.randint(3, 50, (2, 13))
     torch.testing.assert_close(swapped(tokens).logits, original(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_position_biases_and_their_gradients(kind, served):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    config._attn_implementation = kind
+    original = transformers.T5ForConditionalGeneration(config).eval()
+    swapped = copy.deepcopy(original)
+    fastlm.swap(swapped)
+    tokens = torch.randint(3, 50, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    grads = []
+    for model in (swapped, original):
+        model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(served) == 6
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-4)
 
 
 def test_copies_unswap_and_compiling():

@@ -32,7 +32,7 @@ _IGNORED = frozenset(
      "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache",
      "past_key_values", "past_key_value")
 )  # fmt: skip
-_MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "output_attentions"))
+_MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "position_bias", "output_attentions"))
 
 
 class Known(NamedTuple):
@@ -41,6 +41,7 @@ class Known(NamedTuple):
     sdpa: bool  # else eager: adds its mask, knows nothing of causality, returns weights
     grouped: bool  # takes fewer key heads than query heads
     softcap: bool
+    position_bias: bool  # adds one to the scores
     named: frozenset[str]  # its parameters
 
 
@@ -74,8 +75,9 @@ class Interface:
             causal = "upper_left" if query.shape[2] > 1 and attention_mask is None and wanted else False
         elif not self.training:
             p = 0.0
+        bias = _bias(attention_mask, given.get("position_bias"))
         out = attend(
-            self, place, query, key, value, causal=causal, bias=attention_mask, scale=given.get("scaling"),  # type: ignore[arg-type]
+            self, place, query, key, value, causal=causal, bias=bias, scale=given.get("scaling"),  # type: ignore[arg-type]
             softcap=given.get("softcap") or 0.0, p=p,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
@@ -102,13 +104,29 @@ def _refusal(
         return "attention weights were asked for, which the op does not give"
     if given.get("softcap") and not known.softcap:
         return "it got softcap"
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or (mask.dtype == torch.bool and not known.sdpa):
-            return "its mask is not a tensor [batch, heads, queries, keys] of its kind"
-        whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        if any(have not in (1, need) for have, need in zip(mask.shape, whole)):
-            return f"its mask has shape {list(mask.shape)} for scores {list(whole)}"
+    positions = given.get("position_bias")
+    if positions is not None and not known.position_bias:
+        return "it got position_bias"
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and not known.sdpa:
+        return "its mask is boolean, where this function adds one"
+    whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    for name, bias in (("mask", mask), ("position_bias", positions)):
+        if bias is None:
+            continue
+        if not isinstance(bias, Tensor) or bias.dim() != 4:
+            return f"its {name} is not a tensor [batch, heads, queries, keys]"
+        if any(have not in (1, need) for have, need in zip(bias.shape, whole)):
+            return f"its {name} has shape {list(bias.shape)} for scores {list(whole)}"
     return refusal(query, key, value, mask, given.get("dropout") or 0.0, False, known.grouped)
+
+
+def _bias(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """Both as one; as in transformers, a boolean mask beside a bias hides by the smallest number, not by infinity."""
+    if mask is None or positions is None:
+        return mask if positions is None else positions
+    return (
+        torch.where(mask, positions, torch.finfo(positions.dtype).min) if mask.dtype == torch.bool else positions + mask
+    )
 
 
 def _weights_wanted() -> bool:
@@ -135,7 +153,7 @@ def _recognise(function: Any) -> Known | str:
         return f"its signature cannot be read ({error})"
     named = frozenset(parameters)
     if function.__name__ == "sdpa_attention_forward" and function.__module__.startswith("transformers."):
-        return Known(True, True, False, named)
+        return Known(True, True, False, True, named)
     if not {"dropout", "scaling"} <= named:
         return f"it takes ({', '.join(parameters)}), not dropout and scaling"
     generator = torch.Generator().manual_seed(0)
@@ -151,17 +169,27 @@ def _recognise(function: Any) -> Known | str:
         if not _agrees(function, q, k, v, mask, 2 if grouped else 1):
             return "it does not add its mask to the scores"
         softcap = "softcap" in named and _agrees(function, q, k, v, mask, 2 if grouped else 1, softcap=0.7)
+        position_bias = "position_bias" in named and _agrees(
+            function, q, k, v, mask, 2 if grouped else 1, position_bias=torch.randn(1, 4, 5, 7, generator=generator)
+        )
     except Exception as error:  # noqa: BLE001  (whatever a foreign function raises is the reason to leave it)
         return f"it failed on a probe: {type(error).__name__}: {error}"
-    return Known(False, grouped, softcap, named)
+    return Known(False, grouped, softcap, position_bias, named)
 
 
 def _agrees(
-    function: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int, softcap: float | None = None
+    function: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    groups: int,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> bool:
     module = nn.Module().eval()
     module.num_key_value_groups, module.head_dim = groups, q.shape[-1]  # type: ignore[assignment]
-    extra = {} if softcap is None else {"softcap": softcap}
+    extra = {k: v for k, v in (("softcap", softcap), ("position_bias", position_bias)) if v is not None}
     try:
         # Dropout must be off outside of training, whatever p.
         out = function(module, q, k, v, mask, dropout=0.5, scaling=0.3, **extra)[0]
@@ -173,8 +201,9 @@ def _agrees(
     scores = wide[0] @ wide[1].mT * 0.3
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask.double()
+    for bias in (mask, position_bias):
+        if bias is not None:
+            scores = scores + bias.double()
     expected = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
     return out.shape == expected.shape and bool((out.double() - expected).abs().max() <= 1e-4 * expected.abs().max())
 
