@@ -149,6 +149,19 @@ def test_softcap_and_grouped_heads_are_recognised():
     torch.testing.assert_close(swapped(tokens).logits, original(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_autocast(name, kind, served):
+    original = make(name, kind).eval()
+    swapped = copy.deepcopy(original)
+    fastlm.swap(swapped)
+    tokens = torch.randint(3, 50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = swapped(tokens).logits, original(tokens).logits
+    assert len(served) == 2
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_position_biases_and_their_gradients(kind, served):
     torch.manual_seed(0)

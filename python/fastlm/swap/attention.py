@@ -86,7 +86,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
         return f"the op takes one batch and one head size, not {shapes}"
     if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
         return f"its heads do not fit: {shapes}"
-    if not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         return f"its dtypes differ: {q.dtype}, {k.dtype} and {v.dtype}"
     if not 0 <= p < 1:
         return f"its dropout is {p}"
