@@ -227,6 +227,8 @@ def test_bad_input_is_named():
         module(x[0])
     with pytest.raises(ValueError, match="lengths was given without cache"):
         module(x, lengths=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="mask was given with cu_seqlens"):
+        module(x[0], mask=x, cu_seqlens=torch.tensor([0, L], dtype=torch.int32))
     cache = module.new_cache(B, 15)
     with pytest.raises(RuntimeError, match="keeps no gradients"):
         module(x, cache=cache)

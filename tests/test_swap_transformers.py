@@ -184,6 +184,19 @@ def test_position_biases_and_their_gradients(kind, served):
         torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_process_that_unpickles_or_sets_another_implementation_knows_its_functions(kind, served):
+    model = make("gpt2", kind).eval()
+    fastlm.swap(model)
+    tokens = torch.randint(3, 50, (2, 9))
+    interface._known.clear()
+    expected = model(tokens).logits
+    interface._known.clear()
+    model.config._attn_implementation = "eager" if kind == "sdpa" else "sdpa"
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert len(served) == 4
+
+
 def test_copies_unswap_and_compiling():
     torch._dynamo.reset()
     original = make("llama", "sdpa").eval()

@@ -190,6 +190,10 @@ class Attention(nn.Module):
         if x.dim() != (2 if packed else 3) or x.shape[-1] != self.width:
             wanted = f"[T, {self.width}] with cu_seqlens" if packed else f"[B, L, {self.width}]"
             raise ValueError(f"Attention: x has shape {list(x.shape)}; it must be {wanted}")
+        if packed and mask is not None:
+            raise ValueError(
+                "Attention: mask was given with cu_seqlens; packed sequences take causal, window and alibi"
+            )
         if lengths is not None and cache is None:
             raise ValueError("Attention: lengths was given without cache, whose valid part it counts")
         heads = (self.heads, self.kv_heads, self.kv_heads)

@@ -61,7 +61,10 @@ class Interface:
         *more: Any,
         **given: Any,
     ) -> Any:
-        known = _known.get(function, "it is not one that swap has seen")
+        known = _known.get(function)
+        if known is None:
+            compiling = torch.compiler.is_compiling()
+            known = "torch.compile met it before swap has seen it" if compiling else recognise(function)
         why = known if isinstance(known, str) else _refusal(self, known, query, key, value, attention_mask, more, given)
         if isinstance(known, str) or why:
             name = getattr(function, "__name__", type(function).__name__)
@@ -156,24 +159,38 @@ def _recognise(function: Any) -> Known | str:
         return Known(True, True, False, True, named)
     if not {"dropout", "scaling"} <= named:
         return f"it takes ({', '.join(parameters)}), not dropout and scaling"
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, mask = (
-        torch.randn(2, h, n, m, generator=generator) for h, n, m in ((4, 5, 8), (2, 7, 8), (2, 7, 8), (1, 5, 7))
-    )
     try:
-        grouped = _agrees(function, q, k, v, None, 2)
-        if not grouped:
-            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        if not _agrees(function, q, k, v, None, 2 if grouped else 1):
-            return "what it computes is not plain attention"
-        if not _agrees(function, q, k, v, mask, 2 if grouped else 1):
-            return "it does not add its mask to the scores"
-        softcap = "softcap" in named and _agrees(function, q, k, v, mask, 2 if grouped else 1, softcap=0.7)
-        position_bias = "position_bias" in named and _agrees(
-            function, q, k, v, mask, 2 if grouped else 1, position_bias=torch.randn(1, 4, 5, 7, generator=generator)
-        )
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            return _probe(function, named)
     except Exception as error:  # noqa: BLE001  (whatever a foreign function raises is the reason to leave it)
         return f"it failed on a probe: {type(error).__name__}: {error}"
+
+
+def _probe(function: Any, named: frozenset[str]) -> Known | str:
+    """Compares ``function`` with attention on random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    q, k, v, mask = draw(2, 4, 5, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8), draw(2, 1, 5, 7)
+    grouped = _agrees(function, q, k, v, None, 2)
+    if not grouped:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    groups = 2 if grouped else 1
+    if not _agrees(function, q, k, v, None, groups):
+        return "what it computes is not plain attention"
+    if not _agrees(function, q, k, v, mask, groups):
+        return "it does not add its mask to the scores"
+    softcap = "softcap" in named and _agrees(function, q, k, v, mask, groups, softcap=0.7)
+    position_bias = "position_bias" in named and _agrees(
+        function, q, k, v, mask, groups, position_bias=draw(1, 4, 5, 7)
+    )
     return Known(False, grouped, softcap, position_bias, named)
 
 
@@ -243,6 +260,14 @@ def _defaults(methods: Methods, calls: list[tuple[str, str, ast.Call]]) -> list[
     return found
 
 
+def _recognise_all(methods: Methods, calls: list[tuple[str, str, ast.Call]]) -> list[Known | str]:
+    """What the eager forms compute; and makes the function over SDPA known."""
+    sdpa = getattr(sys.modules.get("transformers.integrations.sdpa_attention"), "sdpa_attention_forward", None)
+    if sdpa is not None:
+        recognise(sdpa)
+    return [recognise(function) for function in _defaults(methods, calls)]
+
+
 class InterfaceRule(Rule):
     name = "interface"
     mixin = Interface
@@ -261,22 +286,22 @@ class InterfaceRule(Rule):
         if not calls:
             return None
         setting = getattr(getattr(module, "config", None), _SETTING, None)
-        eager = [recognise(function) for function in _defaults(methods, calls)]
+        eager = _recognise_all(methods, calls)
         if setting in (None, "eager"):
             for known in eager:
                 if isinstance(known, str):
                     return Reason(f"its attention stays: of its eager function, {known}")
         elif setting != "sdpa":
             return Reason(f'its attention is {setting!r}; "sdpa" and "eager" are swapped (attn_implementation)')
-        elif "transformers.integrations.sdpa_attention" in sys.modules:
-            recognise(sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward)
         return self.describe(module, ())
 
     def describe(self, module: nn.Module, facts: Facts) -> Rewrite:
         return Rewrite(self.name, facts, "attention", "attention", (1, 1, 16, 64), 3)
 
     def edit(self, methods: Methods, facts: Facts) -> None:
-        for name, own, call in _calls(methods):
+        calls = _calls(methods)
+        _recognise_all(methods, calls)  # in a process that unpickles a model nothing has been seen yet
+        for name, own, call in calls:
             function = call.func
             call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_interface", ast.Load())
             call.args[:1] = [ast.Constant(methods.place()), function]
