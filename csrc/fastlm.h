@@ -67,4 +67,9 @@ void attention_backward_cpu(AttentionSizes sizes, Tensor dout, Tensor dlse, Tens
 // to += from, element by element in order of memory; 4-D float32, strides of `to` 0 along summed axes.
 void reduce_in_order_cpu(std::array<int64_t, 4> sizes, Tensor from, Tensor to);
 
+// --- rotary: sizes {batch, heads, positions, head size}; x and out carry those strides; cos, sin float32
+// [table][half]; positions int64, strides {batch, row}, of every row (each) or of the first; absent: 0, 1, ... ---
+void rotary_cpu(Sizes sizes, Tensor x, Tensor cos, Tensor sin, Tensor positions, bool each, int64_t table, int64_t half,
+                bool interleaved, bool inverse, Tensor out, int threads);
+
 }  // namespace fastlm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 
 import fastlm
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.swap import tensors
 from torch import nn
 
 
@@ -84,7 +86,7 @@ def test_gpt(style):
     torch.testing.assert_close(first(got), first(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_what_the_op_does_not_take_is_torchs():
+def test_what_the_op_does_not_take_is_torchs_and_said(caplog):
     class Flat(nn.Module):
         def forward(self, q, v):
             return F.scaled_dot_product_attention(q, q, v)
@@ -93,4 +95,32 @@ def test_what_the_op_does_not_take_is_torchs():
     q, v = torch.randn(4, 9, 16), torch.randn(4, 9, 8)
     expected = model(q, v)
     fastlm.swap(model)
-    assert torch.equal(model(q, v), expected)
+    tensors._told.clear()
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        assert torch.equal(model(q, v), expected)
+    assert "a Flat calls PyTorch's own scaled_dot_product_attention: the op takes [batch" in caplog.text
+
+
+def test_distributed_tensors_are_torchs_and_said(caplog):
+    """The op has no sharding rule. A group of one process is enough to make such tensors."""
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    class Direct(nn.Module):
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    model = Direct()
+    q = torch.randn(1, 2, 5, 8)
+    expected = model(q)
+    fastlm.swap(model)
+    tensors._told.clear()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        spread = distribute_tensor(q, init_device_mesh("cpu", (1,)), [Replicate()])
+        with caplog.at_level(logging.WARNING, "fastlm"), torch.no_grad():
+            got = model(spread)
+        torch.testing.assert_close(got.to_local(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "DTensor" in caplog.text
+    assert "a Direct calls PyTorch's own scaled_dot_product_attention" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from collections import Counter
@@ -296,11 +297,35 @@ def test_layers_compiled_one_by_one_share_a_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def opaque(function):
+    """A decorator that keeps what it wraps where no one can put another in its place."""
+    held = [function]
+    return functools.wraps(function)(lambda *args, **kwargs: held[0](*args, **kwargs))
+
+
 class Keyed(PreNorm):
+    @opaque
+    def forward(self, x):
+        x = x + self.drop1(self.attn(self.norm1(x)))
+        return self.norm2(x)
+
+
+class Decorated(PreNorm):
     @torch.no_grad()
     def forward(self, x):
         x = x + self.drop1(self.attn(self.norm1(x)))
         return self.norm2(x)
+
+
+def test_a_decorator_goes_around_the_edited_forward():
+    block = Decorated(p=0.0)
+    original = copy.deepcopy(block)
+    report = fastlm.swap(block)
+    assert "fused: dropout + add + norm" in {row.now for row in report.rows}
+    x = torch.randn(B, L, C)
+    torch.testing.assert_close(block(x), original(x))
+    assert not block(x).requires_grad
+    assert Decorated.forward.__wrapped__ is not type(block).forward.__wrapped__
 
 
 class Reader(PreNorm):

@@ -68,6 +68,20 @@ def attention_backward_cpu(
     threads: int,
 ) -> None: ...
 def reduce_in_order_cpu(sizes: tuple[int, ...], source: Tensor, target: Tensor) -> None: ...
+def rotary_cpu(
+    sizes: Sizes,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    each: bool,
+    table: int,
+    half: int,
+    interleaved: bool,
+    inverse: bool,
+    out: Tensor,
+    threads: int,
+) -> None: ...
 def dropout_add_norm_forward_cpu(
     sizes: Sizes,
     x: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend, rng
-from fastlm.swap import attention, blocks, classes, dropout, norms  # noqa: F401  (they register their rules)
+from fastlm.swap import attention, blocks, classes, dropout, interface, multihead, norms  # noqa: F401  (they register their rules)
 from fastlm.swap.report import Report, Row
 from fastlm.swap.rules import RULES, Reason, Rewrite
 
@@ -21,9 +21,11 @@ __all__ = ["Report", "Row", "swap", "unswap"]
 def swap(model: nn.Module) -> Report:
     """Changes modules of ``model`` to subclasses that run fastlm's ops. Swapping twice changes nothing more.
 
-    Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, and in blocks
-    of any structure the chain dropout, residual add, norm. Results follow PyTorch's within rounding; dropout draws other
-    masks than ``nn.Dropout`` (see ``fastlm.rng.set``). Changes made to the model later (``p``, ``eval()``, hooks) hold.
+    Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, in blocks of
+    any structure the chain dropout, residual add, norm, and attention: where F.scaled_dot_product_attention is called,
+    nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding;
+    dropout draws other masks than ``nn.Dropout`` (see ``fastlm.rng.set``). Changes made to the model later (``p``,
+    ``eval()``, hooks) hold.
 
     Returns a report that prints as a table: module, was, is, backend; and what could not be swapped, and why.
 

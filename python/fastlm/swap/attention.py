@@ -9,15 +9,16 @@ per call in the source.
 from __future__ import annotations
 
 import ast
-from typing import Any
+from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
-from fastlm.swap.tensors import plain
+from fastlm.swap.tensors import plain, tell
 
 _NAME = "scaled_dot_product_attention"
 
@@ -37,38 +38,67 @@ class SDPA:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not _served(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+        why = refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        if why:
+            tell(f"a {type(self).__name__} calls PyTorch's own {_NAME}: {why}")
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa,
             )  # fmt: skip
-        seed = offset = None
-        if dropout_p > 0:
-            seed, ids = rng.batch(self, place, query.shape[0], query.device)  # type: ignore[arg-type]
-            offset = None if ids is None else (ids, 0, None, None)
-        out = ops.attention(
-            query, key, value, causal="upper_left" if is_causal else False, bias=attn_mask, scale=scale,
-            dropout_p=dropout_p, seed=seed, offset=offset,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
+        causal = "upper_left" if is_causal else False
+        return attend(self, place, query, key, value, causal=causal, bias=attn_mask, scale=scale, p=dropout_p)  # type: ignore[arg-type]
 
 
-def _served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> bool:
-    if not all(x.dim() == 4 for x in (q, k, v)) or not plain(q, k, v) or not 0 <= p < 1:
-        return False
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[3] == 0:
-        return False
-    if mask is not None and (is_causal or mask.dim() > 4 or mask.device != q.device):
-        return False
+def attend(
+    module: nn.Module,
+    place: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool | str = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    p: float = 0.0,
+) -> Tensor:
+    """``ops.attention`` with the seed of ``module``'s ``place``."""
+    seed = offset = None
+    if p > 0:
+        seed, ids = rng.batch(module, place, query.shape[0], query.device)
+        offset = None if ids is None else (ids, 0, None, None)
+    out = ops.attention(
+        query, key, value, causal=causal, bias=bias, scale=scale, softcap=softcap, dropout_p=p, seed=seed,
+        offset=offset,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> str:
+    """Why the op does not take what ``F.scaled_dot_product_attention`` was given, or ""."""
+    shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}" if not q.is_nested else "nested tensors"
+    if not plain(q, k, v, None if mask is None or mask.dtype == torch.bool else mask):
+        return "its tensors are nested, not floating, or DTensors"
+    if not all(x.dim() == 4 for x in (q, k, v)) or q.shape[3] == 0:
+        return f"the op takes [batch, heads, length, head size], not {shapes}"
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        return f"the op takes one batch and one head size, not {shapes}"
     if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
-        return False
-    return q.dtype == k.dtype == v.dtype
+        return f"its heads do not fit: {shapes}"
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        return f"its dtypes differ: {q.dtype}, {k.dtype} and {v.dtype}"
+    if not 0 <= p < 1:
+        return f"its dropout is {p}"
+    if mask is not None and is_causal:
+        return "it got a mask with is_causal"
+    if mask is not None and (mask.dim() > 4 or mask.device != q.device):
+        return f"its mask has shape {list(mask.shape)} on {mask.device}"
+    return ""
 
 
-def _calls(methods: Methods) -> list[tuple[str, ast.Call]]:
-    """Every call of the function in forward and in the methods of the class that forward reaches on self."""
-    found: list[tuple[str, ast.Call]] = []
+def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:
+    """(method, its name for self, call) of every call in forward and in the methods that forward reaches on self."""
     names, at = ["forward"], 0
     while at < len(names):
         name = names[at]
@@ -88,9 +118,11 @@ def _calls(methods: Methods) -> list[tuple[str, ast.Call]]:
                 helper = target.attr
                 if helper not in names and not hasattr(nn.Module, helper) and callable(getattr(methods.cls, helper, 0)):
                     names.append(helper)
-            elif methods.resolve(name, target) is F.scaled_dot_product_attention:
-                found.append((name, node))
-    return found
+            yield name, own, node
+
+
+def _calls(methods: Methods) -> list[tuple[str, str, ast.Call]]:
+    return [c for c in reached(methods) if methods.resolve(c[0], c[2].func) is F.scaled_dot_product_attention]
 
 
 class AttentionRule(Rule):
@@ -100,8 +132,6 @@ class AttentionRule(Rule):
     def match(self, module: nn.Module, path: str) -> Rewrite | Reason | None:
         cls = type(module)
         if cls.__module__.startswith("torch."):
-            if isinstance(module, nn.MultiheadAttention):
-                return Reason("nn.MultiheadAttention calls attention behind torch's own function; PyTorch's runs")
             return None
         forward = getattr(cls, "forward", None)
         if forward is None or forward is nn.Module.forward:
@@ -116,14 +146,10 @@ class AttentionRule(Rule):
         return Rewrite(self.name, facts, "attention", "attention", (1, 1, 16, 64), 3)
 
     def edit(self, methods: Methods, facts: Facts) -> None:
-        for name, call in _calls(methods):
-            own = methods.get(name).args.args[0].arg
+        for name, own, call in _calls(methods):
             call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_sdpa", ast.Load())
             call.args.insert(0, ast.Constant(methods.place()))
             methods.change(name)
-
-    def namespace(self, facts: Facts) -> dict[str, Any]:
-        return {}
 
 
 register(AttentionRule())

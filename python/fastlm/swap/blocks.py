@@ -321,7 +321,7 @@ class _Editor:
     def _peel_helper(self, node: ast.Call) -> _Peeled | None:
         """A call of a method of the class whose last act is a dropout becomes a call of its twin without."""
         path = _self_path(node.func, self.own)
-        if path is None or path not in self.methods.trees or path == self.name:
+        if path is None or path not in self.methods.trees or path == self.name or self.methods.decorators.get(path):
             return None
         twin = copy.deepcopy(self.methods.get(path))
         returns = [n for n in ast.walk(twin) if isinstance(n, ast.Return)]

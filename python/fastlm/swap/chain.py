@@ -97,7 +97,7 @@ class Chains(nn.Module):
 
 
 def _fits(x: Tensor, residual: Tensor) -> bool:
-    return x.shape == residual.shape and x.dim() > 0 and plain(x, residual)
+    return plain(x, residual) and x.shape == residual.shape and x.dim() > 0
 
 
 def _sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ def drop(module: nn.Module, place: int, x: Tensor, p: float) -> Tensor:
     """Dropout of ``x`` with the seed of ``module``'s ``place``; what the op does not take is PyTorch's."""
     if p == 0:
         return x
-    if p >= 1 or x.dim() == 0 or not plain(x):
+    if p >= 1 or not plain(x) or x.dim() == 0:
         return F.dropout(x, p, True)
     seed, offset = rng.rows(module, place, x)
     dropped = ops.dropout_add_norm(x, norm=None, p=p, seed=seed, offset=offset)

@@ -10,9 +10,10 @@ import __future__
 import ast
 import copy
 import inspect
+import itertools
 import linecache
 import textwrap
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 _FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
@@ -31,6 +32,7 @@ class Methods:
         self.trees: dict[str, tuple[ast.FunctionDef, FunctionType]] = {}
         self.changed: dict[str, tuple[ast.FunctionDef, FunctionType]] = {}
         self.wrappers: dict[str, CodeType] = {}  # what __init_subclass__ put around a method, by all appearance
+        self.decorators: dict[str, list[FunctionType]] = {}  # what its source puts around a method, innermost last
 
     def place(self) -> int:
         """The number of a new place that draws random numbers."""
@@ -40,10 +42,19 @@ class Methods:
     def get(self, name: str) -> ast.FunctionDef:
         """The tree of method ``name``, one and the same for all who ask. Raises Unreadable."""
         if name not in self.trees:
-            outer = inspect.getattr_static(self.cls, name, None)
-            function = inspect.unwrap(outer) if isinstance(outer, FunctionType) else outer
-            self.trees[name] = (_parse(function, name), function)  # type: ignore[assignment]
-            if isinstance(outer, FunctionType) and outer is not function:
+            function = outer = inspect.getattr_static(self.cls, name, None)
+            around: list[Any] = []
+            while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+                around.append(function)
+                function = function.__wrapped__
+            tree = _parse(function, name)
+            written = len(tree.decorator_list)
+            self.decorators[name] = around[len(around) - written :] if written else []
+            if written > len(around) or not _rewrappable([*self.decorators[name], function]):
+                raise Unreadable(f"its {name} is decorated")
+            tree.decorator_list = []
+            self.trees[name] = (tree, function)  # type: ignore[assignment]
+            if len(around) > written and isinstance(outer, FunctionType):
                 self.wrappers[name] = outer.__code__
         return self.trees[name][0]
 
@@ -80,7 +91,40 @@ class Methods:
 
     def compiled(self) -> dict[str, FunctionType]:
         """The changed and added methods as functions."""
-        return {name: _compile(self.cls, name, tree, like) for name, (tree, like) in self.changed.items()}
+        made = {}
+        for name, (tree, like) in self.changed.items():
+            made[name] = _compile(self.cls, name, tree, like)
+            old = like
+            for wrapper in reversed(self.decorators.get(name, [])):
+                made[name], old = _rewrap(wrapper, old, made[name]), wrapper
+        return made
+
+
+def _rewrappable(chain: list[Any]) -> bool:
+    """Whether each function of ``chain`` holds the next one in its closure, and so can be put around another one."""
+    return all(_cells(outer).count(inner) == 1 for outer, inner in itertools.pairwise(chain))
+
+
+def _cells(function: FunctionType) -> list[Any]:
+    return [_content(cell) for cell in function.__closure__ or ()]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
+
+
+def _rewrap(wrapper: FunctionType, old: FunctionType, new: FunctionType) -> FunctionType:
+    """``wrapper``, which a decorator put around ``old``, around ``new``."""
+    cells = tuple(CellType(new) if _content(cell) is old else cell for cell in wrapper.__closure__ or ())
+    made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, cells)
+    made.__kwdefaults__ = wrapper.__kwdefaults__
+    made.__dict__.update(wrapper.__dict__, __wrapped__=new)
+    for attribute in ("__annotations__", "__doc__", "__module__", "__qualname__"):
+        setattr(made, attribute, getattr(wrapper, attribute))
+    return made
 
 
 def _parse(function: Any, name: str) -> ast.FunctionDef:
@@ -92,8 +136,6 @@ def _parse(function: Any, name: str) -> ast.FunctionDef:
         raise Unreadable(f"the source of its {name} cannot be read ({error})") from None
     if not isinstance(tree, ast.FunctionDef) or tree.name != function.__name__:
         raise Unreadable(f"the source of its {name} is not a plain def")
-    if tree.decorator_list:
-        raise Unreadable(f"its {name} is decorated")
     for node in ast.walk(tree):
         if isinstance(node, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal, ast.Match)):
             raise Unreadable(f"its {name} contains {type(node).__name__}")
@@ -103,7 +145,9 @@ def _parse(function: Any, name: str) -> ast.FunctionDef:
         if isinstance(argument, ast.arg):
             argument.annotation = None
     tree.returns = None
-    code = _code(tree, function, "<check>", "Check")
+    bare = copy.copy(tree)
+    bare.decorator_list = []
+    code = _code(bare, function, "<check>", "Check")
     same = code.co_varnames[: code.co_argcount] == function.__code__.co_varnames[: function.__code__.co_argcount]
     if not same or not set(code.co_names) <= set(function.__code__.co_names):
         raise Unreadable(f"the source of its {name} is not what runs (edited or rewritten since)")

@@ -24,11 +24,11 @@ _DTENSOR = _dtensor()
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether the ops take these: floating, not empty, and not DTensors, for which they have no sharding rule."""
+    """Whether the ops take these: floating, not nested, and not DTensors, for which they have no sharding rule."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in _FLOATS or tensor.is_nested:
             return False
         if _DTENSOR is not None and isinstance(tensor, _DTENSOR):
             tell("a module of a swapped class got a DTensor: PyTorch's own ops serve it")

@@ -1,0 +1,113 @@
+"""rotary beside what models write (rotated halves over spread tables), torch.compile of it, and a copy of the same bytes.
+
+Bytes: x read and y written once; in the backward their gradients as well. x is a transposed view of [B, L, H, D], as it
+comes from a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import fastlm
+import torch
+from fastlm.bench.harness import Case, Contender, Goal, Prepared, pytest_cases, ratio_error
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    dy: Tensor
+
+
+def _inputs(shape: tuple[int, int, int, int], dtype: str, device: str):
+    batch, heads, length, size = shape
+
+    def make(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        x, dy = (torch.randn(batch, length, heads, size, generator=generator) for _ in range(2))
+        angle = torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, size, 2).float() / size))
+        x, dy = (t.to(device, DTYPES[dtype]).transpose(1, 2) for t in (x, dy))
+        return Inputs(x.requires_grad_(), angle.cos().to(device), angle.sin().to(device), dy)
+
+    return make
+
+
+def _ours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return fastlm.ops.rotary(x, cos, sin)
+
+
+def _eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _contender(name: str, function: Any, part: str, kind: str) -> Contender:
+    def prepare(i: Inputs) -> Prepared:
+        f = torch.compile(function) if name == "torch.compile" else function
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return f(i.x, i.cos, i.sin)
+
+        def both() -> Any:
+            y = f(i.x, i.cos, i.sin)
+            return y, *torch.autograd.grad(y, i.x, i.dy)
+
+        return forward if part == FORWARD else both
+
+    return Contender(name, prepare, kind)
+
+
+def _copy(nbytes: int) -> Contender:
+    def prepare(i: Inputs) -> Prepared:
+        source = torch.empty(nbytes // 2, dtype=torch.int8, device=i.x.device).fill_(1)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Contender("copy_ of the same bytes", prepare, "ceiling", checked=False)
+
+
+def _error(part: str):
+    def error(result: Any, i: Inputs) -> float:
+        x = i.x.detach().double().requires_grad_()
+        y = _eager(x, i.cos.double(), i.sin.double())
+        expected = [y.detach()]
+        if part != FORWARD:
+            expected += torch.autograd.grad(y, x, i.dy.double())
+        return ratio_error(result, expected)
+
+    return error
+
+
+def _case(shape: tuple[int, int, int, int], dtype: str, part: str, device: str, smoke: bool = False) -> Case:
+    elements = shape[0] * shape[1] * shape[2] * shape[3] * (1 if part == FORWARD else 2)
+    nbytes = 2 * elements * torch.empty((), dtype=DTYPES[dtype]).element_size()
+    contenders = (
+        _contender("fastlm", _ours, part, "ours"), _contender("eager", _eager, part, "baseline"),
+        _contender("torch.compile", _eager, part, "baseline"), _copy(nbytes),
+    )  # fmt: skip
+    goals = (Goal("eager", 3.0), Goal("torch.compile", 1.0)) if not smoke else ()
+    return Case(
+        "rotary", f"{'x'.join(map(str, shape))} {dtype} {part}", _inputs(shape, dtype, device), contenders, nbytes,
+        3 * elements, dtype, device, {"shape": list(shape), "part": part}, "alone", _error(part), TOLERANCE[dtype], goals,
+        smoke,
+    )  # fmt: skip
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Queries of small and middle-sized models; a GPU gets tensors beyond its caches."""
+    yield _case((2, 4, 64, 64), "float32", BOTH, device, smoke=True)
+    for shape in [(4, 12, 512, 64), (1, 12, 2048, 128)] if device == "cpu" else [(8, 32, 4096, 64), (4, 32, 4096, 128)]:
+        for dtype in DTYPES:
+            for part in (FORWARD, BOTH):
+                yield _case(shape, dtype, part, device)
+
+
+test_bench = pytest_cases(cases)
