@@ -278,16 +278,15 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
         "tokenizer": tokenizer.spec(),
     }
     digest = hashlib.sha256(tokenizer.hash.encode())
-    for number, (side, writer) in enumerate(zip(SIDES, writers)):
+    for number, (name, writer) in enumerate(zip(SIDES, writers)):
         files = writer.close()
         spans, rows, index = packers[number].close() if pack else ([], [], [])
-        manifest[side] = {"files": files, "tokens": writer.tokens, "bytes": size[number], "pieces": texts[number]}
-        manifest[side] |= {"spans": spans, "rows": rows, "contexts": packers[number].rows if pack else 0}
-        digest.update(json.dumps([side, writer.content, *([pack, index] if pack else [])]).encode())
-        if not writer.tokens and not (side == "train" and split.limit > 1):
-            name = "training" if side == "train" else "validation"
+        manifest[name] = {"files": files, "tokens": writer.tokens, "bytes": size[number], "pieces": texts[number]}
+        manifest[name] |= {"spans": spans, "rows": rows, "contexts": packers[number].rows if pack else 0}
+        digest.update(json.dumps([name, writer.content, *([pack, index] if pack else [])]).encode())
+        if not writer.tokens and not (name == "train" and split.limit > 1):
             raise InputError(
-                f"the {name} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
+                f"the {'training' if name == 'train' else 'validation'} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
                 f"give more text or change --val-fraction (now {corpus.options.val_fraction})"
             )
     manifest["content"] = digest.hexdigest()[:32]

@@ -48,7 +48,7 @@ class ShardWriter:
             if self._file is None:
                 self._start()
             part, data = data[: self.limit - self._count], data[self.limit - self._count :]
-            raw = memoryview(np.ascontiguousarray(part)).cast("B")
+            raw = part.data.cast("B")
             self._file.write(raw)  # type: ignore[attr-defined]
             self._hash.update(raw)
             self._count += len(part)
