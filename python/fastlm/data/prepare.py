@@ -35,6 +35,7 @@ FEW_DOCUMENTS = 200
 DOMINANT = 0.05
 SMALLEST_BLOCK = 2048
 PARALLEL = 64 << 20  # bytes on disk from which several processes pay for their start
+LARGE = 64 * PARALLEL  # the same where little is to be done with a text: bytes as they are, or counting alone
 ALWAYS_HASHED = 256 << 20  # bytes of shards up to which each opening reads and hashes them all
 SIDES = ("train", "val")
 
@@ -164,13 +165,15 @@ class _Corpus:
         except OSError as error:
             raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = options.workers or (cores if self.disk >= PARALLEL else 1)
+        light = options.tokenizer == "bytes"
+        self.workers = options.workers or (cores if self.disk >= (LARGE if light else PARALLEL) else 1)
 
-    def each(self, what: str, function: Callable[..., Any], *shared: Any, workers: int | None = None) -> Iterator[Any]:
+    def each(self, what: str, function: Callable[..., Any], *shared: Any) -> Iterator[Any]:
         """function(job, *shared) for each job, in order; progress is told."""
         found = jobs(self.files, self.options.field, self.options.separator)
         done = 0
-        for result, size in ordered(function, found, self.workers if workers is None else workers, *shared):
+        workers = 1 if function is _count and self.disk < LARGE else self.workers
+        for result, size in ordered(function, found, workers, *shared):
             yield result
             done += size
             self.note(what, done, self.disk)
@@ -285,8 +288,9 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
         manifest[name] |= {"spans": spans, "rows": rows, "contexts": packers[number].rows if pack else 0}
         digest.update(json.dumps([name, writer.content, *([pack, index] if pack else [])]).encode())
         if not writer.tokens and not (name == "train" and split.limit > 1):
+            empty = "training" if name == "train" else "validation"
             raise InputError(
-                f"the {'training' if name == 'train' else 'validation'} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
+                f"the {empty} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
                 f"give more text or change --val-fraction (now {corpus.options.val_fraction})"
             )
     manifest["content"] = digest.hexdigest()[:32]
