@@ -143,8 +143,8 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: bytes) -> np.ndarray:
         parts = [text] if len(text) <= 1 << 20 else cut(text)  # what encodes a text holds 100 bytes a token
-        encoded = (self._bpe.encode(t.decode("utf-8", "replace"), add_special_tokens=False).ids for t in parts)
-        return np.concatenate([np.array(ids, dtype=self.dtype) for ids in encoded])
+        found = self._bpe.encode_batch_fast([t.decode("utf-8", "replace") for t in parts], add_special_tokens=False)
+        return np.concatenate([np.array(e.ids, dtype=self.dtype) for e in found])
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return self._bpe.decode([int(t) for t in tokens], skip_special_tokens=True).encode()

@@ -30,6 +30,7 @@ def _leave_with_parent() -> None:
 def _begin(*shared: Any) -> None:
     global _shared
     _shared = shared
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, not one thread a core in each
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
