@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastlm.cli.main import main as cli
 from fastlm.data import DatasetSource, InputError, Options, Prefetch, Prepared, TokenSource, prepare, validation_batches
 from fastlm.data.baselines import ngram_bits
 from fastlm.data.corpus import cut, documents, expand
@@ -576,3 +578,25 @@ def test_skipped_samples_stay_skipped_after_a_resume(many: Path, place: Path, mo
     assert again.trainer.skipped == [(16, 28)]
     again.trainer.fit()
     assert sorted(read) == list(range(60, 60 + 4 * 4))
+
+
+# -------------------------------------------------------------------------------------------------------- fastlm data
+
+
+def test_data_commands_prepare_and_show(
+    many: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(["data", "prepare", str(many), "--packing", "documents", "--context", "64"]) == 0
+    said = capsys.readouterr().out
+    for part in ("300 documents", "split by documents", "contexts of 64", "MB/s", str(place / "cache")):
+        assert part in said
+    assert cli(["data", "show", "5", str(many), "--packing", "documents", "--context", "64"]) == 0
+    said = capsys.readouterr().out
+    data = prepare((str(many),), Options(pack=64), cache=place / "cache")
+    _, targets, _ = TokenSource([data], 64, 1).batch(np.array([5]))
+    shown = bytes(targets[targets > 0].tolist()).decode()
+    assert "".join(shown.split()) in "".join(re.sub(r"(?m)^(---|sample 5:).*$", "", said).split())
+    assert "end of document" in said or "goes on" in said
+    assert cli(["data", "show", "-1", str(many)]) == 2
+    assert "must be at least 0" in capsys.readouterr().err
+    assert cli(["data"]) == 2
