@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import random
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fastlm.data import DatasetSource, InputError, Options, Prefetch, TokenSource, prepare, validation_batches
+from fastlm.cli.main import main as cli
+from fastlm.data import DatasetSource, InputError, Options, Prefetch, Prepared, TokenSource, prepare, validation_batches
 from fastlm.data.baselines import ngram_bits
 from fastlm.data.corpus import cut, documents, expand
 from fastlm.data.sample import Windows, mixture, permute
-from fastlm.data.shards import open_shard
+from fastlm.data.shards import Column, open_shard
 from fastlm.data.tokenizer import BPETokenizer, CharTokenizer, load
+from fastlm.train import Config, job, parallel
+from fastlm.train.callbacks import Callback, read_metrics
 
 
 def words(seed: int, size: int) -> str:
@@ -232,3 +239,364 @@ def test_ngrams_by_hand() -> None:
     expected = -(np.log2(p1(2)) + np.log2((2 + 1 * p1(2)) / 3)) / 2
     assert ngram_bits(b"abab", b"ab", (2,))[2] == pytest.approx(expected)
     assert ngram_bits(bytes(range(256)) * 40, bytes(range(256)), (1,))[1] == pytest.approx(8.0)
+
+
+# --------------------------------------------------------------------------------------------- formats, jobs and workers
+
+
+def test_a_dataset_saved_to_disk_is_read(tmp_path: Path) -> None:
+    """The layout of `datasets`' save_to_disk: Arrow streams beside state.json and dataset_info.json."""
+    pa = pytest.importorskip("pyarrow")
+    texts = [f"row {i}" for i in range(2500)]
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "dataset_info.json").write_text("{}")
+    names = [f"data-{i:05d}-of-00002.arrow" for i in range(2)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+    for name, part in zip(names, (texts[:1000], texts[1000:])):
+        table = pa.table({"text": part, "id": list(range(len(part)))})
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table, max_chunksize=300)
+    for place in (folder, tmp_path / "saved", tmp_path):
+        assert [p.text.decode() for f in expand((str(place),)) for p in documents(f)] == texts
+    with pytest.raises(InputError, match="column 'body'"):
+        list(documents(folder / names[0], "body"))
+    with pytest.raises(InputError, match="must hold a text, it is a int"):
+        list(documents(folder / names[0], "id"))
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(InputError, match="splits train, test: name one"):
+        expand((str(tmp_path / "saved"),))
+    if importlib.util.find_spec("datasets"):
+        from datasets import Dataset
+
+        Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "real"))
+        assert [p.text.decode() for f in expand((str(tmp_path / "real"),)) for p in documents(f)] == texts
+
+
+def test_hidden_binary_and_odd_files_are_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt", "c.bin"):
+        (folder / name).write_text(words(1, 20_000))
+    assert [f.name for f in expand((str(folder),))] == ["a.txt"]
+    (folder / "utf16.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(InputError, match=r"utf16\.txt is no text"):
+        ready(folder, tmp_path)
+    (folder / "utf16.txt").write_bytes("né".encode("latin-1"))
+    assert ready(folder, tmp_path).manifest["undecodable"] == 1
+    (tmp_path / "row.jsonl").write_text(json.dumps({"text": "a\0b"}) + "\n")
+    with pytest.raises(InputError, match=r"row\.jsonl.*byte 0"):
+        ready(tmp_path / "row.jsonl", tmp_path)
+    (tmp_path / "row.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(InputError, match=r"row\.jsonl, line 1: the field must hold a text, it is a int"):
+        list(documents(tmp_path / "row.jsonl"))
+    (tmp_path / "parts.txt").write_text("oneÂ§two§three")
+    assert [p.text.decode() for p in documents(tmp_path / "parts.txt", separator="§")] == ["oneÂ", "two", "three"]
+
+
+@pytest.fixture
+def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlm.data.corpus.WHOLE", 300_000)
+    monkeypatch.setattr("fastlm.data.corpus.JOB", 200_000)
+
+
+def whole(pieces: list[Any]) -> list[bytes]:
+    """Documents put together again; the pieces of each say where it begins and ends, and share its mark."""
+    out: list[list[Any]] = []
+    for p in pieces:
+        assert p.first == (not out or out[-1][-1].last)
+        if p.first:
+            out.append([])
+        out[-1].append(p)
+    assert all(len({p.mark for p in d}) == 1 for d in out)
+    return [b"".join(p.text for p in d) for d in out]
+
+
+@pytest.mark.usefixtures("small_jobs")
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize("size", [300_000, 300_001, 331_072, 331_073, 400_000, 531_072, 531_073, 1_200_001])
+def test_long_documents_are_cut_alike_plain_and_compressed(tmp_path: Path, lines: bool, size: int) -> None:
+    text = (words(3, size) if lines else "".join(chr(0x3B1 + i % 20) for i in range(size))).encode()[:size]
+    if not lines and size % 2:
+        text = text[:-1] + b"."
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text, 1))
+    plain, packed = list(documents(tmp_path / "a.txt")), list(documents(tmp_path / "b.txt.gz"))
+    assert plain == packed
+    assert whole(plain) == [text]
+    for p in plain[:-1]:
+        p.text.decode()  # no character is cut
+    (tmp_path / "c.txt").write_bytes(text + b"|" + text[:500] + b"|" + text)
+    assert whole(list(documents(tmp_path / "c.txt", separator="|"))) == [text, text[:500], text]
+
+
+@pytest.mark.usefixtures("small_jobs")
+@pytest.mark.parametrize("size", [199_990, 200_000, 200_010, 66_666])
+def test_rows_at_the_borders_of_jobs_are_read_once(tmp_path: Path, size: int) -> None:
+    rows, at, i = [], 0, 0
+    while at < 900_000:
+        line = json.dumps(
+            {"text": f"{i}" + "x" * ((size - at % size - 20) if i % 7 == 3 and at % size < size - 20 else i % 50)}
+        )
+        rows.append(line)
+        at, i = at + len(line) + 1, i + 1
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    assert [p.text.decode() for p in documents(path)] == [json.loads(r)["text"] for r in rows]
+    rows[len(rows) // 2] = "{"
+    path.write_text("\n".join(rows))
+    with pytest.raises(InputError, match=f"line {len(rows) // 2 + 1}: not a JSON"):
+        list(documents(path))
+
+
+def test_workers_write_the_same_bytes_in_any_number(tmp_path: Path) -> None:
+    """Real spawned processes over several jobs, a long document, rows and a compressed file."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/long.txt").write_text(words(1, 9_000_000))
+    (tmp_path / "c/rows.jsonl").write_text("".join(json.dumps({"text": words(i, 400)}) + "\n" for i in range(500)))
+    (tmp_path / "c/packed.txt.gz").write_bytes(gzip.compress(words(7, 200_000).encode(), 1))
+    made = BPETokenizer.train(iter([words(0, 5000).encode()]), 300)
+    data = [
+        prepare((str(tmp_path / "c"),), Options(workers=n, pack=64), tokenizer=made, cache=tmp_path / f"cache{n}")
+        for n in (1, 2)
+    ]
+    first, second = (sorted(d.folder.glob("*.tok")) for d in data)
+    assert [f.name for f in first] == [f.name for f in second]
+    assert len(first) == 6
+    for a, b in zip(first, second):
+        assert a.read_bytes() == b.read_bytes()
+    assert data[0].content == data[1].content
+    (tmp_path / "c/bad.jsonl").write_text('{"no": 1}\n')
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 1"):
+        prepare((str(tmp_path / "c"),), Options(workers=2), tokenizer=made, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache/corpora").glob("*/manifest.json"))
+
+
+# --------------------------------------------------------------------------------------------------- shards and the split
+
+
+def test_large_corpora_fill_several_shards(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ready(many, tmp_path)
+    monkeypatch.setattr("fastlm.data.shards.SHARD_TOKENS", 10_000)
+    data = prepare((str(many),), Options(), cache=tmp_path / "cache2")
+    assert len(data.train) > 5
+    assert max(map(len, data.train)) == 10_000
+    assert b"".join(map(bytes, data.train)) == b"".join(map(bytes, one.train))
+    column = Column(data.train)
+    n = np.random.default_rng(0).integers(len(column), size=999)
+    assert np.array_equal(column.take(n), np.concatenate(data.train)[n])
+    (data.folder / data.manifest["train"]["files"][3]).unlink()
+    with pytest.raises(InputError, match=r"train-00003\.tok"):
+        Prepared(data.folder)
+
+
+def test_a_large_shard_is_hashed_again_only_when_it_changed(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ready(many, tmp_path)
+    module = sys.modules["fastlm.data.prepare"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "ALWAYS_HASHED", 0)
+    read = []
+    real = open_shard
+    monkeypatch.setattr(module, "open_shard", lambda p, t, verify: read.append(verify) or real(p, t, verify))
+    Prepared(data.folder)
+    assert read == [False, False]
+    shard = data.folder / data.manifest["train"]["files"][0]
+    raw = bytearray(shard.read_bytes())
+    raw[700] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(InputError, match="altered"):
+        Prepared(data.folder)
+
+
+def test_one_document_above_a_twentieth_is_split_by_blocks(many: Path, tmp_path: Path) -> None:
+    assert ready(many, tmp_path).manifest["split"] == "documents"
+    total = sum(f.stat().st_size for f in many.iterdir())
+    (many / "big.txt").write_text("x" * (total // 18))  # with it, 1/19 of all
+    assert "blocks" in ready(many, tmp_path).manifest["split"]
+    (many / "big.txt").write_text("x" * (total // 20))  # 1/21
+    assert ready(many, tmp_path).manifest["split"] == "documents"
+    for i in range(101):
+        (many / f"{i}.txt").unlink()
+    (many / "big.txt").unlink()
+    assert "blocks" in ready(many, tmp_path).manifest["split"]  # 199
+
+
+def test_copies_in_few_documents_fall_on_one_side(tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for i in range(40):
+        for copy in "ab":
+            (folder / f"{i}{copy}.txt").write_text(words(i, 3000))
+    data = ready(folder, tmp_path, val_fraction=0.3)
+    assert "blocks" in data.manifest["split"]
+    held = [t for t in data.text("val").split(b"\0") if t]
+    assert held
+    assert not set(held) & set(data.text("train").split(b"\0"))
+
+
+def test_an_empty_side_is_an_error(many: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="validation side of the split is empty"):
+        ready(many, tmp_path, val_fraction=1e-9)
+    (tmp_path / "line.txt").write_text("one line")
+    with pytest.raises(InputError, match="side of the split is empty"):
+        ready(tmp_path / "line.txt", tmp_path)
+
+
+def test_a_killed_preparation_leaves_nothing_behind(many: Path, tmp_path: Path) -> None:
+    folder = ready(many, tmp_path).folder
+    draft = folder.with_name(f".draft-{folder.name}")
+    folder.rename(draft)
+    (draft / "train-00000.tok").write_bytes(b"half")
+    assert ready(many, tmp_path).text("val")
+    assert not draft.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenisers
+
+
+def test_tokenizers_at_their_edges(tmp_path: Path) -> None:
+    chars = CharTokenizer.train(iter([b"abc"]))
+    assert chars.decode(chars.encode(b"axb")).decode() == "a\ufffdb"  # x was not in the training text
+    lib = pytest.importorskip("tokenizers")
+    with pytest.raises(InputError, match="--vocab must be at least 257"):
+        BPETokenizer.train(iter([b"abc"]), 100)
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
+        BPETokenizer("{}")
+    bare = lib.Tokenizer(lib.models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]"))
+    with pytest.raises(InputError, match="none of the end-of-text tokens"):
+        BPETokenizer(bare.to_str())
+    bare.add_special_tokens(["</s>"])
+    bare.pre_tokenizer = lib.pre_tokenizers.Whitespace()
+    bare.enable_truncation(2)
+    own = BPETokenizer(bare.to_str())
+    assert (own.eot, own.vocab) == (2, 3)
+    assert own.encode(b"a b a a").tolist() == [0, 1, 0, 0]  # the file's truncation is not ours
+    twice = [BPETokenizer.train(iter([words(1, 5000).encode()]), 300).hash for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+# ------------------------------------------------------------------------------------------------------ what a run reads
+
+
+def config(**changes: Any) -> Config:
+    made = Config()
+    for name, value in {
+        "layers": 1, "heads": 2, "width": 16, "context": 16, "steps": 8, "batch": 4, "warmup": 2, "kernels": "torch",
+        "eval_every": 4, "save_every": 0, "eval_tokens": 256, "sample": 4, "quiet": True, "threads": 1, **changes,
+    }.items():  # fmt: skip
+        group = next(g for g in vars(made).values() if hasattr(g, name))
+        setattr(group, name, value)
+    return made
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_further_validation_sets_are_evaluated_whole(many: Path, place: Path) -> None:
+    other = place / "other.txt"
+    other.write_text("zzz qqq " * 400)
+    made = job.start(config(name="a", val=(f"odd={other}", f"same={many}")), (str(many),))
+    assert made.named["odd"].manifest["val"]["bytes"] == other.stat().st_size
+    made.trainer.fit()
+    rows = [r for r in read_metrics(made.folder) if "val_loss" in r]
+    assert [r["step"] for r in rows] == [4, 8]
+    assert all(r["val_odd_loss"] > r["val_same_loss"] for r in rows)
+    assert made.trainer.best["val_loss"] == min(r["val_loss"] for r in rows)
+    assert job.read_config(made.folder)[0].data.val[0] == f"odd={other}"
+    for bad in ("odd", "=x", "a b=x", "odd="):
+        with pytest.raises(InputError, match="--val takes NAME=PATH"):
+            job.start(config(name="b", val=(bad,)), (str(many),))
+
+
+def test_mixed_corpora_share_a_tokenizer_learnt_on_both(place: Path) -> None:
+    (place / "a.txt").write_text("abc " * 5000)
+    (place / "b.txt").write_text("xyz " * 5000)
+    made = job.start(config(name="a", tokenizer="chars", weights=(1.0, 1.0)), ("a.txt", "b.txt"))
+    assert made.data[0].tokenizer.hash == made.data[1].tokenizer.hash
+    assert made.data[0].tokenizer.vocab == 2 + len("abcxyz ")
+
+
+class Ranks(parallel.Ranks):
+    def __init__(self, rank: int, size: int) -> None:
+        self.data_rank, self.size_of_data = rank, size
+
+
+def test_a_run_reads_the_same_samples_on_any_ranks_micro_batches_and_ramp(many: Path, place: Path) -> None:
+    made = job.start(config(name="a", steps=20, batch=16), (str(many),))
+    trainer = made.trainer
+    for ramp in (0, 10):
+        for ranks in (1, 2, 3):
+            for micro in (0, 1, 3):
+                trainer.config.optim.ramp, trainer.config.optim.micro = ramp, micro
+                read = []
+                for rank in range(ranks):
+                    trainer.ranks = Ranks(rank, ranks)
+                    read += [n for ids in trainer.plan(0, 0) for n in ids.tolist()]
+                assert sorted(read) == list(range(len(read)))
+                trainer.ranks = Ranks(0, ranks)
+                assert len(read) == sum(trainer.batch_size(step) for step in range(20))
+
+
+def test_skipped_samples_stay_skipped_after_a_resume(many: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spike at one batch rolls back; what is read after the roll-back, and after a resume, begins behind it."""
+    read: list[int] = []
+    real = TokenSource.batch
+
+    def batch(self: TokenSource, ids: np.ndarray):
+        read.extend(ids.tolist())
+        return real(self, ids)
+
+    monkeypatch.setattr(TokenSource, "batch", batch)
+    same = {"steps": 16, "save_every": 4, "eval_every": 0, "spike": 3.0}
+    made = job.start(config(name="a", **same), (str(many),))
+    judged = made.trainer._judge
+    bad = iter([1])
+
+    def judge(step: int, loss: float, found: bool) -> None:
+        judged(step, loss * (100 if step == 7 and next(bad, 0) else 1), found)
+
+    made.trainer._judge = judge  # type: ignore[method-assign]
+
+    class Stop(Callback):
+        def step(self, trainer: Any, row: dict[str, Any]) -> None:
+            if row["step"] == 12 and trainer.skipped:
+                trainer.stop = "test"
+
+    made.trainer.callbacks.append(Stop())
+    made.trainer.fit()
+    assert made.trainer.skipped == [(16, 28)]  # back to step 4 (16 samples), the spike was at step 7 (28 samples)
+    assert made.trainer.consumed == 28 + 8 * 4
+    read.clear()
+    again = job.resume(made.folder, config(name="a", **same), (str(many),), other_data=False, say=str)
+    assert again.trainer.skipped == [(16, 28)]
+    again.trainer.fit()
+    assert sorted(read) == list(range(60, 60 + 4 * 4))
+
+
+# -------------------------------------------------------------------------------------------------------- fastlm data
+
+
+def test_data_commands_prepare_and_show(
+    many: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(["data", "prepare", str(many), "--packing", "documents", "--context", "64"]) == 0
+    said = capsys.readouterr().out
+    for part in ("300 documents", "split by documents", "contexts of 64", "MB/s", str(place / "cache")):
+        assert part in said
+    assert cli(["data", "show", "5", str(many), "--packing", "documents", "--context", "64"]) == 0
+    said = capsys.readouterr().out
+    data = prepare((str(many),), Options(pack=64), cache=place / "cache")
+    _, targets, _ = TokenSource([data], 64, 1).batch(np.array([5]))
+    shown = bytes(targets[targets > 0].tolist()).decode()
+    assert "".join(shown.split()) in "".join(re.sub(r"(?m)^(---|sample 5:).*$", "", said).split())
+    assert "end of document" in said or "goes on" in said
+    assert cli(["data", "show", "-1", str(many)]) == 2
+    assert "must be at least 0" in capsys.readouterr().err
+    assert cli(["data"]) == 2

@@ -46,7 +46,7 @@ def test_the_cache_generates_what_the_whole_text_does(style: str, kv_heads: int)
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    cos, sin = tiny("llama").rope(0, 16, torch.device("cpu"))  # type: ignore[misc]
+    cos, sin = tiny("llama").rope(torch.arange(16))  # type: ignore[misc]
     q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 16, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 16, 8)
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
     for shift in (0, 1, 5):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import chain
 from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
 
-from fastlm.data import validation_batches
+from fastlm.data import corpus_batches, validation_batches
 from fastlm.data.corpus import documents, expand
 from fastlm.train import job
 
@@ -38,19 +39,23 @@ def evaluate(
     total, count, size = 0.0, 0, 0
     if text:
         pieces = [p for file in expand(text) for p in documents(file, config.data.field, config.data.separator)]
-        parts = [np.concatenate((tokenizer.encode(p.text), [tokenizer.eot])) for p in pieces]
+        parts = [np.concatenate((tokenizer.encode(p.text), [tokenizer.eot] * p.last)) for p in pieces]
         shards = [np.concatenate([[tokenizer.eot], *parts])] if parts else []
         size = sum(len(p.text) for p in pieces)
     else:
-        data = job.read_data(corpus, config.data, lambda done, all_: None)
-        shards = [shard for d in data for shard in d.val]
+        data = job.read_data(corpus, config.data, model.config.context)
         size = sum(d.manifest["val"]["bytes"] for d in data)
+    context = model.config.context
+    rows = max(16384 // context, 1)
+    if text:
+        batches = validation_batches(shards, context, rows)
+    else:
+        batches = chain.from_iterable(corpus_batches(d, context, rows) for d in data)
     if not size:
         raise job.InputError("the text to evaluate on is empty")
-    context = model.config.context
     with torch.no_grad():
-        for tokens, targets in validation_batches(shards, context, max(16384 // context, 1)):
-            total += float(model(tokens.to(place), targets.to(place)))
+        for tokens, targets, *borders in batches:
+            total += float(model(tokens.to(place), targets.to(place), *(b.to(place) for b in borders)))
             count += int((targets != -100).sum())
     nats = total / count
     found = {

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("fastlm.cli.train", "train a language model on text"),
     "generate": ("fastlm.cli.generate", "continue a prompt with a trained model"),
     "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
+    "data": ("fastlm.cli.data", "prepare a corpus, or show what a training sample holds"),
     "doctor": ("fastlm.cli.doctor", "what is installed, what runs on what, and why"),
     "bench": ("fastlm.bench.__main__", "benchmarks of the kernels and of a training step"),
 }

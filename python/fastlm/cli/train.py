@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from fastlm.cli.data import reading
 from fastlm.train import job
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 
@@ -47,7 +47,8 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         --resume goes on.
 
         Args:
-            corpus: Files, folders and globs of text, source code, .jsonl and .parquet, plain or .gz/.zst.
+            corpus: Files, folders and globs of text, source code, .jsonl, .parquet and datasets saved to disk, plain or
+                .gz/.zst.
             resume: Run to go on with, from its last checkpoint; flags given beside it change it.
             fork: Run from whose last checkpoint a new run starts.
             other_data: Go on although the data differ from the checkpoint's.
@@ -58,23 +59,10 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
     return tyro.cli(train, prog="fastlm train", args=argv)
 
 
-def _note() -> Callable[[int, int], None]:
-    shown = [-1]
-
-    def note(done: int, total: int) -> None:
-        part = 100 * done // max(total, 1)
-        if total > 64 << 20 and part != shown[0]:
-            shown[0] = part
-            end = "\n" if part == 100 else ""
-            print(f"\rreading the corpus: {part}% of {total / 2**20:,.0f} MiB", end=end, file=sys.stderr, flush=True)
-
-    return note
-
-
 def main(argv: list[str]) -> int:
     config, corpus, options = parse(argv)
     config.check()
-    origin, note = options["resume"] or options["fork"], _note()
+    origin = options["resume"] or options["fork"]
     if options["resume"] and options["fork"]:
         raise job.InputError("--resume and --fork exclude each other")
     if origin:
@@ -82,9 +70,11 @@ def main(argv: list[str]) -> int:
         for line in job.read_config(folder)[0].differences(config):
             print(f"changed: {line}")
         go = job.resume if options["resume"] else job.fork
-        made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note)
+        with reading() as note:
+            made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note)
     else:
-        made = job.start(config, corpus, note=note)
+        with reading() as note:
+            made = job.start(config, corpus, note=note)
     result = made.run()
     print(f"run folder: {result.folder}")
     if result.why.startswith("signal"):

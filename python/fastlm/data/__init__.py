@@ -1,7 +1,7 @@
 """Corpora, tokenisers, shards and loading. Stands alone: imports nothing of fastlm above `backend`."""
 
 from fastlm.data.errors import InputError
-from fastlm.data.loader import DatasetSource, Prefetch, TokenSource, validation_batches
+from fastlm.data.loader import DatasetSource, Prefetch, TokenSource, corpus_batches, validation_batches
 from fastlm.data.prepare import Options, Prepared, prepare
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Prefetch",
     "Prepared",
     "TokenSource",
+    "corpus_batches",
     "prepare",
     "validation_batches",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.errors import InputError
+from fastlm.data.pack import Rows
 from fastlm.data.prepare import Prepared
 from fastlm.data.sample import Windows, key, mixture, permute
 
@@ -27,30 +28,41 @@ class Source(Protocol):
 
 
 class TokenSource:
-    """Inputs and targets [n, context] of sample numbers, from one or several prepared corpora mixed by weight."""
+    """Inputs and targets [n, context] of sample numbers, from one or several prepared corpora mixed by weight.
+
+    From packed corpora a third tensor, int32 [n, context], says which document of its row each token belongs to.
+    """
 
     def __init__(self, corpora: Sequence[Prepared], context: int, seed: int, weights: Sequence[float] = ()) -> None:
         self.weights = list(weights) or [1.0] * len(corpora)
         self.seed = seed
         self.content = str(key([c.content for c in corpora], self.weights, context))
-        self.windows = [Windows(c.train, context, seed, c.content) for c in corpora]
-        for corpus, windows in zip(corpora, self.windows):
-            if not windows.size:
+        self.parts: list[Windows | Rows] = []
+        for corpus in corpora:
+            if corpus.pack not in (0, context) or corpus.pack != corpora[0].pack:
+                raise InputError(
+                    f"the shards in {corpus.folder} hold documents packed into contexts of {corpus.pack}, "
+                    f"this model's context is {context}"
+                )
+            part = corpus.rows("train", seed) if corpus.pack else Windows(corpus.train, context, seed, corpus.content)
+            if not part.size:
                 raise InputError(
                     f"the training text has {corpus.manifest['train']['tokens']} tokens, shorter than one context of "
                     f"{context}: give more text or a smaller --context"
                 )
+            self.parts.append(part)
 
     def batch(self, ids: np.ndarray) -> tuple[Tensor, ...]:
-        source, number = mixture(ids, self.weights, self.seed)
-        if len(self.windows) == 1:
-            rows = self.windows[0].tokens(number)
+        if len(self.parts) == 1:
+            columns = self.parts[0].batch(ids)
         else:
-            rows = np.empty((len(ids), self.windows[0].context + 1), dtype=np.int64)
-            for s in np.unique(source):
-                rows[source == s] = self.windows[s].tokens(number[source == s])
-        tokens = torch.from_numpy(rows)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            source, number = mixture(ids, self.weights, self.seed)
+            found = {int(s): self.parts[s].batch(number[source == s]) for s in np.unique(source)}
+            columns = tuple(np.empty((len(ids), *c.shape[1:]), c.dtype) for c in next(iter(found.values())))
+            for s, part in found.items():
+                for column, values in zip(columns, part):
+                    column[source == s] = values
+        return tuple(torch.from_numpy(np.ascontiguousarray(c)) for c in columns)
 
 
 class DatasetSource:
@@ -116,6 +128,21 @@ class Prefetch:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def corpus_batches(corpus: Prepared, context: int, rows: int, limit: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of `rows` samples that predict the validation side of a corpus, as it is packed, each token once.
+
+    `limit` > 0 takes about that many tokens, spread evenly over the whole.
+    """
+    if not corpus.pack:
+        yield from validation_batches(corpus.val, context, rows, limit)
+        return
+    packed = corpus.rows("val")
+    every = max(packed.size * context // limit, 1) if limit else 1
+    numbers = np.arange(0, packed.size, every)
+    for at in range(0, len(numbers), rows):
+        yield tuple(map(torch.from_numpy, packed.at(numbers[at : at + rows])))
 
 
 def validation_batches(shards: Sequence[np.ndarray], context: int, rows: int, limit: int = 0) -> Iterator[Any]:

@@ -71,6 +71,11 @@ class Windows:
                 out[at] = tokens[start[:, None] + np.arange(self.context + 1)]
         return out
 
+    def batch(self, n: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Inputs and targets [len(n), context] of samples n."""
+        tokens = self.tokens(n)
+        return tokens[:, :-1], tokens[:, 1:]
+
 
 def mixture(n: np.ndarray, weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(source, number within the source) of samples n: each round of ROUND samples holds fixed shares of the sources."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ SHARD_TOKENS = 1 << 28
 class ShardWriter:
     """Appends tokens to NAME-00000.tok, NAME-00001.tok ... of a folder; `close` returns the file names."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, tokenizer: str, limit: int = SHARD_TOKENS) -> None:
-        self.folder, self.name, self.dtype, self.tokenizer, self.limit = folder, name, dtype, tokenizer, limit
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, tokenizer: str, limit: int = 0) -> None:
+        self.folder, self.name, self.dtype, self.tokenizer = folder, name, dtype, tokenizer
+        self.limit = limit or SHARD_TOKENS
         self.files: list[str] = []
         self.content: list[str] = []
         self.tokens = 0
@@ -46,7 +48,7 @@ class ShardWriter:
             if self._file is None:
                 self._start()
             part, data = data[: self.limit - self._count], data[self.limit - self._count :]
-            raw = part.tobytes()
+            raw = part.data.cast("B")
             self._file.write(raw)  # type: ignore[attr-defined]
             self._hash.update(raw)
             self._count += len(part)
@@ -104,13 +106,36 @@ def open_shard(path: Path, tokenizer: str | None = None, verify: bool = True) ->
         )
     if tokenizer is not None and head["tokenizer"] != tokenizer:
         raise InputError(f"the shard {path} was written with tokenizer {head['tokenizer']}, this run uses {tokenizer}")
-    tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER, shape=(head["count"],))
     if verify:
-        digest = hashlib.sha256()
-        for start in range(0, len(tokens), 1 << 24):
-            digest.update(tokens[start : start + (1 << 24)].data)
+        with open(path, "rb") as file:  # not through the map, whose pages would count as this process' memory
+            file.seek(HEADER)
+            digest = hashlib.sha256()
+            while raw := file.read(1 << 22):
+                digest.update(raw)
         if digest.hexdigest() != head["content"]:
             raise InputError(
-                f"the shard {path} is altered: its content does not match its hash; delete it to remake it"
+                f"the shard {path} is altered: its content does not match its hash; delete its folder to remake it"
             )
-    return tokens
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER, shape=(head["count"],))
+
+
+class Column:
+    """Shards as one long array: `take` gathers at any places, across files."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = list(shards)
+        self.ends = np.cumsum([len(s) for s in shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """int64 values at `index`, each in [0, len(self))."""
+        if len(self.shards) == 1:
+            return self.shards[0][index].astype(np.int64)
+        out = np.empty(index.shape, dtype=np.int64)
+        of = np.searchsorted(self.ends, index, side="right")
+        for s in np.unique(of):
+            here = of == s
+            out[here] = self.shards[s][index[here] - (self.ends[s] - len(self.shards[s]))]
+        return out

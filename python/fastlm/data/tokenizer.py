@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.data.corpus import cut
 from fastlm.data.errors import InputError
+
+SMALLEST_BPE = 257
 
 
 class Tokenizer:
@@ -22,6 +25,7 @@ class Tokenizer:
     eot: int
 
     def encode(self, text: bytes) -> np.ndarray:
+        """The tokens of a text, in the tokeniser's dtype. Bytes that are not UTF-8 are kept by ByteTokenizer alone."""
         raise NotImplementedError
 
     def decode(self, tokens: Iterable[int]) -> bytes:
@@ -29,6 +33,9 @@ class Tokenizer:
 
     def spec(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        return load, (self.spec(),)
 
     @property
     def dtype(self) -> np.dtype:
@@ -45,6 +52,10 @@ class ByteTokenizer(Tokenizer):
     vocab, eot = 256, 0
 
     def encode(self, text: bytes) -> np.ndarray:
+        if b"\0" in text:
+            raise InputError(
+                "a text holds the byte 0, by which --tokenizer bytes ends documents: remove it, or use chars or bpe"
+            )
         return np.frombuffer(text, dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
@@ -96,8 +107,15 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, content: str) -> None:
         self.content = content
-        self._bpe = _tokenizers().Tokenizer.from_str(content)
-        self.vocab = self._bpe.get_vocab_size()
+        try:
+            self._bpe = _tokenizers().Tokenizer.from_str(content)
+        except InputError:
+            raise
+        except Exception as error:  # the package raises Exception itself
+            raise InputError(f"the tokenizer.json cannot be read: {error}") from error
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        self.vocab = max(self._bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
         ids = [i for i in map(self._bpe.token_to_id, names) if i is not None]
         if not ids:
@@ -107,6 +125,10 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(cls, texts: Iterator[bytes], vocab: int) -> BPETokenizer:
         lib = _tokenizers()
+        if vocab < SMALLEST_BPE:
+            raise InputError(
+                f"--vocab must be at least {SMALLEST_BPE}, the bytes and the end of text, for bpe; it is {vocab}"
+            )
         bpe = lib.Tokenizer(lib.models.BPE())
         bpe.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = lib.decoders.ByteLevel()
@@ -120,8 +142,9 @@ class BPETokenizer(Tokenizer):
         return cls(bpe.to_str())
 
     def encode(self, text: bytes) -> np.ndarray:
-        ids = self._bpe.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
-        return np.array(ids, dtype=self.dtype)
+        parts = [text] if len(text) <= 1 << 20 else cut(text)  # what encodes a text holds 100 bytes a token
+        found = self._bpe.encode_batch_fast([t.decode("utf-8", "replace") for t in parts], add_special_tokens=False)
+        return np.concatenate([np.array(e.ids, dtype=self.dtype) for e in found])
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return self._bpe.decode([int(t) for t in tokens], skip_special_tokens=True).encode()

@@ -119,7 +119,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.width, (self.heads + 2 * self.kv_heads) * self.size, bias=c.bias)
         self.out = nn.Linear(c.width, c.width, bias=c.bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, self.heads + 2 * self.kv_heads, self.size).transpose(1, 2)
         q_BHLD, k_BGLD, v_BGLD = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
@@ -131,8 +137,10 @@ class Attention(nn.Module):
             q_BHLD,
             k_BGLD,
             v_BGLD,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=L > 1,  # one new token sees the whole cache; a longer text starts with an empty one
+            is_causal=mask is None
+            and L > 1,  # one new token sees the whole cache; a longer text starts with an empty one
             enable_gqa=self.heads != self.kv_heads,
         )
         return self.out(y.transpose(1, 2).reshape(B, L, -1))
@@ -163,14 +171,34 @@ class Block(nn.Module):
         self.norm1, self.attn, self.drop1 = make_norm(c), Attention(c, layer), nn.Dropout(c.dropout)
         self.norm2, self.mlp, self.drop2 = make_norm(c), MLP(c), nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None) -> Tensor:
-        x = x + self.drop1(self.attn(self.norm1(x), rope, cache))
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.drop1(self.attn(self.norm1(x), rope, cache, mask))
         x = x + self.drop2(self.mlp(self.norm2(x)))
         return x
 
 
+def packed(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that hold several documents, [B, L] numbers that change from one to the next: positions within each
+    document [B, L], and the mask [B, 1, L, L] by which a position sees its own document up to itself."""
+    at = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    start = torch.where(begins, at, 0).cummax(1).values
+    mask = (start[:, :, None] == start[:, None, :]) & (at[:, None] >= at)
+    return at - start, mask[:, None]
+
+
 class GPT(nn.Module):
-    """`model(tokens)` gives logits [B, L, V]; `model(tokens, targets)` the summed loss in nats, without holding them."""
+    """`model(tokens)` gives logits [B, L, V]; `model(tokens, targets)` the summed loss in nats, without holding them.
+
+    `documents` [B, L], numbers that change where another document begins, keeps packed documents apart: attention does
+    not cross their borders and positions start anew.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -197,19 +225,22 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """cos and sin [L, D/2] of the angles position x base^(-2i/D), float32."""
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [L, D/2] (or [B, 1, L, D/2] of positions [B, L]) of the angles position x base^(-2i/D), float32."""
         if self.place is not None:
             return None
         size = self.config.width // self.config.heads
-        rate = self.config.rope_base ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-        angle = torch.outer(torch.arange(start, end, device=device, dtype=torch.float32), rate)
+        rate = self.config.rope_base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+        angle = positions[..., None].float() * rate
+        if positions.dim() == 2:
+            angle = angle[:, None]  # the same for all heads
         return angle.cos(), angle.sin()
 
     def forward(
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
+        documents: Tensor | None = None,
         *,
         cache: Cache | None = None,
         smoothing: float = 0.0,
@@ -219,16 +250,21 @@ class GPT(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context and self.place is not None:
             raise ValueError(f"{end} positions do not fit the context of {self.config.context}")
+        positions, mask = torch.arange(start, end, device=tokens.device), None
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("documents and cache exclude each other: packed rows are for training and evaluation")
+            positions, mask = packed(documents)
         x = self.embed(tokens)
         if self.place is not None:
-            x = x + self.place(torch.arange(start, end, device=tokens.device))
+            x = x + self.place(positions)
         x = self.drop(x)
-        rope = self.rope(start, end, tokens.device)
+        rope = self.rope(positions)
         for i, block in enumerate(self.blocks):
             if self.training and (self.recompute == "full" or (self.recompute == "half" and i % 2 == 0)):
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, mask, use_reentrant=False)
             else:
-                x = block(x, rope, cache)
+                x = block(x, rope, cache, mask)
         if cache is not None:
             cache.length = end
         x = self.norm(x)

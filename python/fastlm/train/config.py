@@ -69,6 +69,12 @@ class DataConfig:
     """Weights that mix several corpora (one per CORPUS); without them all are one."""
     val_fraction: float = 0.05
     """Part of the documents held out for validation, chosen by their content's hash."""
+    val: tuple[str, ...] = ()
+    """More validation sets, as NAME=PATH: each evaluation also gives val_NAME_loss. The split's own decides."""
+    packing: Literal["blocks", "documents"] = "blocks"
+    """blocks: contexts are cut anywhere. documents: contexts hold whole documents, attention crosses no border."""
+    workers: int = 0
+    """Processes that prepare the corpus; 0: one per core when it is large."""
 
 
 @dataclass

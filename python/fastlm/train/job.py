@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.data import InputError, Options, Prepared, TokenSource, prepare, validation_batches
+from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
+from fastlm.data.prepare import Note, joint_tokenizer, silent
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import checkpoint, state
 from fastlm.train.callbacks import Callback, Picture, Progress, Tensorboard
@@ -74,8 +75,11 @@ def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
 
 def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: GPTConfig, data: list[Prepared]) -> None:
     where = [str(Path(c).resolve()) if Path(c).exists() else c for c in corpus]
+    saved = config.to_dict()
+    pairs = [given.partition("=") for given in config.data.val]
+    saved["data"]["val"] = [f"{n}={Path(p).resolve() if Path(p).exists() else p}" for n, _, p in pairs]
     body = {
-        "config": config.to_dict(),
+        "config": saved,
         "corpus": where,
         "model": dataclasses.asdict(model),
         "tokenizer": data[0].tokenizer.spec(),
@@ -94,17 +98,35 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
 # ------------------------------------------------------------------------------------------------------------- the parts
 
 
-def read_data(corpus: tuple[str, ...], config: DataConfig, note: Callable[[int, int], None]) -> list[Prepared]:
-    """One prepared corpus, or one for each name when weights mix them."""
-    options = Options(config.tokenizer, config.vocab, config.field, config.separator, config.val_fraction)
+def options_of(config: DataConfig, context: int) -> Options:
+    pack = context if config.packing == "documents" else 0
+    c = config
+    return Options(c.tokenizer, c.vocab, c.field, c.separator, c.val_fraction, pack, c.workers)
+
+
+def read_data(corpus: tuple[str, ...], config: DataConfig, context: int, note: Note = silent) -> list[Prepared]:
+    """One prepared corpus, or one for each name when weights mix them. `context` counts when documents are packed."""
+    options = options_of(config, context)
     if not config.weights:
         return [prepare(corpus, options, note=note)]
     if len(config.weights) != len(corpus) or min(config.weights) <= 0:
         raise InputError(f"--weights needs one positive weight per corpus: {len(config.weights)} for {len(corpus)}")
-    data = [prepare((name,), options, note=note) for name in corpus]
-    if len({d.tokenizer.hash for d in data}) > 1:
-        raise InputError("corpora mixed by --weights need one tokenizer: bytes, or the path of a tokenizer.json")
-    return data
+    tokenizer = joint_tokenizer([(name,) for name in corpus], options, note=note)
+    return [prepare((name,), options, tokenizer=tokenizer, note=note) for name in corpus]
+
+
+def read_validation(
+    config: DataConfig, context: int, tokenizer: tokenizers.Tokenizer, note: Note = silent
+) -> dict[str, Prepared]:
+    """The further validation sets by name, none of which is split."""
+    found: dict[str, Prepared] = {}
+    for given in config.val:
+        name, _, path = given.partition("=")
+        if not name.isidentifier() or not path or name in found:
+            raise InputError(f"--val takes NAME=PATH, each name (letters, digits, _) once; it is {given!r}")
+        options = options_of(config, context)
+        found[name] = prepare((path,), options, tokenizer=tokenizer, whole=True, note=note)
+    return found
 
 
 @dataclass(frozen=True)
@@ -134,21 +156,31 @@ class Costs:
         return cls(parameters, per_token * c.context, memory)
 
 
-def validation(data: list[Prepared], config: Config, context: int, device: torch.device) -> Any:
-    """A function (model, whole) -> val_loss in nats per token and val_bpb in bits per byte of text."""
+def validation(
+    data: list[Prepared], config: Config, context: int, device: torch.device, named: dict[str, Prepared] | None = None
+) -> Any:
+    """A function (model, whole) -> val_loss in nats per token and val_bpb in bits per byte of text, over the validation
+    sides of `data`; and the same for each further set, as val_NAME_loss and val_NAME_bpb."""
     rows = max(16384 // context, 1)
 
-    def run(model: nn.Module, whole: bool) -> dict[str, float]:
+    def over(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
         total, count, size = 0.0, 0, 0.0
-        for corpus in data:
-            limit = 0 if whole else config.run.eval_tokens // len(data)
+        for corpus in corpora:
+            limit = 0 if whole else config.run.eval_tokens // len(corpora)
             mine = 0
-            for tokens, targets in validation_batches(corpus.val, context, rows, limit):
-                total += float(model(tokens.to(device), targets.to(device)))
+            for tokens, targets, *documents in corpus_batches(corpus, context, rows, limit):
+                total += float(model(tokens.to(device), targets.to(device), *(d.to(device) for d in documents)))
                 mine += int((targets != -100).sum())
             count += mine
             size += mine * corpus.manifest["val"]["bytes"] / corpus.manifest["val"]["tokens"]
-        return {"val_loss": total / count, "val_bpb": total / size / math.log(2), "val_tokens": count}
+        return total / count, total / size / math.log(2), count
+
+    def run(model: nn.Module, whole: bool) -> dict[str, float]:
+        loss, bits, count = over(model, data, whole)
+        found: dict[str, float] = {"val_loss": loss, "val_bpb": bits, "val_tokens": count}
+        for name, corpus in (named or {}).items():
+            found[f"val_{name}_loss"], found[f"val_{name}_bpb"], _ = over(model, [corpus], whole)
+        return found
 
     return run
 
@@ -216,8 +248,10 @@ class Job:
             torch.use_deterministic_algorithms(True)
         self.config, self.corpus, self.ranks = config, corpus, Ranks()
         self.device = pick_device(config.run.device)
-        self.data = read_data(corpus, config.data, note or (lambda done, total: None))
+        context = config.model.resolve(256).context
+        self.data = read_data(corpus, config.data, context, note or silent)
         tokenizer = self.data[0].tokenizer
+        self.named = read_validation(config.data, context, tokenizer, note or silent)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
         self.costs = Costs.of(self.shape, config)
@@ -240,7 +274,7 @@ class Job:
             model,
             self.source,
             self.folder,
-            evaluate=validation(self.data, config, self.shape.context, self.device),
+            evaluate=validation(self.data, config, self.shape.context, self.device, self.named),
             callbacks=callbacks,
             ranks=self.ranks,
             flops_per_sample=self.costs.flops_per_sample,
@@ -267,6 +301,10 @@ class Job:
             (self.folder / "sample.txt").write_text(text)
             say(f"\na sample:\n{text}\n")
             say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
+            for name in self.named:
+                say(
+                    f"{name}: {found[f'val_{name}_loss']:.4f} nats per token, {found[f'val_{name}_bpb']:.4f} bits per byte"
+                )
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in counted.items())
             say(
                 f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
@@ -281,6 +319,9 @@ class Job:
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
             f"tokens (split by {d['split']})"
         )
+        if d["undecodable"]:
+            how = "kept as they are" if d["tokenizer"]["kind"] == "bytes" else "read as U+FFFD"
+            say(f"{d['undecodable']:,} texts are not UTF-8 throughout; what cannot be decoded is {how}")
         say(
             f"model: {c.parameters / 1e6:.2f} M parameters, {c.flops_per_sample * self.config.optim.batch / 1e9:.1f} GFLOP a "
             f"step, about {c.memory / 2**20:,.0f} MiB; {self.device}, {torch.get_num_threads()} threads"

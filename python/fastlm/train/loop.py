@@ -31,9 +31,11 @@ Loss = Callable[..., tuple[Tensor, Tensor]]
 FLUSH = 10  # steps whose metrics may wait on a GPU before they are read
 
 
-def token_loss(model: nn.Module, tokens: Tensor, targets: Tensor, **options: float) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of target tokens."""
-    return model(tokens, targets, **options), (targets != -100).sum()
+def token_loss(
+    model: nn.Module, tokens: Tensor, targets: Tensor, *documents: Tensor, **options: float
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of target tokens. Packed batches also say which document each token belongs to."""
+    return model(tokens, targets, *documents, **options), (targets != -100).sum()
 
 
 class Trainer:

@@ -1,0 +1,136 @@
+"""`fastlm data prepare [CORPUS ...]` and `fastlm data show N [CORPUS ...]`: a corpus as training sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from fastlm.data import InputError, Prepared, TokenSource
+from fastlm.data.prepare import PARALLEL, Note
+from fastlm.train import job
+from fastlm.train.config import DataConfig
+
+Data = Annotated[DataConfig, tyro.conf.arg(name="")]
+DEFAULT = DataConfig()
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[Note]:
+    """A progress bar on the terminal for what takes long enough to want one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, object] = {}
+
+    def note(what: str, done: int, total: int) -> None:
+        if total < PARALLEL // 4:
+            return
+        if what not in tasks:
+            for old in tasks.values():
+                bars.update(old, visible=False)  # type: ignore[arg-type]
+            bars.start()
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+    try:
+        yield note
+    finally:
+        bars.stop()
+
+
+def _lines(data: Prepared, seconds: float) -> Iterator[str]:
+    m = data.manifest
+    size = m["train"]["bytes"] + m["val"]["bytes"]
+    tokenizer = f"{m['tokenizer']['kind']} of {data.tokenizer.vocab:,} tokens ({data.tokenizer.hash})"
+    yield f"{m['documents']:,} documents, {size:,} bytes, split by {m['split']}; tokenizer {tokenizer}"
+    for side, name in (("train", "training"), ("val", "validation")):
+        part = m[side]
+        line = f"{name}: {part['tokens']:,} tokens of {part['bytes']:,} bytes in {len(part['files'])} file(s)"
+        if data.pack:
+            full = part["tokens"] / max(part["contexts"] * data.pack, 1)
+            line += f", {part['contexts']:,} contexts of {data.pack}, {full:.1%} full"
+        yield line
+    if m["undecodable"]:
+        yield f"{m['undecodable']:,} texts are not UTF-8 throughout"
+    yield f"{seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s; {data.folder}"
+
+
+def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEFAULT, context: int = 128) -> int:
+    """Turn a corpus into token shards in the cache, and say what came of it.
+
+    Args:
+        corpus: Files, folders and globs, as `fastlm train` takes them.
+        context: Tokens of a sample, which counts with --packing documents.
+    """
+    with reading() as note:
+        start = time.perf_counter()
+        found = job.read_data(corpus, data, context, note)
+        seconds = time.perf_counter() - start
+    for one in found:
+        print("\n".join(_lines(one, seconds)))
+    return 0
+
+
+def show(
+    n: tyro.conf.Positional[int],
+    corpus: tyro.conf.Positional[tuple[str, ...]] = (),
+    data: Data = DEFAULT,
+    context: int = 128,
+    seed: int = 1,
+    run: str = "",
+) -> int:
+    """Print sample N of a training run as text, with its document borders.
+
+    Args:
+        n: The sample's number, counted over the whole run from 0.
+        corpus: Files, folders and globs, as `fastlm train` takes them.
+        context: Tokens of a sample.
+        seed: The run's seed.
+        run: Take corpus, data, context and seed from this run.
+    """
+    if n < 0:
+        raise InputError(f"the sample's number must be at least 0; it is {n}")
+    if run:
+        config, corpus = job.read_config(job.find_run(run))
+        data, context, seed = config.data, config.model.resolve(256).context, config.run.seed
+    with reading() as note:
+        found = job.read_data(corpus, data, context, note)
+    inputs, targets, *documents = (
+        t[0].numpy() for t in TokenSource(found, context, seed, data.weights).batch(np.array([n]))
+    )
+    tokenizer = found[0].tokenizer
+    predicted = targets >= 0
+    if documents:
+        borders = np.flatnonzero(np.diff(documents[0][predicted])) + 1
+    else:
+        borders = np.flatnonzero(targets[predicted] == tokenizer.eot) + 1
+    parts = np.split(targets[predicted], borders)
+    print(
+        f"sample {n}: {len(inputs)} tokens, {int(predicted.sum())} predicted, {sum(len(p) > 0 for p in parts)} document(s)"
+    )
+    for part in parts:
+        if len(part):
+            ended = part[-1] == tokenizer.eot
+            text = tokenizer.decode(part[:-1] if ended else part).decode("utf-8", "replace")
+            print(f"{text}\n--- {'end of document' if ended else 'goes on'} ({len(part)} tokens)")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["prepare"]:
+        return tyro.cli(prepare, prog="fastlm data prepare", args=argv[1:])
+    if argv[:1] == ["show"]:
+        return tyro.cli(show, prog="fastlm data show", args=argv[1:])
+    asked = argv[:1] in (["-h"], ["--help"])
+    usage = "usage: fastlm data prepare [CORPUS ...] | show N [CORPUS ...]   (--help tells more)"
+    print(usage, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
