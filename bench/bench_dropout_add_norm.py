@@ -91,7 +91,9 @@ def _contender(name: str, function: Any, p: float, part: str, then: str, kind: s
         """PyTorch draws a mask of its own: the same function, uncompiled, is right without one."""
         with torch.set_grad_enabled(part != "forward"):
             y, z = function(i, 0.0)
-        grads = () if part == "forward" else torch.autograd.grad((y, z), (i.x, i.residual, i.weight, i.bias), (i.dy, i.dz))
+        grads = (
+            () if part == "forward" else torch.autograd.grad((y, z), (i.x, i.residual, i.weight, i.bias), (i.dy, i.dz))
+        )
         return _error(0.0, part)((y, z, *grads), i)
 
     own_mask = kind != "ours" and p > 0

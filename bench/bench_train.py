@@ -290,13 +290,13 @@ def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def once(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def once(key: dict[str, Any], make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
         for row in rows:
             if all(row.get(k) == v for k, v in key.items()):
                 return row
         if time.monotonic() - begin > budget:
             return None
-        row = key | make()
+        row = key | make(*arguments)
         rows.append(row)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -308,16 +308,19 @@ def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
             continue
         text = Text(config)
         key = {"model": name, "loop": "plain", "steps": steps}
-        tried = [once(key | {"lr": lr, "seed": 1}, lambda lr=lr: plain_run(text, config, batch, steps, lr, 1)) for lr in RATES]
-        if any(row is None for row in tried):
-            return rows
-        lr = min(tried, key=lambda row: row["loss"])["lr"]  # type: ignore[index]
+        tried = []
+        for lr in RATES:
+            row = once(key | {"lr": lr, "seed": 1}, plain_run, text, config, batch, steps, lr, 1)
+            if row is None:
+                return rows
+            tried.append(row)
+        lr = min(tried, key=lambda row: row["loss"])["lr"]
         for seed in SEEDS:
-            plain = once(key | {"lr": lr, "seed": seed}, lambda: plain_run(text, config, batch, steps, lr, seed))
+            plain = once(key | {"lr": lr, "seed": seed}, plain_run, text, config, batch, steps, lr, seed)
             if plain is None:
                 return rows
             mine = {"model": name, "loop": "fastlm", "seed": seed, "settings": best, "goal": part}
-            if once(mine, lambda: fast_run(text, config, batch, best, part, plain, seed)) is None:
+            if once(mine, fast_run, text, config, batch, best, part, plain, seed) is None:
                 return rows
     return rows
 

@@ -125,8 +125,12 @@ def main(argv: list[str] | None = None) -> int:
         "--threshold", type=float, default=0.05, help="regression that --compare fails on (default 0.05)"
     )
     parser.add_argument("--status", action="store_true", help="what was verified on a GPU, per op and backend")
-    parser.add_argument("--tune", action="store_true", help="time configurations on this GPU and rewrite kernels/table.json")
-    parser.add_argument("--long", action="store_true", help="of train: also the time to quality (about an hour on two cores)")
+    parser.add_argument(
+        "--tune", action="store_true", help="time configurations on this GPU and rewrite kernels/table.json"
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="of train: also the time to quality (about an hour on two cores)"
+    )
     parser.add_argument("--tables", action="store_true", help="write the README's and docs' tables from bench/results/")
     args = parser.parse_args(argv)
     try:

@@ -17,7 +17,10 @@ PEERS = {
     "flash-attn": ("flash_attn", "attention"),
     "xformers": ("xformers", "attention"),
     "bitsandbytes": ("bitsandbytes", "nothing yet: its kernels are 8-bit, and int8_matmul is not built"),
-    "torchao": ("torchao", "nothing yet: its kernels are 8-bit and sparse, and int8_matmul and prune_mask are not built"),
+    "torchao": (
+        "torchao",
+        "nothing yet: its kernels are 8-bit and sparse, and int8_matmul and prune_mask are not built",
+    ),
 }
 
 
