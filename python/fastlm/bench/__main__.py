@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="time configurations on this GPU and rewrite kernels/table.json"
     )
+    parser.add_argument("--table", type=Path, default=None, help="of --tune: the table to write (kernels/table.json)")
     parser.add_argument(
         "--long", action="store_true", help="of train: also the time to quality (about an hour on two cores)"
     )
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.tune:
             from fastlm.bench import tune
 
-            return tune.main(args.suite, args.seconds, args.budget, root)
+            return tune.main(args.suite, args.budget, args.table or root / "kernels/table.json")
         known = suites(root)
         for name in args.suite:
             if name not in known:

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import shutil
 import statistics
 import sys
 import time
@@ -142,13 +143,15 @@ def tune(
     return counts
 
 
-def main(names: list[str], seconds: float, budget: float, root: Path) -> int:
-    """The command. Returns its exit status; without a GPU, 2 and one sentence."""
+def main(names: list[str], budget: float, path: Path) -> int:
+    """The command: writes the table at ``path``. Returns its exit status; without a GPU, 2 and one sentence."""
     if not torch.cuda.is_available():
         print("fastlm bench: --tune times kernels on a CUDA device, and PyTorch finds none here", file=sys.stderr)
         return 2
     from fastlm.kernels._common import arch_of
 
+    if not path.exists():
+        shutil.copy(table._PATH, path)
     machine, clock = ceilings.machine("cuda"), Clock("cuda")
     chosen = trials(names)
     on = {
@@ -158,10 +161,7 @@ def main(names: list[str], seconds: float, budget: float, root: Path) -> int:
     }
     device = torch.device("cuda", torch.cuda.current_device())
     timer = lambda call: clock(call, 1)
-    counts = tune(chosen, root / "kernels/table.json", "cuda", arch_of(device), timer, on, budget)
-    print(
-        ", ".join(f"{n} {what}" for what, n in counts.items())
-        + f" of {len(chosen)} look-ups; kernels/table.json is rewritten"
-    )
+    counts = tune(chosen, path, "cuda", arch_of(device), timer, on, budget)
+    print(", ".join(f"{n} {what}" for what, n in counts.items()) + f" of {len(chosen)} look-ups; {path} is rewritten")
     print("now: python -m fastlm.bench.offline --write bench/results/offline.json, the tests, and commit both")
     return 0
