@@ -133,6 +133,12 @@ def _case(rows: int, columns: int, dtype: str, p: float, part: str, device: str,
     item = torch.empty((), dtype=DTYPES[dtype]).element_size()
     tensors = 4 if part == "forward" else 4 + 4 + (1 if p > 0 else 0)  # backward: dy, dz, z in; dx (and dresidual) out
     nbytes = tensors * rows * columns * item
+    # About 12 an element forward and 20 backward (kernels/dropout_add_norm.py); the matmul behind it computes 2 * columns
+    # an element forward and twice that backward, and its bytes are those of its matrix, y again and the product.
+    flops = (12 if part == "forward" else 32) * rows * columns
+    if then:
+        flops += (2 if part == "forward" else 6) * rows * columns**2
+        nbytes += (1 if part == "forward" else 3) * (2 * rows * columns + columns**2) * item
     contenders = [
         _contender("fastlm", _ours, p, part, then, "ours"),
         _contender("eager", _eager, p, part, then, "baseline"),
@@ -144,7 +150,7 @@ def _case(rows: int, columns: int, dtype: str, p: float, part: str, device: str,
     suffix = " then matmul" if then else ""
     return Case(
         "dropout_add_norm", f"{rows}x{columns} {dtype} p={p:g} {part}{suffix}",
-        _inputs(rows, columns, dtype, device, part != "forward"), tuple(contenders), nbytes, 0, dtype, device,
+        _inputs(rows, columns, dtype, device, part != "forward"), tuple(contenders), nbytes, flops, dtype, device,
         {"rows": rows, "columns": columns, "p": p, "part": part}, "before a matmul" if then else "alone",
         None if then else _error(p, part), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), smoke,
     )  # fmt: skip

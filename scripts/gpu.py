@@ -286,6 +286,10 @@ def build(run: Run, archs: str, cuda: bool) -> None:
     status, text = run.command([*words, "--target", str(SITE), "."], 400, **native)
     if status:
         sys.exit(f"the build failed ({status}):\n{text[-4000:]}")
+    # An editable install in this Python (`make venv`) comes before PYTHONPATH; the built package is the one to measure.
+    forget = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != '_fastlm_editable']\n"
+    (SITE / "sitecustomize.py").write_text(forget)
+    exec(forget, {})
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -320,7 +324,10 @@ def main() -> int:
     os.environ["FASTLM_CHECKOUT"] = str(ROOT)
     from fastlm.bench import ceilings, peers, results
 
-    assert results.SCHEMA == SCHEMA
+    if SITE not in Path(results.__file__).parents:
+        sys.exit(
+            f"{sys.executable} imports fastlm from {Path(results.__file__).parents[1]}, not from the {SITE} just built"
+        )
     machine = ceilings.machine("cpu" if args.rehearse else "cuda")
     earlier: dict[str, Any] = {}
     if not args.rehearse:

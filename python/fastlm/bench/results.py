@@ -43,6 +43,22 @@ def ours_of(case: dict[str, Any]) -> dict[str, Any] | None:
     return next((c for c in case["contenders"] if c["kind"] == "ours" and c["status"] == "ok"), None)
 
 
+def bound_of(case: dict[str, Any]) -> str:
+    """What bounds the case on this machine: "bytes", "flops", or "" where it states neither. Without ceilings, flops."""
+    limits = case["ceilings"]
+    if case["bytes"] and case["flops"] and limits.get("copy") and limits.get("matmul"):
+        return "bytes" if case["bytes"] / limits["copy"] >= case["flops"] / limits["matmul"] else "flops"
+    return "flops" if case["flops"] else "bytes" if case["bytes"] else ""
+
+
+def rate_of(case: dict[str, Any], seconds: float) -> str:
+    """GB/s or TFLOP/s, by what bounds the case."""
+    bound = bound_of(case)
+    if bound == "bytes":
+        return f"{case['bytes'] / seconds / 1e9:.1f} GB/s"
+    return f"{case['flops'] / seconds / 1e12:.3g} TFLOP/s" if bound else ""
+
+
 def lines(case: dict[str, Any]) -> list[list[str]]:
     """Table rows of one case: contender, time, spread, rate, fraction of the ceiling, ours against it."""
     ours, out = ours_of(case), []
@@ -52,9 +68,7 @@ def lines(case: dict[str, Any]) -> list[list[str]]:
             continue
         median = contender["median_s"]
         low, high = contender["quartiles_s"]
-        rate = f"{case['bytes'] / median / 1e9:.1f} GB/s" if case["bytes"] else ""
-        if case["flops"]:
-            rate = f"{case['flops'] / median / 1e9:.0f} GFLOP/s"
+        rate = rate_of(case, median)
         fraction = f"{case['floor_s'] / median:.2f}" if case["floor_s"] else ""
         ratio = f"{median / ours['median_s']:.2f}x" if ours and contender is not ours else ""
         out.append([contender["name"], _seconds(median), f"±{(high - low) / 2 / median:.0%}", rate, fraction, ratio])
