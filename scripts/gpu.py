@@ -287,7 +287,11 @@ def build(run: Run, archs: str, cuda: bool) -> None:
     if status:
         sys.exit(f"the build failed ({status}):\n{text[-4000:]}")
     # An editable install in this Python (`make venv`) comes before PYTHONPATH; the built package is the one to measure.
-    forget = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != '_fastlm_editable']\n"
+    forget = (
+        "import sys\n"
+        "ours = lambda f: 'editable' in type(f).__module__ and 'fastlm' in type(f).__module__\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not ours(f)]\n"
+    )
     (SITE / "sitecustomize.py").write_text(forget)
     exec(forget, {})
 

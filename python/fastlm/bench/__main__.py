@@ -7,6 +7,7 @@ fastlm bench --smoke                  one short round each, values checked, noth
 fastlm bench --compare A.json B.json  what became faster or slower beyond the noise; exit 1 on a regression
 fastlm bench --status                 what was verified on which GPU at which state of the sources
 fastlm bench --tune                   on a GPU: time the Triton kernels' configurations, rewrite kernels/table.json
+fastlm bench --memory --publish NAME  all of it as evidence: bench/results/cpu-NAME.json, tables and pictures
 fastlm bench --tables                 the README's and docs' tables and pictures from bench/results/
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -64,6 +66,8 @@ def run(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": ceilings.machine(device) | {"allocator": allocator},
         "peers": peers.table(),
+        "command": "fastlm bench " + " ".join(sys.argv[1:]),
+        "sources": results.hashes(root, "cpu" if torch.device(device).type == "cpu" else "gpu"),
         "cases": [],
     }
     for name in names:
@@ -119,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="also the peak memory of each contender, in a child process"
     )
+    parser.add_argument(
+        "--publish", default="", metavar="NAME", help="also write bench/results/, the tables and pictures"
+    )
     parser.add_argument("--smoke", action="store_true", help="one short round of each case, values checked")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"))
     parser.add_argument(
@@ -138,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         for flag, value in (("seconds", args.seconds), ("budget", args.budget)):
             if not value > 0:
                 raise ValueError(f"--{flag} must be greater than 0; it is {value:g}")
+        if args.publish and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", args.publish):
+            raise ValueError(f"--publish names a file: small letters, digits and '-'; it is {args.publish!r}")
         if args.threads < 0:
             raise ValueError(f"--threads must be at least 0 (0: torch's own number); it is {args.threads}")
         if args.compare:
@@ -147,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.status:
             for op, name, state in results.status(root):
                 print(f"{op:<20} {name:<8} {state}")
+            for op, state in results.cpu_status(root):
+                print(f"{op:<20} {'cpu':<8} {state}")
             return 0
         if args.tables:
             from fastlm.bench import tables
@@ -180,6 +191,14 @@ def main(argv: list[str] | None = None) -> int:
         data["time_to_quality"] = load_suite(known["train"]).long(folder / "quality.jsonl", args.budget, args.case)
         results.save(out, data)
     draw(data, folder)
+    if args.publish:
+        kind = "cpu" if torch.device(args.device).type == "cpu" else "gpu"
+        path = root / "bench/results" / f"{kind}-{args.publish}.json"
+        results.save(path, data)
+        from fastlm.bench import tables
+
+        changed = tables.write(root)
+        print(f"\nwrote {path.relative_to(root)}, " + ", ".join(str(p.relative_to(root)) for p in changed))
     missed = [(c, g) for c in data["cases"] for g in c["goals"] if g["reached"] < g["ratio"]]
     total = sum(len(c["goals"]) for c in data["cases"])
     print(f"\n{total - len(missed)} of {total} goals reached; results in {folder}")

@@ -25,11 +25,23 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
-    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file."""
+    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file.
+
+    Samples are kept to five digits: a clock gives no more.
+    """
+    data = {
+        **data,
+        "cases": [{**case, "contenders": [_short(c) for c in case["contenders"]]} for case in data["cases"]],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _short(contender: dict[str, Any]) -> dict[str, Any]:
+    samples = contender.get("samples_s")
+    return contender if samples is None else {**contender, "samples_s": [float(f"{s:.5g}") for s in samples]}
 
 
 def _seconds(value: float) -> str:
@@ -145,6 +157,30 @@ def status(root: Path | None = None) -> list[tuple[str, str, str]]:
                 continue
             digest = sources.source_hash(op, name, root)
             out.append((op, name, _state(runs, op, name, digest)))
+    return out
+
+
+def hashes(root: Path, kind: str) -> dict[str, dict[str, str]]:
+    """The source hash of each op's backends on a kind of machine, "cpu" or "gpu": by op, then backend."""
+    names = ("cpu",) if kind == "cpu" else GPU_BACKENDS
+    return {
+        op: {n: sources.source_hash(op, n, root) for n in names if _has_sources(op, n, root)} for op in backend.ops()
+    }
+
+
+def cpu_status(root: Path) -> list[tuple[str, str]]:
+    """(op, state) of the committed CPU figures: measured at these sources, stale, or never measured."""
+    runs = [(p.name, load(p)) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
+    out = []
+    for op, by_backend in hashes(root, "cpu").items():
+        states = []
+        for file, run in runs:
+            if any(case["op"] == op for case in run["cases"]):
+                was = run.get("sources", {}).get(op, {}).get("cpu")
+                now = by_backend.get("cpu")
+                fresh = "measured" if was == now else f"stale: the sources are {now} now; measured"
+                states.append(f"{fresh} on {run['machine']['device']}, {run['date'][:10]}, source {was} ({file})")
+        out.append((op, "; ".join(states) or "no committed figures"))
     return out
 
 

@@ -23,7 +23,8 @@ def _machine(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
     isa = f", {m['instruction_set']}" if m["kind"] == "cpu" and m["instruction_set"] else ""
     threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
-    return f"Measured {data['date'][:10]} on {m['device']}{threads}{isa}; {versions}."
+    command = f" By `{data['command'].strip()}`." if data.get("command") else ""
+    return f"Measured {data['date'][:10]} on {m['device']}{threads}{isa}; {versions}.{command}"
 
 
 def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None:
