@@ -6,7 +6,9 @@ and the same allocator setting, so that only the kernels differ.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fastlm
@@ -19,18 +21,18 @@ SMALL_MODEL = GPTConfig(layers=2, heads=2, width=64, context=64, dropout=0.2)
 GPU_MODEL = GPTConfig(layers=12, heads=12, width=768, context=1024, vocab=50304)
 
 
-def _step(config: GPTConfig, fused: bool, dtype: str, device: str, compiled: bool = False):
+def _step(config: GPTConfig, fused: bool, dtype: str, device: str, compiled: bool = False, lr: float = 1e-4):
     def prepare(tokens: torch.Tensor) -> Prepared:
         torch.manual_seed(0)
         model = GPT(config).to(device)
         if fused:
             fastlm.swap(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
         ids = torch.arange(tokens.shape[0])
         forward = torch.compile(model) if compiled else model
         count = [0]
 
-        def step() -> float:
+        def step() -> torch.Tensor:
             if fused:
                 fastlm.rng.set(model, 0, count[0], ids)
             count[0] += 1
@@ -47,6 +49,20 @@ def _step(config: GPTConfig, fused: bool, dtype: str, device: str, compiled: boo
     return prepare
 
 
+def _wrong_by(config: GPTConfig, fused: bool, dtype: str, device: str, tokens: torch.Tensor) -> float:
+    """How far the loss of the third step, without dropout, is from PyTorch's in float32, as a fraction of what was learned.
+
+    Forward, backward, clipping and optimizer all go into it; a learning rate a hundred times the timed one moves the loss.
+    """
+    calm, few = replace(config, dropout=0.0), tokens[:2]
+    curves = []
+    for use, kind in ((fused, dtype), (False, "float32")):
+        step = _step(calm, use, kind, device, lr=1e-2)(few)
+        curves.append([step().item() for _ in range(3)])
+    learned = curves[1][0] - curves[1][2]
+    return abs(curves[0][2] - curves[1][2]) / abs(learned) if learned else float("inf")
+
+
 def _flops(config: GPTConfig, tokens: int) -> int:
     """6 per parameter and token, and 12 * layers * width * context / 2 per token for causal attention."""
     parameters = sum(p.numel() for p in GPT(config).parameters())
@@ -58,41 +74,46 @@ def _case(config: GPTConfig, batch: int, dtype: str, device: str, goals: tuple[G
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, config.vocab, (batch, config.context + 1), generator=generator).to(device)
 
-    contenders = [
-        Contender("fused", _step(config, True, dtype, device), "ours"),
-        Contender("torch", _step(config, False, dtype, device)),
-    ]
+    def contender(name: str, fused: bool, kind: str = "baseline", compiled: bool = False) -> Contender:
+        check = functools.partial(_wrong_by, config, fused, dtype, device)
+        return Contender(name, _step(config, fused, dtype, device, compiled), kind, check=check)
+
+    contenders = [contender("fused", True, "ours"), contender("torch", False)]
     if device != "cpu":
-        contenders.append(Contender("torch compiled", _step(config, False, dtype, device, True)))
-        contenders.append(Contender("fused compiled", _step(config, True, dtype, device, True), "self"))
+        contenders.append(contender("torch compiled", False, compiled=True))
+        contenders.append(contender("fused compiled", True, "self", compiled=True))
     tokens = batch * config.context
+    parameters = sum(p.numel() for p in GPT(config).parameters())  # AdamW: four float32 tensors in, three out
     name = f"{config.layers}x{config.width} context {config.context} batch {batch} dropout {config.dropout:g} {dtype}"
     return Case(
-        "step", name, inputs, tuple(contenders), 0, _flops(config, tokens), dtype, device,
-        {"tokens": tokens}, "step", goals=goals, smoke=smoke,
+        "step", name, inputs, tuple(contenders), 28 * parameters, _flops(config, tokens), dtype, device,
+        {"tokens": tokens}, "step", goals=goals, smoke=smoke, tolerance=2e-3 if dtype == "float32" else 0.1,
     )  # fmt: skip
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Goals as the design states them: the fused step in at most 0.77 of torch's time in float32, 0.7 in bfloat16."""
+    """Goals: the fused step in at most 0.77 of torch's time in float32, 0.7 in bfloat16 (bench_train: beside float32)."""
     if device == "cpu":
         yield _case(SMALL_MODEL, 4, "float32", device, (), smoke=True)
         yield _case(CPU_MODEL, 16, "float32", device, (Goal("torch", 1 / 0.77),))
         yield _case(CPU_MODEL, 16, "bfloat16", device, (Goal("torch", 1 / 0.7),))
         return
-    from dataclasses import replace
-
     for dropout in (0.0, 0.1):
         yield _case(replace(GPU_MODEL, dropout=dropout), 32, "bfloat16", device, (Goal("torch compiled", 1.15),))
 
 
 def profile(device: str) -> dict[str, Any]:
-    """Where the time of one step goes, by kind of op, in fractions: printed and written beside the figures."""
+    """Where the time of one step goes, by kind of op, in fractions, and what each fused op takes within it."""
     out: dict[str, Any] = {}
     config, batch = (CPU_MODEL, 16) if device == "cpu" else (GPU_MODEL, 32)
     tokens = torch.randint(0, config.vocab, (batch, config.context + 1)).to(device)
-    for name, fused in (("torch", False), ("fused", True)):
-        step = _step(config, fused, "float32" if device == "cpu" else "bfloat16", device)(tokens)
+    variants = [("torch", False, "bfloat16"), ("fused", True, "bfloat16")]
+    if device == "cpu":
+        variants = [("torch float32", False, "float32"), ("fused float32", True, "float32")] + [
+            (f"{name} bfloat16", fused, dtype) for name, fused, dtype in variants
+        ]
+    for name, fused, dtype in variants:
+        step = _step(config, fused, dtype, device)(tokens)
         step()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device != "cpu":
@@ -100,12 +121,17 @@ def profile(device: str) -> dict[str, Any]:
         with torch.profiler.profile(activities=activities) as prof:
             step()
         shares: dict[str, float] = {}
+        ops: dict[str, dict[str, float]] = {}
+        total_of = lambda event: event.cpu_time_total if device == "cpu" else event.device_time_total
         for event in prof.key_averages():
             time = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
             shares[_kind(event.key)] = shares.get(_kind(event.key), 0.0) + time
+            if event.key.startswith("fastlm::") and event.key.endswith(("_forward", "_backward")):
+                ops[event.key.removeprefix("fastlm::")] = {"calls": event.count, "seconds": total_of(event) / 1e6}
         total = sum(shares.values())
-        out[name] = {k: v / total for k, v in sorted(shares.items(), key=lambda kv: -kv[1])}
-        print(f"\nprofile of a step, {name}: " + ", ".join(f"{k} {v:.0%}" for k, v in out[name].items() if v >= 0.005))
+        parts = {k: v / total for k, v in sorted(shares.items(), key=lambda kv: -kv[1])}
+        out[name] = {"shares": parts, "ops": ops}
+        print(f"\nprofile of a step, {name}: " + ", ".join(f"{k} {v:.0%}" for k, v in parts.items() if v >= 0.005))
     return out
 
 

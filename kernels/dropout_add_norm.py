@@ -595,7 +595,69 @@ def offline_cases() -> list[OfflineCase]:
             for kind, dtypes in kinds.items():
                 cases += record(arch, 4096, "rms", kind, *dtypes, False)
                 cases += record(arch, 4096, "none", kind, *dtypes, True)
+    return cases + _measured_cases()
+
+
+def _measured_cases() -> list[OfflineCase]:
+    """A call that reaches each rule that ``--tune`` measured."""
+    torch_dtype = {name: dtype for dtype, name in table.DTYPE_NAME.items()}
+    cases: list[OfflineCase] = []
+    for direction, record in (("forward", _offline_forward), ("backward", _offline_backward)):
+        for rule in table.rules(f"dropout_add_norm_{direction}"):
+            if rule.get("exact"):
+                features, dtype = set(rule["features"]), torch_dtype[rule["dtype"][0]]
+                norm = next(n for n in ("layer", "rms", "none") if n in features)
+                p = 0.1 if "dropout" in features else 0.0
+                cases += record(rule["arch"], rule["size"], norm, f"{rule['dtype'][0]} measured p={p:g}", dtype, dtype,
+                                False, p)  # fmt: skip
     return cases
+
+
+def candidates() -> list[table.Trial]:
+    """For ``fastlm bench --tune``: widths of models, bfloat16 and float32, layer and rms norm, with and without dropout.
+
+    Candidates: whole rows in 1, 2 or 4 times the warps' worth of elements, and tiles with the statistics in a pass before.
+    """
+    trials = []
+    for size in (768, 1024, 2048, 4096, 8192, 16384):
+        power = triton.next_power_of_2(size)
+        whole = [{"elements": max(power, per * warps), "num_warps": warps, "num_stages": 1}
+                 for warps in (2, 4, 8, 16, 32) for per in (256, 512, 1024) if power <= per * warps <= 4 * power]  # fmt: skip
+        tiles = [{"columns": columns, "num_warps": 4 if columns == 1024 else 8, "num_stages": 1}
+                 for columns in (1024, 4096) if columns < power and size >= 4096]  # fmt: skip
+        for dtype in (torch.bfloat16, torch.float32):
+            for norm in ("layer", "rms"):
+                for p in (0.1, 0.0):
+                    for direction in ("forward", "backward"):
+                        trials.append(_trial(direction, size, dtype, norm, p, (*whole, *tiles)))
+    return trials
+
+
+def _trial(direction, size, dtype, norm, p, configs, rows: int | None = None) -> table.Trial:
+    rows = rows or max(8192, 2**26 // size)
+    features = frozenset((norm, "dropout") if p > 0 else (norm,))
+
+    def arguments(device: str) -> tuple:
+        generator = torch.Generator(device).manual_seed(0)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        x, z, weight, seed = normal(rows, size), normal(rows, size), normal(size), torch.tensor(1, device=device)
+        bias = normal(size) if norm == "layer" else None
+        if direction == "forward":
+            return (x, z, weight, bias, None, None, seed, None, p, 1e-5, 0.0, norm, dtype, dtype, True)
+        mean = z.float().mean(1) if norm == "layer" else None
+        centred = z.float() - mean[:, None] if mean is not None else z.float()
+        rstd = (centred.square().mean(1) + 1e-5).rsqrt()
+        empty = torch.empty(0, device=device)
+        need = 1 + (2 if p > 0 else 0) + 4 + (8 if bias is not None else 0)
+        return (x, normal(rows, size), z, None, weight, None, None, mean if mean is not None else empty, rstd, seed, None,
+                p, 0.0, norm, dtype, dtype, dtype, dtype, need)  # fmt: skip
+
+    tensors = 4 if direction == "forward" else 4 + (p > 0)
+    moved = tensors * rows * size * torch.empty((), dtype=dtype).element_size()
+    return table.Trial(
+        "dropout_add_norm", direction, f"dropout_add_norm_{direction}", table.DTYPE_NAME[dtype], size, features, configs,
+        arguments, moved, (12 if direction == "forward" else 20) * rows * size,
+    )  # fmt: skip
 
 
 def _meta(columns, x, other, full) -> dict[str, Tensor | None]:
@@ -612,20 +674,20 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _offline_forward(arch, columns, norm, kind, x, other, full) -> list[OfflineCase]:
+def _offline_forward(arch, columns, norm, kind, x, other, full, p=0.1) -> list[OfflineCase]:
     t = _meta(columns, x, other, full)
     vector = t["vector"] if norm != "none" else None
     moved = _bytes(t["x"], t["z"], t["z"], t["y"] if norm != "none" else None)
     name = f"dropout_add_norm forward {norm} {len(t['x'])}x{columns} {kind}{' full' if full else ''}"
     with recording(arch, name, bytes_moved=moved, flops=12 * t["x"].numel()) as cases:
         forward(
-            t["x"], t["z"], vector, vector, t["layerscale"], t["rowscale"], t["seed"], t["offset"], 0.1, 1e-5, 0.0, norm,
+            t["x"], t["z"], vector, vector, t["layerscale"], t["rowscale"], t["seed"], t["offset"], p, 1e-5, 0.0, norm,
             x, other, True,
         )  # fmt: skip
     return cases
 
 
-def _offline_backward(arch, columns, norm, kind, x, other, full) -> list[OfflineCase]:
+def _offline_backward(arch, columns, norm, kind, x, other, full, p=0.1) -> list[OfflineCase]:
     t = _meta(columns, x, other, full)
     dy = t["y"] if norm != "none" else None
     moved = _bytes(t["z"], t["z"], t["x"]) + (_bytes(dy, t["z"]) if dy is not None else 0)
@@ -635,6 +697,6 @@ def _offline_backward(arch, columns, norm, kind, x, other, full) -> list[Offline
     with recording(arch, name, bytes_moved=moved, flops=20 * t["x"].numel()) as cases:
         backward(
             dy, t["z"], t["z"], t["x"], t["vector"], t["layerscale"], t["rowscale"], t["statistic"], t["statistic"],
-            t["seed"], t["offset"], 0.1, 0.0, norm, x, other, other, other, need,
+            t["seed"], t["offset"], p, 0.0, norm, x, other, other, other, need,
         )  # fmt: skip
     return cases

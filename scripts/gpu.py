@@ -1,11 +1,14 @@
 """``make gpu``: everything that needs a GPU, in under ten minutes, most important first, saved after each part.
 
 Uses the interpreter at hand (``make gpu PYTHON=python3``), no network and no .venv: builds the CUDA wheel for this GPU into
-build/gpu, then runs the GPU tests of each op, the benchmarks of each op and of the training step, compute-sanitizer and
-ncu over a short list. Writes bench/results/gpu-<device>.json, from which the README's table is made.
+build/gpu, then works through ``PARTS``: the GPU tests, the benchmarks of each op and of the training step, the sanitizer
+and ncu over a short list, and, in the time that is left, the tuning of the Triton kernels. Writes
+bench/results/gpu-<device>.json after each part, from which the README's table is made. Ctrl-C, SIGTERM and a part's own
+time limit keep what there is. The tuned table goes to build/gpu/table.json: taking it over changes the sources, and so
+wants another run.
 
-``--rehearse`` does what can be done without a GPU: the build, the collection of the tests, and the short list under
-Triton's interpreter; it writes nothing to bench/results.
+``--rehearse`` does what can be done without a GPU: the build, the collection of the tests, a smoke pass of the benchmarks,
+and the short list under Triton's interpreter; it writes build/gpu/rehearsal.json.
 """
 
 from __future__ import annotations
@@ -16,146 +19,281 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / "build/gpu/site"
-BEGIN = time.monotonic()
+WORK = ROOT / "build/gpu"
+SITE = WORK / "site"
+SCHEMA = 1
 
 
-def left(budget: float) -> float:
-    return budget - (time.monotonic() - BEGIN)
+@dataclass
+class Run:
+    """One ``make gpu``: its clock, its settings, and the result file as it grows."""
+
+    budget: float
+    path: Path
+    rehearse: bool = False
+    seconds: float = 0.4
+    out: Path | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False  # a rehearsal that did not go as it must
+    begin: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.begin)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
+
+    def save(self) -> None:
+        """Beside its place and renamed, so that a kill leaves a whole file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.path, self.out / self.path.name)
+
+    def command(self, words: list[str], limit: float, **env: str) -> tuple[int, str]:
+        """Runs a command under a limit. Returns its status (124: stopped at the limit) and its output."""
+        environment = os.environ | {"PYTHONPATH": str(SITE), "FASTLM_CHECKOUT": str(ROOT)} | env
+        environment.pop("FASTLM_BACKEND", None)
+        with subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            try:
+                text, _ = process.communicate(timeout=max(1.0, limit))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return 124, process.communicate()[0]
+            except BaseException:  # Ctrl-C: nothing of ours stays on the GPU
+                process.kill()
+                raise
+        return process.returncode, text
 
 
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - BEGIN:5.0f} s] {text}", flush=True)
+@dataclass(frozen=True)
+class Part:
+    """A part of the run. It is skipped where less than ``need`` seconds are left, and may take ``share`` of what is."""
+
+    name: str
+    do: Callable[[Run, float], None]
+    share: float
+    need: float = 30.0
 
 
-def command(words: list[str], limit: float, env: dict[str, str]) -> tuple[int, str]:
-    """Runs a command under a limit. Returns its status (124: stopped at the limit) and its output."""
+def work(run: Run, parts: list[Part]) -> None:
+    """Works through the parts, saving after each; one that raises is noted and the next one begins."""
+    for part in parts:
+        if run.left() < part.need:
+            run.say(f"no time left for {part.name}")
+            run.data.setdefault("skipped", []).append(part.name)
+            run.save()
+            continue
+        run.say(part.name)
+        try:
+            part.do(run, run.left() * part.share)
+        except KeyboardInterrupt:
+            run.data["interrupted"] = part.name
+            raise
+        except Exception as error:  # noqa: BLE001 - noted in the result; what the other parts find is not lost for it
+            run.say(f"{part.name} failed: {type(error).__name__}: {error}")
+            run.data.setdefault("stopped", {})[part.name] = f"{type(error).__name__}: {error}"[:500]
+            run.failed = True
+        finally:
+            run.save()
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def gpu_test_files(tests: Path) -> list[Path]:
+    """The test files with tests marked gpu. Others are not even imported: they may need packages that are not here."""
+    return sorted(p for p in tests.glob("test_*.py") if re.search(r"^[^#\n]*pytest\.mark\.gpu\(", p.read_text(), re.M))
+
+
+def test_part(run: Run, limit: float) -> None:
+    from fastlm.bench import sources
+
+    report = WORK / "tests.json"
+    report.unlink(missing_ok=True)
+    files = [str(p.relative_to(ROOT)) for p in gpu_test_files(ROOT / "tests")]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--gpu-report={report}", *files]
+    if run.rehearse:
+        status, text = run.command([*words, "--collect-only"], limit)
+        run.say(f"collected the GPU tests: status {status}; {text.strip().splitlines()[-1] if text.strip() else ''}")
+        run.failed |= status != 0
+        return
+    status = 124
+    text = ""
     try:
-        done = subprocess.run(
-            words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(1.0, limit), check=False
-        )
-    except subprocess.TimeoutExpired as stopped:
-        text = stopped.stdout or b""
-        return 124, text.decode(errors="replace") if isinstance(text, bytes) else text
-    return done.returncode, done.stdout + done.stderr
-
-
-def build(env: dict[str, str], archs: str, cuda: bool) -> None:
-    """Installs this checkout into build/gpu/site. A failure is final: nothing can be measured without it."""
-    shutil.rmtree(SITE, ignore_errors=True)
-    own = env | {"FASTLM_CUDA": "ON" if cuda else "OFF", "FASTLM_CUDA_ARCHS": archs, "FASTLM_NATIVE": "ON"}
-    words = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
-    status, text = command([*words, "--target", str(SITE), "."], 400, own)
-    if status:
-        sys.exit(f"the build failed ({status}):\n{text[-4000:]}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser("make gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--budget", type=float, default=570, help="seconds for all of it (default 570)")
-    parser.add_argument(
-        "--skip-tests", action="store_true", help="benchmarks only; leaves the earlier test outcome in place"
-    )
-    parser.add_argument("--seconds", type=float, default=0.4, help="time for each benchmark case (default 0.4)")
-    parser.add_argument("--out", type=Path, default=None, help="also copy the result file here, after each part")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: build, collect, interpret")
-    args = parser.parse_args()
-    env = os.environ | {"PYTHONPATH": str(SITE), "FASTLM_CHECKOUT": str(ROOT)}
-    env.pop("FASTLM_BACKEND", None)
-
-    import torch
-
-    if not args.rehearse and not torch.cuda.is_available():
-        sys.exit("make gpu needs a CUDA device and a PyTorch built for it; `make gpu ARGS=--rehearse` goes without")
-    nvcc = shutil.which("nvcc") is not None
-    archs = "90a-real" if args.rehearse else arch_of(torch.cuda.get_device_capability())
-    say(f"building for {archs if nvcc else 'no CUDA: nvcc is missing'}")
-    build(env, archs, nvcc)
-    if args.rehearse:
-        return rehearse(env)
-
-    sys.path.insert(0, str(SITE))
-    os.environ.update(env)
-    from fastlm.bench import ceilings, results, sources
-
-    machine = ceilings.machine("cuda")
-    path = ROOT / "bench/results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower()).strip('-')}.json"
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    data = {"schema": results.SCHEMA, "date": now, "machine": machine, "cases": [], "gpu_tests": {}}
-    if args.skip_tests and path.exists():
-        data["gpu_tests"] = results.load(path).get("gpu_tests", {})
-
-    def save() -> None:
-        results.save(path, data)
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, args.out / path.name)
-
-    if not args.skip_tests:
-        report = ROOT / "build/gpu/tests.json"
-        report.unlink(missing_ok=True)
-        words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--gpu-report={report}", "tests"]
-        status, text = command(words, left(args.budget) * 0.5, env)
-        say(f"GPU tests ended with {status}")
-        print(text[-5000:])
+        status, text = run.command(words, limit)
+    finally:  # also after Ctrl-C: what ran, ran
         outcomes = json.loads(report.read_text()) if report.exists() else {}
         for op, by_backend in outcomes.items():
             for name, counts in by_backend.items():
                 entry = counts | {"hash": sources.source_hash(op, name, ROOT)}
-                if status == 124:
-                    entry["failed"] = entry.get("failed", 0) + 1  # stopped at the limit: not all ran
-                data["gpu_tests"].setdefault(op, {})[name] = entry
-        data["gpu_tests_output"] = text[-3000:]
-        save()
+                if status not in (0, 1):
+                    entry["failed"] = entry.get("failed", 0) + 1  # stopped: not all ran
+                run.data["gpu_tests"].setdefault(op, {})[name] = entry
+        run.data["gpu_tests_output"] = text[-3000:]
+    run.say(f"GPU tests ended with {status}")
+    print(text[-5000:])
 
-    for suite in ("dropout_add_norm", "attention", "step"):
-        if left(args.budget) < 30:
-            say(f"no time left for the benchmarks of {suite}")
-            continue
-        say(f"benchmarks of {suite}")
-        part = ROOT / "build/gpu" / f"{suite}.json"
-        part.unlink(missing_ok=True)
-        words = [sys.executable, "-m", "fastlm.bench", suite, "--device", "cuda", "--seconds", str(args.seconds)]
-        status, text = command([*words, "--memory", "--out", str(part.parent / suite)], left(args.budget) * 0.5, env)
+
+def bench_part(suite: str) -> Callable[[Run, float], None]:
+    def do(run: Run, limit: float) -> None:
+        words = [sys.executable, "-m", "fastlm.bench", suite]
+        if run.rehearse:
+            status, text = run.command([*words, "--device", "cpu", "--smoke"], limit)
+            run.say(f"a smoke pass of {suite}: status {status}")
+            run.failed |= status != 0
+            print(text[-1500:] if status else "")
+            return
+        folder = WORK / suite
+        shutil.rmtree(folder, ignore_errors=True)
+        words += ["--device", "cuda", "--seconds", str(run.seconds), "--memory", "--out", str(folder)]
+        status, text = 124, ""
+        try:
+            # The suite ends by itself before the limit, which is there for one that hangs.
+            status, text = run.command([*words, "--budget", f"{max(5.0, limit - 25):.0f}"], limit)
+        finally:
+            found = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+            run.data["cases"] += found.get("cases", [])
+            run.data.setdefault("profiles", {}).update(found.get("profiles", {}))
+            run.data.setdefault("not_run", []).extend(found.get("not_run", []))
+            if status:
+                run.data.setdefault("stopped", {})[suite] = f"status {status}: {text[-500:]}"
         print(text[-6000:])
-        written = part.parent / suite / "result.json"
-        if written.exists():
-            found = results.load(written)
-            data["cases"] += found["cases"]
-            data.setdefault("profiles", {}).update(found.get("profiles", {}))
-        if status:
-            data.setdefault("stopped", {})[suite] = f"status {status}: {text[-500:]}"
-        save()
 
-    short = [sys.executable, "-m", "fastlm.bench.short"]
-    if shutil.which("compute-sanitizer"):
-        for tool in ("memcheck", "racecheck", "initcheck"):
-            if left(args.budget) < 30:
-                break
-            words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", *short]
-            status, text = command(words, min(90, left(args.budget)), env)
-            say(f"compute-sanitizer {tool}: {status}")
-            data.setdefault("sanitizer", {})[tool] = {"status": status, "end": text[-400:]}
-            save()
-    if shutil.which("ncu") and left(args.budget) > 30:
-        metrics = "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-        metrics += "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,"
-        metrics += "smsp__warps_active.avg.pct_of_peak_sustained_active"
-        words = ["ncu", "--clock-control", "none", "--csv", "--metrics", metrics, *short]
-        status, text = command(words, left(args.budget) - 10, env)
-        say(f"ncu: {status}")
-        data["ncu"] = [line for line in text.splitlines() if line.startswith('"')][:400]
-        save()
-    say(f"wrote {path.relative_to(ROOT)}")
-    for op, name, state in results.status(ROOT):
-        print(f"{op:<20} {name:<8} {state}")
-    return 0
+    return do
+
+
+def short(run: Run, *words: str) -> list[str]:
+    return [sys.executable, "-m", "fastlm.bench.short", *words, *(["--interpret"] if run.rehearse else [])]
+
+
+def sanitize_part(run: Run, limit: float) -> None:
+    if run.rehearse:
+        status, text = run.command(short(run), limit, TRITON_INTERPRET="1")
+        run.say(f"the short list under the interpreter: status {status}")
+        print(text[-2000:])
+        run.failed |= status != 0
+        return
+    if not shutil.which("compute-sanitizer"):
+        run.data["sanitizer"] = "compute-sanitizer is not installed"
+        return
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", *short(run)]
+        status, text = run.command(words, limit / 3)
+        run.say(f"compute-sanitizer {tool}: {status}")
+        run.data.setdefault("sanitizer", {})[tool] = {"status": status, "end": text[-400:]}
+        run.save()
+
+
+METRICS = (
+    "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,"
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,launch__occupancy_limit_registers,"
+    "smsp__warps_active.avg.pct_of_peak_sustained_active,sm__inst_executed_pipe_tensor.sum,"
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"
+)
+
+
+def ncu_part(run: Run, limit: float) -> None:
+    if run.rehearse:
+        status, text = run.command(short(run, "--profile"), limit, TRITON_INTERPRET="1")
+        run.say(f"one case of each kernel under the interpreter: status {status}")
+        print(text[-2000:])
+        run.failed |= status != 0
+        return
+    if not shutil.which("ncu"):
+        run.data["ncu"] = "ncu is not installed"
+        return
+    words = ["ncu", "--clock-control", "none", "--csv", "--metrics", METRICS, "--kernel-name", "regex:kernel"]
+    status, text = run.command([*words, *short(run, "--profile")], limit)
+    run.say(f"ncu: {status}")
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    run.data["ncu"] = lines[:400] or f"status {status}: {text[-400:]}"  # often: no permission for the counters
+
+
+def tune_part(run: Run, limit: float) -> None:
+    table = WORK / "table.json"
+    table.unlink(missing_ok=True)
+    words = [sys.executable, "-m", "fastlm.bench", "--tune", "--table", str(table), "--budget", f"{limit - 10:.0f}"]
+    status, text = run.command(words, limit)
+    if run.rehearse:
+        run.say(f"tuning without a GPU: status {status}; {text.strip()[-200:]}")
+        run.failed |= status != 2
+        return
+    rules = json.loads(table.read_text()) if table.exists() else {}
+    run.data["tuned"] = {k: [r for r in own if r["measured"]] for k, own in rules.items()}
+    run.say(f"tuning: {status}; take it over with: cp {table.relative_to(ROOT)} kernels/table.json")
+    print(text[-3000:])
+    if run.out is not None and table.exists():
+        shutil.copy(table, run.out / "table.json")
+
+
+def parts(bench: Path) -> list[Part]:
+    """All parts after the build, most important first. Every suite of bench/ that is an op comes before the step."""
+    suites = sorted(p.stem.removeprefix("bench_") for p in bench.glob("bench_*.py"))
+    ops = [s for s in suites if s not in ("step", "train", "loading")]
+    ops.sort(key=lambda s: s != "dropout_add_norm")
+    return [
+        Part("the GPU tests", test_part, 0.5),
+        *(Part(f"benchmarks of {s}", bench_part(s), 0.45) for s in ops),
+        Part("benchmarks of the training step", bench_part("step"), 0.5),
+        Part("compute-sanitizer", sanitize_part, 0.6),
+        Part("ncu", ncu_part, 0.6),
+        Part("tuning", tune_part, 0.95, need=45.0),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def missing_tools() -> list[str]:
+    """What the build needs and this Python or machine does not have, each with what brings it."""
+    import importlib.util
+
+    gone = [f"the Python package {name}" for name in ("pybind11", "scikit_build_core", "pytest", "pytest_benchmark", "triton")
+            if importlib.util.find_spec(name) is None]  # fmt: skip
+    for tool, package in (("cmake", "cmake"), ("ninja", "ninja")):
+        if shutil.which(tool) is None and importlib.util.find_spec(package) is None:
+            gone.append(f"{tool} (pip install {package}, or the system's)")
+    return gone
+
+
+def build(run: Run, archs: str, cuda: bool) -> None:
+    """Installs this checkout into build/gpu/site. A failure is final: nothing can be measured without it."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    words = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    native = {"FASTLM_CUDA": "ON" if cuda else "OFF", "FASTLM_CUDA_ARCHS": archs, "FASTLM_NATIVE": "ON"}
+    status, text = run.command([*words, "--target", str(SITE), "."], 400, **native)
+    if status:
+        sys.exit(f"the build failed ({status}):\n{text[-4000:]}")
+    # An editable install in this Python (`make venv`) comes before PYTHONPATH; the built package is the one to measure.
+    forget = (
+        "import sys\n"
+        "ours = lambda f: 'editable' in type(f).__module__ and 'fastlm' in type(f).__module__\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not ours(f)]\n"
+    )
+    (SITE / "sitecustomize.py").write_text(forget)
+    exec(forget, {})
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -163,21 +301,57 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"{number}a-real" if number == 90 else f"{number}-real"
 
 
-def rehearse(env: dict[str, str]) -> int:
-    """Without a GPU: what ``make gpu`` would do up to the first launch."""
-    failed = 0
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests"]
-    status, text = command(words, 200, env)
-    say(f"collected the GPU tests: status {status}; {text.strip().splitlines()[-1] if text.strip() else ''}")
-    failed |= status not in (0,)
-    status, text = command([sys.executable, "-m", "fastlm.bench.short", "--interpret"], 300,
-                           env | {"TRITON_INTERPRET": "1"})  # fmt: skip
-    say(f"the short list under the interpreter: status {status}")
-    print(text[-2000:])
-    failed |= status != 0
-    status, text = command([sys.executable, "-m", "fastlm.bench", "--status"], 100, env)
-    print(text)
-    return int(failed or status != 0)
+def main() -> int:
+    parser = argparse.ArgumentParser("make gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--budget", type=float, default=570, help="seconds for all of it (default 570)")
+    parser.add_argument("--skip-tests", action="store_true", help="leaves the earlier test outcome in place")
+    parser.add_argument("--only", default="", help="only parts whose name contains this, such as step or tuning")
+    parser.add_argument("--seconds", type=float, default=0.4, help="time for each benchmark case (default 0.4)")
+    parser.add_argument("--out", type=Path, default=None, help="also copy the result file here, after each part")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: build, collect, interpret")
+    args = parser.parse_args()
+
+    import torch
+
+    if not args.rehearse and not torch.cuda.is_available():
+        sys.exit("make gpu needs a CUDA device and a PyTorch built for it; `make gpu ARGS=--rehearse` goes without")
+    if gone := missing_tools():
+        sys.exit(f"make gpu needs, for {sys.executable}: " + ", ".join(gone))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with what there is
+    run = Run(args.budget, WORK / "rehearsal.json", args.rehearse, args.seconds, args.out)
+    nvcc = shutil.which("nvcc") is not None
+    archs = "90a-real" if args.rehearse else arch_of(torch.cuda.get_device_capability())
+    run.say(f"building for {archs if nvcc else 'no CUDA: nvcc is missing'}")
+    build(run, archs, nvcc)
+
+    sys.path.insert(0, str(SITE))
+    os.environ["FASTLM_CHECKOUT"] = str(ROOT)
+    from fastlm.bench import ceilings, peers, results
+
+    if SITE not in Path(results.__file__).parents:
+        sys.exit(
+            f"{sys.executable} imports fastlm from {Path(results.__file__).parents[1]}, not from the {SITE} just built"
+        )
+    machine = ceilings.machine("cpu" if args.rehearse else "cuda")
+    earlier: dict[str, Any] = {}
+    if not args.rehearse:
+        name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+        run.path = ROOT / "bench/results" / f"gpu-{name}.json"
+        if (args.skip_tests or args.only) and run.path.exists():
+            earlier = results.load(run.path)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run.data = {"schema": SCHEMA, "date": now, "machine": machine, "peers": peers.table(), "cases": [],
+                "gpu_tests": earlier.get("gpu_tests", {})}  # fmt: skip
+    chosen = [p for p in parts(ROOT / "bench") if args.only in p.name and not (args.skip_tests and p.do is test_part)]
+    try:
+        work(run, chosen)
+    except KeyboardInterrupt:
+        run.say(f"interrupted during {run.data.get('interrupted')}; {run.path.relative_to(ROOT)} has what there was")
+        return 130
+    run.say(f"wrote {run.path.relative_to(ROOT)}")
+    for op, backend, state in results.status(ROOT):
+        print(f"{op:<20} {backend:<8} {state}")
+    return int(run.failed and args.rehearse)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from fastlm import backend
-from fastlm.bench import harness, results, sources, tables
+from fastlm.bench import harness, memory, results, sources, tables
 from fastlm.bench.__main__ import load_suite, main, suites
 
 ROOT = sources.checkout()
@@ -189,3 +189,195 @@ def test_a_short_run_writes_json_of_the_schema_and_pictures(tmp_path, capsys):
     assert {c["name"] for c in data["cases"][0]["contenders"]} >= {"fastlm", "eager", "copy_ of the same bytes"}
     assert (tmp_path / f"{OP}.png").stat().st_size > 1000
     assert "of ceiling" in capsys.readouterr().out
+
+
+def test_a_contender_with_a_mask_of_its_own_is_checked_without_dropout():
+    def contender(name, wrong_by):
+        return harness.Contender(name, lambda x: lambda: x * 3, "peer", check=lambda x: wrong_by)
+
+    case = _case(harness.Contender("ours", lambda x: lambda: x * 2, "ours"), contender("right", 1e-8),
+                 contender("wrong", 0.5), contender("nan", float("nan")),
+                 error=lambda result, x: harness.ratio_error(result, x * 2), tolerance=1e-6)  # fmt: skip
+    timings = {t.name: t for t in harness.measure(case, seconds=0)}
+    assert {n: t.status for n, t in timings.items()} == {"ours": "ok", "right": "ok", "wrong": "wrong", "nan": "wrong"}
+    assert timings["right"].as_json()["error"] == 1e-8
+
+
+@pytest.mark.parametrize("suite", ["dropout_add_norm", "step"])
+def test_a_wrong_peer_is_found_by_the_suites_own_checks(suite, monkeypatch):
+    module = load_suite(suites(ROOT)[suite])
+    if suite == "step":
+        case, right = next(c for c in module.cases("cpu") if c.smoke), torch.optim.AdamW
+        for contender in case.contenders:
+            made: list[int] = []
+
+            def upwards_at_first(*args, made=made, **kwargs):
+                made.append(1)
+                return right(*args, **kwargs, maximize=len(made) == 1)  # the contender's; the second is the check's own
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.optim, "AdamW", upwards_at_first)
+                assert not contender.check(case.inputs(0)) <= case.tolerance
+        return
+    eager = module._eager
+    monkeypatch.setattr(module, "_eager", lambda i, p: (eager(i, p)[0] * 1.001, eager(i, p)[1]))
+    case = next(c for c in module.cases("cpu") if c.name == "2048x768 float32 p=0.1 forward+backward")
+    assert {t.name: t.status for t in harness.measure(case, seconds=0)}["eager"] == "wrong"
+
+
+def test_a_missing_peer_says_how_to_get_it_and_a_broken_one_what_it_said(tmp_path, monkeypatch):
+    from fastlm.bench import peers
+
+    with pytest.raises(harness.Missing, match=r"^nonesuch-9 is not installed \(pip install nonesuch-9\)$"):
+        peers.load("nonesuch-9", "nonesuch_9")
+    (tmp_path / "broken_peer.py").write_text("import nonesuch_9")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(peers, "installed", lambda name: "1.2")
+    with pytest.raises(harness.Missing, match=r"^broken-peer 1.2 cannot be imported: No module named 'nonesuch_9'$"):
+        peers.load("broken-peer", "broken_peer")
+    assert set(peers.table()) >= {"liger-kernel", "bitsandbytes", "torchao", "flash-attn", "xformers"}
+
+
+def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: float(next(clock)))  # each call takes a second
+    case = _case(harness.Contender("slow", lambda x: lambda: x, "ours"))
+    assert len(harness.measure(case, seconds=0.1)[0].samples) == 2
+    monkeypatch.undo()
+    assert main([OP, "--budget", "0.0001", "--out", str(tmp_path)]) == 0
+    assert f"no time left (--budget 0.0001) for: {OP}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["not_run"]
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--seconds", "0"], "--seconds must be greater than 0; it is 0"),
+    (["--budget", "-1"], "--budget must be greater than 0; it is -1"),
+    (["--threads", "-2"], "--threads must be at least 0 (0: torch's own number); it is -2"),
+    (["--publish", "A B"], "--publish names a file: small letters, digits and '-'; it is 'A B'"),
+])  # fmt: skip
+def test_a_bad_value_is_named(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def _case_row(rows, seconds, flops=0, **parameters):
+    contenders = [{"name": n, "kind": k, "status": "ok", "median_s": s, "quartiles_s": [s, s], "samples_s": [s, s / 3]}
+                  for n, k, s in (("fastlm", "ours", seconds), ("eager", "baseline", 2 * seconds))]  # fmt: skip
+    return {"op": OP, "name": f"{rows} rows", "setting": "alone", "dtype": "float32", "device": "cpu", "bytes": rows * 8,
+            "parameters": {"rows": rows, **parameters}, "flops": flops, "floor_s": seconds / 2, "goals": [],
+            "ceilings": {"copy": 16 * rows / seconds, "matmul": 1e12}, "contenders": contenders}  # fmt: skip
+
+
+@pytest.fixture
+def published(tmp_path):
+    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x", "peers": {},
+            "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2", "versions": {}},
+            "sources": results.hashes(ROOT, "cpu"), "not_run": ["attention z"],
+            "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
+            "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
+                                            "ops": {"attention_forward": {"calls": 6, "seconds": 0.06}}}},
+                         "train": {"save": {"call_s": 0.02}}},
+            "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
+                                 "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
+    data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
+    return data
+
+
+def test_pictures_are_ratios_time_against_size_roofline_and_ceilings(published, tmp_path):
+    from fastlm.bench import pictures
+
+    drawn = [p.name for p in pictures.draw(published, tmp_path)]
+    assert drawn == [f"{OP}.png", f"{OP}-size.png", "roofline.png", "ceilings.png"]
+    assert drawn == pictures.names(published)
+    assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
+    published["cases"] = published["cases"][:1]
+    assert f"{OP}-size.png" not in pictures.names(published)
+
+
+def test_a_committed_result_fills_every_table(published, copy_of_checkout):
+    root = copy_of_checkout
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for path in (root / "bench/results").glob("cpu-*.json"):
+        path.unlink()
+    results.save(root / "bench/results/cpu-x.json", published)
+    assert "docs/benchmarks.md" in tables.stale(root)
+    tables.write(root)
+    assert tables.stale(root) == []
+    text = (root / "docs/benchmarks.md").read_text()
+    for piece in (
+        "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
+        "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
+        "| dropout_add_norm 8 rows | fastlm 3 MiB |",
+        "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu/{OP}-size.png)",
+    ):  # fmt: skip
+        assert piece in text, piece
+    assert (root / f"docs/bench-cpu/{OP}-size.png").exists()
+    assert (
+        json.loads((root / "bench/results/cpu-x.json").read_text())["cases"][0]["contenders"][0]["samples_s"][1]
+        == 0.16667
+    )
+
+
+def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
+    root = copy_of_checkout
+    for path in (root / "bench/results").glob("cpu-*.json"):
+        path.unlink()
+    assert dict(results.cpu_status(root))[OP] == "no committed figures"
+    published["sources"] = results.hashes(root, "cpu")
+    results.save(root / "bench/results/cpu-x.json", published)
+    assert dict(results.cpu_status(root))[OP].startswith("measured on a processor, 2026-01-02")
+    path = root / f"csrc/cpu/{OP}.cpp"
+    path.write_text(path.read_text() + "\nint x;\n")
+    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources are ")
+    assert dict(results.cpu_status(root))["attention"] == "no committed figures"
+
+
+def test_peak_memory_is_that_of_a_child_and_grows_with_what_is_held():
+    path = suites(ROOT)[OP]
+    case = next(c for c in load_suite(path).cases("cpu") if c.name == "2048x768 float32 p=0.1 forward")
+    peaks = memory.of_case(path, case, "cpu", ["fastlm", "eager"])
+    tensor = 2048 * 768 * 4
+    assert 2 * tensor <= peaks["fastlm"] <= peaks["eager"] + tensor  # y and z; eager: dropout's output and its mask too
+    assert peaks.keys() == {"fastlm", "eager"}
+    assert not memory.wanted(case)
+    assert [c.setting for c in load_suite(suites(ROOT)["step"]).cases("cpu") if memory.wanted(c)][:1] == ["step"]
+
+
+def test_saves_and_time_to_quality_of_a_tiny_model(tmp_path, monkeypatch):
+    train = load_suite(suites(ROOT)["train"])
+    cost = train.save_cost(train.TINY, 2, 2, 2, "cpu")
+    assert 0 < cost["call_s"] < 60
+
+    class Text:
+        vocab = 256
+
+        def __init__(self, config):
+            self.config = config
+
+        def source(self, seed):
+            return train.Windows(self.config)
+
+        def loss(self, model):
+            return 5.0 - 0.001 * sum(p.numel() for p in model.parameters()) ** 0.5
+
+    monkeypatch.setattr(train, "Text", Text)
+    monkeypatch.setattr(train, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(train, "SEEDS", (1, 2))
+    best = {"style": "llama", "optimizer": "muon", "lr": 1e-3, "dtype": "float32"}
+    monkeypatch.setattr(train, "QUALITY", {"tiny": (train.TINY, 2, 8, 0.9, best)})
+    path = tmp_path / "quality.jsonl"
+    assert train.long(path, -1.0) == []  # no time: nothing is begun
+    rows = train.long(path, 300.0)
+    assert [(r["loop"], r["seed"]) for r in rows] == [
+        ("plain", 1),
+        ("plain", 1),
+        ("fastlm", 1),
+        ("plain", 2),
+        ("fastlm", 2),
+    ]
+    path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
+    again = train.long(path, 300.0)  # goes on where it was
+    assert again[:3] == rows[:3]
+    assert len(again) == 5
+    assert train.long(path, -1.0) == again
+    assert all(r["ratio"] is None or r["ratio"] > 0 for r in rows if r["loop"] == "fastlm")

@@ -1,4 +1,6 @@
-"""dropout_add_norm on a GPU, by the CUDA kernels: values, masks, determinism, strides, streams, graphs, large tensors."""
+"""dropout_add_norm on a GPU, by the Triton and the CUDA kernels: values, masks, determinism, strides, streams, graphs,
+large tensors, opcheck, compilation, autocast. What each backend passes is the evidence that `fastlm bench --status` tells.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,23 @@ import pytest
 import torch
 from accuracy import assert_as_exact_as_torch
 from dropout_add_norm_cases import BF16, F16, F32, Case, draw, grid, inputs, run
+from fastlm.ops.dropout_add_norm import _arguments
 from fastlm.reference.dropout_add_norm import dropout_mask
 
-pytestmark = pytest.mark.gpu("dropout_add_norm", "cuda")
 op = fastlm.ops.dropout_add_norm
 RICH = Case((64, 1024), p=0.2, layerscale=True, rowscale=True)
 
 
-@pytest.fixture(autouse=True)
-def _cuda():
-    with fastlm.backend.use("cuda"):
-        yield
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param("triton", marks=pytest.mark.gpu("dropout_add_norm", "triton")),
+        pytest.param("cuda", marks=pytest.mark.gpu("dropout_add_norm", "cuda")),
+    ],
+)
+def backend(request):
+    with fastlm.backend.use(request.param):
+        yield request.param
 
 
 def _inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -121,12 +129,12 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_current_device_stays():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    x = torch.randn(8, 64, device="cuda:1")
-    assert torch.allclose(fastlm.ops.norm(x), torch.nn.functional.layer_norm(x, (64,)), atol=1e-5)
-    assert torch.cuda.current_device() == 0
+def test_current_device_stays_on_any_of_the_gpus():
+    for number in range(torch.cuda.device_count()):
+        x = torch.randn(8, 64, device=f"cuda:{number}")
+        y = op(x, return_residual=False)
+        assert torch.allclose(y, torch.nn.functional.layer_norm(x, (64,)), atol=1e-5)
+        assert torch.cuda.current_device() == 0
 
 
 def test_more_than_2_to_the_31_elements():
@@ -146,10 +154,37 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(dx[-64:], torch.autograd.grad(out, part, last)[0])
 
 
-def test_forward_and_backward_may_run_on_different_backends():
+def test_opcheck_passes():
+    tensors = _inputs(Case((6, 64), p=0.3))
+    leaves = {name: tensors[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
+    _, arguments = _arguments(**leaves, p=0.3, seed=tensors["seed"])
+    torch.library.opcheck(torch.ops.fastlm.dropout_add_norm.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break_to_the_same_bits(dynamic):
+    tensors = _inputs(Case((16, 256), p=0.3))
+    x, residual, weight, bias = (tensors[k] for k in ("x", "residual", "weight", "bias"))
+    call = lambda x, seed: op(x * 2, residual, weight, bias, p=0.3, seed=seed)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    for value in (1, 2):
+        seed = torch.tensor(value, device="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x, seed), call(x, seed), strict=True))
+
+
+def test_autocast_gives_its_dtype_and_keeps_the_residual():
+    tensors = _inputs(Case((16, 256), p=0.3))
+    with torch.autocast("cuda", BF16):
+        y, z = op(tensors["x"].to(BF16), tensors["residual"], tensors["weight"], tensors["bias"], p=0.3, seed=1)
+    assert (y.dtype, z.dtype) == (BF16, F32)
+    plain, _ = op(tensors["x"].to(BF16).float(), tensors["residual"], tensors["weight"], tensors["bias"], p=0.3, seed=1)
+    assert torch.equal(y, plain.to(BF16))
+
+
+def test_forward_and_backward_may_run_on_different_backends(backend):
     tensors = _inputs(Case((64, 1024), p=0.3))
     grads = []
-    for forward, backward in (("cuda", "cuda"), ("cuda", "reference"), ("reference", "cuda")):
+    for forward, backward in ((backend, backend), (backend, "reference"), ("reference", backend)):
         x = tensors["x"].clone().requires_grad_()
         with fastlm.backend.use(forward):
             y, _ = op(x, tensors["residual"], tensors["weight"], tensors["bias"], p=0.3, seed=tensors["seed"])

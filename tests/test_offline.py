@@ -81,3 +81,16 @@ def test_philox_runs_once_for_eight_elements(kernel):
     elements = case.constexprs["ROWS"] * case.constexprs["COLUMNS"] // (32 * case.options["num_warps"])
     multiplications = len(re.findall(r"mul\.lo\.s32 .*-(?:766435501|845247145);", ptx))
     assert elements // 8 * 7 <= multiplications <= elements // 8 * 14
+
+
+def test_the_machine_code_moves_whole_vectors_and_draws_eight_elements_a_call():
+    case = next(
+        c for c in offline.cases() if c.arch == 90 and c.name.endswith("forward layer 16384x4096 bf16: forward_kernel")
+    )
+    counts = offline.sass(case)
+    elements = case.constexprs["ROWS"] * case.constexprs["COLUMNS"] // (32 * case.options["num_warps"])
+    vectors = elements * 2 // 16  # of 128 bits a tensor
+    assert counts["load 128"] >= 4 * vectors  # x, residual, weight, bias
+    assert counts["store 128"] == 2 * vectors  # y, z
+    assert counts["load less"] == counts["local"] == 0
+    assert elements // 8 * 14 <= counts["wide IMAD"] <= elements // 8 * 14 + 16  # and some addresses

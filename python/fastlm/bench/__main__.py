@@ -6,6 +6,9 @@ fastlm bench step                     the training step, fused beside torch, and
 fastlm bench --smoke                  one short round each, values checked, nothing asserted about time
 fastlm bench --compare A.json B.json  what became faster or slower beyond the noise; exit 1 on a regression
 fastlm bench --status                 what was verified on which GPU at which state of the sources
+fastlm bench --tune                   on a GPU: time the Triton kernels' configurations, rewrite kernels/table.json
+fastlm bench --memory --publish NAME  all of it as evidence: bench/results/cpu-NAME.json, tables and pictures
+fastlm bench --tables                 the README's and docs' tables and pictures from bench/results/
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import re
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastlm.bench import ceilings, harness, memory, results, sources
+from fastlm.bench import ceilings, harness, memory, peers, results, sources
 
 
 def suites(root: Path) -> dict[str, Path]:
@@ -41,16 +46,28 @@ def load_suite(path: Path) -> ModuleType:
 
 
 def run(
-    names: Iterable[str], device: str, seconds: float, match: str, with_memory: bool, out: Path | None
+    names: Iterable[str],
+    device: str,
+    seconds: float,
+    match: str,
+    with_memory: bool,
+    out: Path | None,
+    budget: float = float("inf"),
 ) -> dict[str, Any]:
-    """Runs the suites, printing each case as it ends and saving after each. ``seconds`` 0 is the smoke pass."""
-    root = sources.checkout()
+    """Runs the suites, printing each case as it ends and saving after each. ``seconds`` 0 is the smoke pass.
+
+    Once ``budget`` seconds are spent no case is begun; those left out are listed under ``not_run``.
+    """
+    root, begin = sources.checkout(), time.monotonic()
     known = suites(root)
     allocator = harness.raise_malloc_thresholds()
     data: dict[str, Any] = {
         "schema": results.SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": ceilings.machine(device) | {"allocator": allocator},
+        "peers": peers.table(),
+        "command": "fastlm bench " + " ".join(sys.argv[1:]),
+        "sources": results.hashes(root, "cpu" if torch.device(device).type == "cpu" else "gpu"),
         "cases": [],
     }
     for name in names:
@@ -58,26 +75,49 @@ def run(
         for case in module.cases(device):
             if match not in case.name or (not seconds and not case.smoke):
                 continue
-            timings = harness.measure(case, seconds=seconds)
+            if time.monotonic() - begin > budget:
+                data.setdefault("not_run", []).append(f"{case.op} {case.name}")
+                continue
+            longer = 5 if case.setting in ("step", "trainer") else 1  # such a call takes seconds, not milliseconds
+            timings = harness.measure(case, seconds=seconds * longer)
             limits = ceilings.for_case(case.bytes, case.flops, case.dtype, device) if seconds else {}
             entry = harness.row(case, timings, limits)
-            if with_memory and seconds and case.setting == "alone":
-                entry["peak_memory_bytes"] = memory.of_case(known[name], case, device)
+            entry["clocks"] = ceilings.clocks(device) if seconds else None
+            if with_memory and seconds and memory.wanted(case):
+                ran = [t.name for t in timings if t.status == "ok"]
+                entry["peak_memory_bytes"] = memory.of_case(known[name], case, device, ran)
             data["cases"].append(entry)
             results.print_case(entry)
             sys.stdout.flush()
             if out is not None:
                 results.save(out, data)
-        if seconds and hasattr(module, "profile"):
+        if seconds and hasattr(module, "profile") and not match and time.monotonic() - begin <= budget:
             data.setdefault("profiles", {})[name] = module.profile(device)
+    if data.get("not_run"):
+        print(f"\nno time left (--budget {budget:g}) for: " + "; ".join(data["not_run"]))
     return data
+
+
+def draw(data: dict[str, Any], folder: Path) -> None:
+    """The pictures, or one line that says why there are none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print(f"no pictures in {folder}: matplotlib is not installed (pip install matplotlib)")
+        return
+    from fastlm.bench import pictures
+
+    pictures.draw(data, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     parser = argparse.ArgumentParser("fastlm bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("suite", nargs="*", help="an op, or step, train, loading; default: all")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each case (default 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="time for each case (default 3); five times that for a training step"
+    )
+    parser.add_argument("--budget", type=float, default=600.0, help="no case is begun after this many seconds (600)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
@@ -87,15 +127,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="also the peak memory of each contender, in a child process"
     )
+    parser.add_argument(
+        "--publish", default="", metavar="NAME", help="also write bench/results/, the tables and pictures"
+    )
     parser.add_argument("--smoke", action="store_true", help="one short round of each case, values checked")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"))
     parser.add_argument(
         "--threshold", type=float, default=0.05, help="regression that --compare fails on (default 0.05)"
     )
     parser.add_argument("--status", action="store_true", help="what was verified on a GPU, per op and backend")
+    parser.add_argument(
+        "--tune", action="store_true", help="time configurations on this GPU and rewrite kernels/table.json"
+    )
+    parser.add_argument("--table", type=Path, default=None, help="of --tune: the table to write (kernels/table.json)")
+    parser.add_argument(
+        "--long", action="store_true", help="of train: also the time to quality (about an hour on two cores)"
+    )
     parser.add_argument("--tables", action="store_true", help="write the README's and docs' tables from bench/results/")
     args = parser.parse_args(argv)
     try:
+        for flag, value in (("seconds", args.seconds), ("budget", args.budget)):
+            if not value > 0:
+                raise ValueError(f"--{flag} must be greater than 0; it is {value:g}")
+        if args.publish and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", args.publish):
+            raise ValueError(f"--publish names a file: small letters, digits and '-'; it is {args.publish!r}")
+        if args.threads < 0:
+            raise ValueError(f"--threads must be at least 0 (0: torch's own number); it is {args.threads}")
         if args.compare:
             old, new = (results.load(path) for path in args.compare)
             return int(results.compare(old, new, args.threshold) > 0)
@@ -103,12 +160,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.status:
             for op, name, state in results.status(root):
                 print(f"{op:<20} {name:<8} {state}")
+            for op, state in results.cpu_status(root):
+                print(f"{op:<20} {'cpu':<8} {state}")
             return 0
         if args.tables:
             from fastlm.bench import tables
 
             tables.write(root)
             return 0
+        if args.tune:
+            from fastlm.bench import tune
+
+            return tune.main(args.suite, args.budget, args.table or root / "kernels/table.json")
         known = suites(root)
         for name in args.suite:
             if name not in known:
@@ -125,11 +188,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = args.out or root / "runs/bench" / stamp
-    data = run(names, args.device, args.seconds, args.case, args.memory, folder / "result.json")
-    results.save(folder / "result.json", data)
-    from fastlm.bench import pictures
+    out = folder / "result.json"
+    data = run(names, args.device, args.seconds, args.case, args.memory, out, args.budget)
+    results.save(out, data)
+    if args.long:
+        data["time_to_quality"] = load_suite(known["train"]).long(folder / "quality.jsonl", args.budget, args.case)
+        results.save(out, data)
+    draw(data, folder)
+    if args.publish:
+        kind = "cpu" if torch.device(args.device).type == "cpu" else "gpu"
+        path = root / "bench/results" / f"{kind}-{args.publish}.json"
+        results.save(path, data)
+        from fastlm.bench import tables
 
-    pictures.draw(data, folder)
+        changed = tables.write(root)
+        print(f"\nwrote {path.relative_to(root)}, " + ", ".join(str(p.relative_to(root)) for p in changed))
     missed = [(c, g) for c in data["cases"] for g in c["goals"] if g["reached"] < g["ratio"]]
     total = sum(len(c["goals"]) for c in data["cases"])
     print(f"\n{total - len(missed)} of {total} goals reached; results in {folder}")

@@ -89,9 +89,23 @@ def machine(device: str) -> dict[str, Any]:
         out["versions"]["triton"] = None
     if device != "cpu":
         out["versions"]["cuda"] = torch.version.cuda
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+        out["driver and clocks"] = _nvidia_smi("driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem")
+    return out
+
+
+def clocks(device: str) -> str | None:
+    """The GPU's clocks, temperature and throttling now; None on a CPU. Recorded with each case."""
+    if torch.device(device).type != "cuda":
+        return None
+    return _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,clocks_throttle_reasons.active")
+
+
+def _nvidia_smi(query: str) -> str:
+    """What nvidia-smi says, or why it says nothing."""
+    try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
         )
-        out["driver and clocks"] = done.stdout.strip() or done.stderr.strip()
-    return out
+    except FileNotFoundError:
+        return "nvidia-smi is not installed"
+    return done.stdout.strip() or done.stderr.strip()

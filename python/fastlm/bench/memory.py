@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -22,11 +23,16 @@ def _status(field: str) -> int:
     raise LookupError(f"/proc/self/status has no {field}")
 
 
-def of_case(suite: Path, case: Case, device: str) -> dict[str, int | str]:
-    """Bytes by contender's name, or why there is no number."""
+def wanted(case: Case) -> bool:
+    """Whether the peak of this case says something of training: it has a backward in it."""
+    return case.setting in ("alone", "step") and case.parameters.get("part") != "forward"
+
+
+def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[str, int | str]:
+    """Bytes by name of those contenders that ``ran``, or why there is no number; fastlm's variants and ceilings apart."""
     out: dict[str, int | str] = {}
     for contender in case.contenders:
-        if contender.kind == "ceiling":
+        if contender.kind in ("ceiling", "self") or contender.name not in ran:
             continue
         if torch.device(device).type == "cuda":
             try:

@@ -1,6 +1,7 @@
 """Checks of the Triton kernels that need no GPU: registers, spills, shared memory, tensor cores; and a model of speed.
 
     python -m fastlm.bench.offline             compile all, print the table, exit 1 on a spill or a missing tensor core
+    python -m fastlm.bench.offline --sass      also count what the SASS is made of: loads and stores by width, IMADs, MMAs
     python -m fastlm.bench.offline --write F   also put the figures into F (bench/results/offline.json)
 
 Every kernel file's ``offline_cases()`` says what to compile: its own launchers, recorded on meta tensors for sm_80 and
@@ -88,6 +89,12 @@ def _ptxas() -> str:
 
 def compile_case(case: Any) -> tuple[Figures, str]:
     """Figures and PTX of one case. Raises what Triton or ptxas raise if it does not compile."""
+    compiled = _compile(case)
+    ptx = compiled.asm["ptx"]
+    return _figures(ptx, compiled.metadata.shared, case.arch), ptx
+
+
+def _compile(case: Any) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,9 +102,37 @@ def compile_case(case: Any) -> tuple[Figures, str]:
     names = case.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
-    ptx = compiled.asm["ptx"]
-    return _figures(ptx, compiled.metadata.shared, case.arch), ptx
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
+
+
+def sass(case: Any) -> dict[str, int]:
+    """What the machine code of one case is made of: instructions, and of them those that say how it will run.
+
+    A load or store of 128 bits a thread is a whole vector; narrower ones of the streams show a lost alignment. IMAD.WIDE
+    and IMAD.HI are the multiplications of the random numbers. Static counts: a loop's body counts once.
+    """
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(_compile(case).asm["cubin"])
+        done = subprocess.run([str(knobs.nvidia.nvdisasm.path), "-c", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvdisasm failed: {done.stderr.strip()}")
+    codes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", done.stdout, re.MULTILINE)
+    codes = codes[: len(codes) - next((i for i, c in enumerate(reversed(codes)) if c != "NOP"), 0)]
+    counts = {"instructions": len(codes)}
+    for name, pattern in SASS.items():
+        counts[name] = sum(bool(re.match(pattern, code)) for code in codes)
+    return counts
+
+
+SASS = {
+    "load 128": r"LDG.*\.128", "load 64": r"LDG.*\.64", "load less": r"LDG(?!.*\.(128|64))",
+    "store 128": r"STG.*\.128", "store 64": r"STG.*\.64", "store less": r"STG(?!.*\.(128|64))",
+    "wide IMAD": r"U?IMAD\.(WIDE|HI)", "FP32": r"F(FMA|ADD|MUL)", "shared": r"(LDS|STS)", "barrier": r"BAR",
+    "MMA": r"(HMMA|HGMMA|GMMA)", "local": r"(LDL|STL)",
+}  # fmt: skip
 
 
 def _figures(ptx: str, shared: int, arch: int) -> Figures:
@@ -172,13 +207,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="put the figures into FILE under this triton and ptxas"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--sass", action="store_true", help="also count what the machine code is made of")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only cases whose architecture and name, as printed, contain TEXT",
+    )
     args = parser.parse_args(arguments)
     table: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
     print(f"{key()}\n{'regs':>5} {'spill':>5} {'shared':>7} {'occup':>6} {'waves':>6} {'call µs':>8}  kernel")
     for case in cases():
-        if args.only not in case.name:
+        if args.only not in f"sm_{case.arch} {case.name}":
             continue
         figures, _ = compile_case(case)
         model = predict(case, figures)
@@ -189,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{model.waves:6.1f} {model.call_us:8.1f}  sm_{case.arch} {case.name} {figures.tensor_cores}",
             flush=True,
         )
+        if args.sass:
+            print(" " * 6 + ", ".join(f"{k} {v}" for k, v in sass(case).items() if v), flush=True)
     if args.write:
         stored = json.loads(args.write.read_text(encoding="utf-8")) if args.write.exists() else {}
         for line in changes(stored.get(key(), {}), table):

@@ -1,4 +1,8 @@
-"""Pictures of a result file: time beside each baseline, time against size, and the roofline. Needs matplotlib."""
+"""Pictures of a result file: time beside each baseline, time against size, and the roofline. Needs matplotlib.
+
+The roofline is drawn against this run's own ceilings: flops a second over flops per byte for cases that state both, and
+the fraction of the ceiling that bounds each case for all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ _INK, _SOFT, _OURS = "#222222", "#b8bcc4", "#d9480f"
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes one bar chart per op, and a roofline where the cases have ceilings, as PNG. Returns their paths."""
+    """Writes, as PNG, per op: ratios (<op>.png), time against size (<op>-size.png), and the ceilings. Returns the paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,11 +47,108 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
         paths.append(folder / f"{op}.png")
         figure.savefig(paths[-1], dpi=130)
         plt.close(figure)
-    paths += _roofline(data, folder, plt)
+        paths += _against_size(op, cases, data, folder, plt)
+    paths += _roofline(data, folder, plt) + _ceilings(data, folder, plt)
     return paths
 
 
+def names(data: dict[str, Any]) -> list[str]:
+    """The file names that ``draw`` writes for this result, without drawing."""
+    found = []
+    for op in sorted({c["op"] for c in data["cases"]}):
+        cases = [c for c in data["cases"] if c["op"] == op and ours_of(c)]
+        if cases:
+            found.append(f"{op}.png")
+            if families(cases):
+                found.append(f"{op}-size.png")
+    ran = [c for c in data["cases"] if ours_of(c)]
+    if any(c["bytes"] and c["flops"] and {"copy", "matmul"} <= c["ceilings"].keys() for c in ran):
+        found.append("roofline.png")
+    if any(c["floor_s"] for c in ran):
+        found.append("ceilings.png")
+    return found
+
+
+def size_of(case: dict[str, Any]) -> float:
+    """What a case's time is drawn against: the bytes that it must move, else its flops."""
+    return float(case["bytes"] or case["flops"])
+
+
+def families(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cases that differ in nothing but their size, where there are several sizes, smallest first."""
+    sizes = ("rows", "columns", "b", "h", "l", "d", "tokens")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        rest = [f"{k}={v}" for k, v in case["parameters"].items() if k not in sizes and v not in ("", 0, False)]
+        found.setdefault(" ".join([case["dtype"], case["setting"], *rest]), []).append(case)
+    several = {k: v for k, v in found.items() if len({size_of(c) for c in v} - {0.0}) > 1}
+    return {k: sorted((c for c in v if size_of(c)), key=size_of) for k, v in several.items()}
+
+
+def _against_size(op: str, cases: list[dict[str, Any]], data: dict[str, Any], folder: Path, plt: Any) -> list[Path]:
+    """Time of each contender over the size of the case, a panel for each family of cases, with the floor below."""
+    panels = families(cases)
+    if not panels:
+        return []
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, members) in zip(axes[0], panels.items(), strict=True):
+        names = list(dict.fromkeys(c["name"] for case in members for c in case["contenders"] if c["status"] == "ok"))
+        for name in names:
+            points = [(size_of(case), c["median_s"], c["kind"]) for case in members for c in case["contenders"]
+                      if c["name"] == name and c["status"] == "ok"]  # fmt: skip
+            ours = points[0][2] == "ours"
+            axis.plot([p[0] for p in points], [p[1] * 1e3 for p in points], "o-", ms=3, label=name, zorder=3 if ours else 2,
+                      lw=2 if ours else 1, **({"color": _OURS} if ours else {}))  # fmt: skip
+        floors = [(size_of(c), c["floor_s"] * 1e3) for c in members if c["floor_s"]]
+        axis.plot([f[0] for f in floors], [f[1] for f in floors], ":", color=_INK, lw=1, label="this machine's floor")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=7)
+        axis.set_xlabel("bytes to move" if members[0]["bytes"] else "flops", fontsize=7)
+        axis.set_ylabel("ms", fontsize=7)
+        axis.tick_params(labelsize=6)
+        axis.grid(color=_SOFT, lw=0.4)
+        axis.legend(fontsize=5)
+    figure.suptitle(f"{op}: {data['machine']['device']}", fontsize=8)
+    path = folder / f"{op}-size.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return [path]
+
+
 def _roofline(data: dict[str, Any], folder: Path, plt: Any) -> list[Path]:
+    """Flops a second over flops per byte, of the cases that state both, under the roof of each dtype's ceilings."""
+    points = []
+    for case in data["cases"]:
+        ours = ours_of(case)
+        if ours and case["bytes"] and case["flops"] and case["ceilings"].get("copy") and case["ceilings"].get("matmul"):
+            points.append((case["flops"] / case["bytes"], case["flops"] / ours["median_s"], case))
+    if not points:
+        return []
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    low, high = min(p[0] for p in points) / 4, max(p[0] for p in points) * 4
+    for number, dtype in enumerate(sorted({p[2]["dtype"] for p in points})):
+        own = [p for p in points if p[2]["dtype"] == dtype]
+        copy, matmul = (max(p[2]["ceilings"][k] for p in own) for k in ("copy", "matmul"))
+        color = plt.get_cmap("tab10")(number)
+        axis.plot([low, matmul / copy, max(high, matmul / copy)], [low * copy, matmul, matmul], color=color, lw=1)
+        axis.plot([p[0] for p in own], [p[1] for p in own], "o", ms=4, color=color, label=dtype)
+    for x, y, case in points:
+        axis.annotate(f"{case['op']} {case['name']}", (x, y), (3, -6), textcoords="offset points", fontsize=4)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("flops per byte that must move")
+    axis.set_ylabel("flops a second")
+    axis.set_title(f"roofline: {data['machine']['device']}, ceilings of this run", fontsize=9)
+    axis.grid(color=_SOFT, lw=0.4)
+    axis.legend(fontsize=7)
+    path = folder / "roofline.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return [path]
+
+
+def _ceilings(data: dict[str, Any], folder: Path, plt: Any) -> list[Path]:
     """Fraction of the ceiling that bounds each case, sorted."""
     rows = []
     for case in data["cases"]:

@@ -25,11 +25,23 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
-    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file."""
+    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file.
+
+    Samples are kept to five digits: a clock gives no more.
+    """
+    data = {
+        **data,
+        "cases": [{**case, "contenders": [_short(c) for c in case["contenders"]]} for case in data["cases"]],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _short(contender: dict[str, Any]) -> dict[str, Any]:
+    samples = contender.get("samples_s")
+    return contender if samples is None else {**contender, "samples_s": [float(f"{s:.5g}") for s in samples]}
 
 
 def _seconds(value: float) -> str:
@@ -43,6 +55,22 @@ def ours_of(case: dict[str, Any]) -> dict[str, Any] | None:
     return next((c for c in case["contenders"] if c["kind"] == "ours" and c["status"] == "ok"), None)
 
 
+def bound_of(case: dict[str, Any]) -> str:
+    """What bounds the case on this machine: "bytes", "flops", or "" where it states neither. Without ceilings, flops."""
+    limits = case["ceilings"]
+    if case["bytes"] and case["flops"] and limits.get("copy") and limits.get("matmul"):
+        return "bytes" if case["bytes"] / limits["copy"] >= case["flops"] / limits["matmul"] else "flops"
+    return "flops" if case["flops"] else "bytes" if case["bytes"] else ""
+
+
+def rate_of(case: dict[str, Any], seconds: float) -> str:
+    """GB/s or TFLOP/s, by what bounds the case."""
+    bound = bound_of(case)
+    if bound == "bytes":
+        return f"{case['bytes'] / seconds / 1e9:.1f} GB/s"
+    return f"{case['flops'] / seconds / 1e12:.3g} TFLOP/s" if bound else ""
+
+
 def lines(case: dict[str, Any]) -> list[list[str]]:
     """Table rows of one case: contender, time, spread, rate, fraction of the ceiling, ours against it."""
     ours, out = ours_of(case), []
@@ -52,9 +80,7 @@ def lines(case: dict[str, Any]) -> list[list[str]]:
             continue
         median = contender["median_s"]
         low, high = contender["quartiles_s"]
-        rate = f"{case['bytes'] / median / 1e9:.1f} GB/s" if case["bytes"] else ""
-        if case["flops"]:
-            rate = f"{case['flops'] / median / 1e9:.0f} GFLOP/s"
+        rate = rate_of(case, median)
         fraction = f"{case['floor_s'] / median:.2f}" if case["floor_s"] else ""
         ratio = f"{median / ours['median_s']:.2f}x" if ours and contender is not ours else ""
         out.append([contender["name"], _seconds(median), f"±{(high - low) / 2 / median:.0%}", rate, fraction, ratio])
@@ -131,6 +157,30 @@ def status(root: Path | None = None) -> list[tuple[str, str, str]]:
                 continue
             digest = sources.source_hash(op, name, root)
             out.append((op, name, _state(runs, op, name, digest)))
+    return out
+
+
+def hashes(root: Path, kind: str) -> dict[str, dict[str, str]]:
+    """The source hash of each op's backends on a kind of machine, "cpu" or "gpu": by op, then backend."""
+    names = ("cpu",) if kind == "cpu" else GPU_BACKENDS
+    return {
+        op: {n: sources.source_hash(op, n, root) for n in names if _has_sources(op, n, root)} for op in backend.ops()
+    }
+
+
+def cpu_status(root: Path) -> list[tuple[str, str]]:
+    """(op, state) of the committed CPU figures: measured at these sources, stale, or never measured."""
+    runs = [(p.name, load(p)) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
+    out = []
+    for op, by_backend in hashes(root, "cpu").items():
+        states = []
+        for file, run in runs:
+            if any(case["op"] == op for case in run["cases"]):
+                was = run.get("sources", {}).get(op, {}).get("cpu")
+                now = by_backend.get("cpu")
+                fresh = "measured" if was == now else f"stale: the sources are {now} now; measured"
+                states.append(f"{fresh} on {run['machine']['device']}, {run['date'][:10]}, source {was} ({file})")
+        out.append((op, "; ".join(states) or "no committed figures"))
     return out
 
 

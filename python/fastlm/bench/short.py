@@ -1,12 +1,14 @@
-"""``python -m fastlm.bench.short``: each op on each GPU backend once, forward and backward, on a few small shapes.
+"""``python -m fastlm.bench.short``: each op on each GPU backend, forward and backward, on a few shapes.
 
-What ``make gpu`` gives to compute-sanitizer and ncu, which are too slow for the test suite. ``--interpret`` runs the
-Triton kernels on the CPU under TRITON_INTERPRET=1 instead: the rehearsal of that command.
+What ``make gpu`` gives to compute-sanitizer and ncu, which are too slow for the test suite: small odd shapes for the one,
+with ``--profile`` a single call of a real size for the other. ``--interpret`` runs the Triton kernels on the CPU under
+TRITON_INTERPRET=1 instead, on shapes that suit it: the rehearsal of that command.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,9 +17,11 @@ import torch
 import fastlm
 from fastlm import backend
 
+Call = Callable[[], torch.Tensor]
 
-def _dropout_add_norm(device: str, dtype: torch.dtype) -> Iterator[Callable[[], torch.Tensor]]:
-    for rows, columns in ((37, 96), (16, 1000), (5, 4096)):
+
+def _dropout_add_norm(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
+    for rows, columns in shapes:
         x, residual, weight, bias = (
             torch.randn(*s, device=device).to(dtype).requires_grad_()
             for s in ((rows, columns), (rows, columns), (columns,), (columns,))
@@ -30,9 +34,9 @@ def _dropout_add_norm(device: str, dtype: torch.dtype) -> Iterator[Callable[[], 
         yield call
 
 
-def _attention(device: str, dtype: torch.dtype) -> Iterator[Callable[[], torch.Tensor]]:
-    for length, size in ((129, 64), (65, 128)):
-        q, k, v = (torch.randn(2, 4, length, size, device=device).to(dtype).requires_grad_() for _ in range(3))
+def _attention(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
+    for batch, heads, length, size in shapes:
+        q, k, v = (torch.randn(batch, heads, length, size, device=device).to(dtype).requires_grad_() for _ in range(3))
 
         def call(q=q, k=k, v=v) -> torch.Tensor:  # type: ignore[no-untyped-def]
             out = fastlm.ops.attention(q, k, v, causal=True, dropout_p=0.1, seed=1)
@@ -43,26 +47,41 @@ def _attention(device: str, dtype: torch.dtype) -> Iterator[Callable[[], torch.T
 
 
 CALLS = {"dropout_add_norm": _dropout_add_norm, "attention": _attention}
+# By op: the odd shapes for the sanitizer, the real one for the profiler, the same for the interpreter.
+SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
+    "dropout_add_norm": {
+        "odd": [(37, 96), (16, 1000), (5, 4096)], "profile": [(16384, 4096)],
+        "interpreted odd": [(37, 96), (5, 1000)], "interpreted profile": [(16, 4096)],
+    },
+    "attention": {
+        "odd": [(2, 4, 129, 64), (2, 4, 65, 128)], "profile": [(4, 16, 4096, 128)],
+        "interpreted odd": [(1, 2, 65, 64)], "interpreted profile": [(1, 1, 128, 128)],
+    },
+}  # fmt: skip
 
 
 def main() -> int:
     """Runs them. Returns 0 when every backend that is there ran every call."""
     parser = argparse.ArgumentParser("python -m fastlm.bench.short", description=__doc__)
     parser.add_argument("--interpret", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--op", default="")
     args = parser.parse_args()
+    if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--interpret needs TRITON_INTERPRET=1 in the environment, before Triton is imported")
     device = "cpu" if args.interpret else "cuda"
+    kind = ("interpreted " if args.interpret else "") + ("profile" if args.profile else "odd")
     for op in backend.ops():
         for name in ("triton",) if args.interpret else ("triton", "cuda"):
             if args.op not in op or backend.module(op, name)[0] is None:
                 continue
-            # bfloat16 arithmetic is wrong in Triton's interpreter
-            dtypes = (torch.float32,) if args.interpret else (torch.float32, torch.bfloat16)
+            # bfloat16 arithmetic is wrong in Triton's interpreter; a profile is of the dtype that models train in
+            dtypes = [torch.float32] if args.interpret else [torch.bfloat16] + [torch.float32] * (not args.profile)
             for dtype in dtypes:
                 with backend.use(name):
-                    for call in CALLS[op](device, dtype):
+                    for call in CALLS[op](device, dtype, SHAPES[op][kind]):
                         call().backward()
-            print(f"{op} {name}: ran")
+            print(f"{op} {name}: ran", flush=True)
     return 0
 
 

@@ -23,7 +23,8 @@ def _machine(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
     isa = f", {m['instruction_set']}" if m["kind"] == "cpu" and m["instruction_set"] else ""
     threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
-    return f"Measured {data['date'][:10]} on {m['device']}{threads}{isa}; {versions}."
+    command = f" By `{data['command'].strip()}`." if data.get("command") else ""
+    return f"Measured {data['date'][:10]} on {m['device']}{threads}{isa}; {versions}.{command}"
 
 
 def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None:
@@ -32,8 +33,8 @@ def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None
 
 
 def case_table(data: dict[str, Any], op: str | None = None) -> str:
-    """Markdown: each case with fastlm's time, its fraction of the ceiling, each baseline's ratio, and the goals."""
-    lines = ["| case | fastlm | of ceiling | beside | goal |", "| --- | ---: | ---: | --- | --- |"]
+    """Markdown: each case with fastlm's time, rate, fraction of the ceiling, each baseline's ratio, and the goals."""
+    lines = ["| case | fastlm | rate | of ceiling | beside | goal |", "| --- | ---: | ---: | ---: | --- | --- |"]
     for case in data["cases"]:
         ours = results.ours_of(case)
         if ours is None or (op is not None and case["op"] != op):
@@ -52,17 +53,20 @@ def case_table(data: dict[str, Any], op: str | None = None) -> str:
             for g in case["goals"]
         ]
         name = f"{case['op']} {case['name']}" if op is None else case["name"]
-        lines.append(f"| {name} | {_time(ours['median_s'])} | {fraction} | {', '.join(beside)} | {'; '.join(goals)} |")
+        time, rate = _time(ours["median_s"]), results.rate_of(case, ours["median_s"])
+        lines.append(f"| {name} | {time} | {rate} | {fraction} | {', '.join(beside)} | {'; '.join(goals)} |")
     return "\n".join(lines)
 
 
 def missing_peers(data: dict[str, Any]) -> str:
-    """One line for each contender that did not run, with its reason."""
-    reasons: dict[str, str] = {}
+    """One line for each contender that did not run, with its reason, for each peer, and for cases that time ran out on."""
+    reasons: dict[str, str] = {name: text for name, text in data.get("peers", {}).items() if "beside nothing" in text}
     for case in data["cases"]:
         for contender in case["contenders"]:
             if contender["status"] != "ok":
                 reasons.setdefault(contender["name"], contender.get("reason", contender["status"]))
+    if data.get("not_run"):
+        reasons["cases that time ran out on"] = "; ".join(data["not_run"])
     return "\n".join(f"- {name}: {why}" for name, why in sorted(reasons.items()))
 
 
@@ -74,13 +78,15 @@ def memory_table(data: dict[str, Any]) -> str:
     lines = ["| case | peak memory above the inputs |", "| --- | --- |"]
     for case in rows:
         cells = [f"{k} {v / 2**20:.0f} MiB" for k, v in case["peak_memory_bytes"].items() if isinstance(v, int)]
+        if not cells:
+            continue
         lines.append(f"| {case['op']} {case['name']} | {', '.join(cells)} |")
     return "\n".join(lines)
 
 
 def profile_table(data: dict[str, Any]) -> str:
     """Markdown: where the time of a training step goes."""
-    profile = data.get("profiles", {}).get("step")
+    profile = {name: one["shares"] for name, one in data.get("profiles", {}).get("step", {}).items()}
     if not profile:
         return "Not measured."
     kinds = sorted(
@@ -92,6 +98,29 @@ def profile_table(data: dict[str, Any]) -> str:
         if max(shares) >= 0.005:
             lines.append(f"| {kind} | " + " | ".join(f"{s:.0%}" for s in shares) + " |")
     return "\n".join(lines)
+
+
+def within_step_table(data: dict[str, Any]) -> str:
+    """Markdown: each op of fastlm's within a training step: calls, time of them all, time of one."""
+    lines = ["| op within the step | step | calls | time | one call |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, one in data.get("profiles", {}).get("step", {}).items():
+        for op, cost in one["ops"].items():
+            each = cost["seconds"] / cost["calls"]
+            lines.append(f"| {op} | {name} | {cost['calls']} | {_time(cost['seconds'])} | {_time(each)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
+
+
+def trainer_table(data: dict[str, Any]) -> str:
+    """Markdown: what stands beside the trainer's steps (saves, evaluation, the allocator), and the time to quality."""
+    lines = ["| what | measured |", "| --- | --- |"]
+    for name, values in data.get("profiles", {}).get("train", {}).items():
+        lines.append(f"| {name} | " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) + " |")
+    for row in data.get("time_to_quality", []):
+        if row["loop"] == "fastlm":
+            what = f"{row['model']}, seed {row['seed']}: time to the plain loop's loss of {row['target']:.4f}"
+            took = f"{row['ratio']:.2f} of its time" if row["ratio"] else f"not reached (loss {row['loss']:.4f})"
+            lines.append(f"| {what} | {took}; goal {row['goal']} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 
 def sections(root: Path) -> dict[str, str]:
@@ -115,8 +144,27 @@ def sections(root: Path) -> dict[str, str]:
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
     text["cpu-memory"] = "\n\n".join(memory_table(d) for d in cpu) or "Not measured."
     text["cpu-profile"] = "\n\n".join(profile_table(d) for d in cpu) or "Not measured."
+    text["cpu-within-step"] = "\n\n".join(within_step_table(d) for d in cpu) or "Not measured."
+    text["cpu-trainer"] = "\n\n".join(trainer_table(d) for d in cpu) or "Not measured."
+    text["cpu-pictures"] = _pictures("cpu", cpu)
+    text["gpu-pictures"] = _pictures("gpu", verified)
     text["cpu-missing"] = "\n".join(missing_peers(d) for d in cpu) or "None."
     return text
+
+
+def _pictures(kind: str, runs: list[dict[str, Any]]) -> str:
+    """Links to the pictures that ``write`` draws beside docs/benchmarks.md."""
+    from fastlm.bench import pictures
+
+    names = [name for data in runs for name in pictures.names(data)]
+    return (
+        "\n".join(f"![{name.removesuffix('.png')}]({folder_of(kind)}/{name})" for name in names) or "No pictures yet."
+    )
+
+
+def folder_of(kind: str) -> str:
+    """The folder under docs/ of the pictures of a kind of machine."""
+    return f"bench-{kind}"
 
 
 def filled(text: str, generated: dict[str, str]) -> str:
@@ -138,6 +186,11 @@ def write(root: Path) -> list[Path]:
         if new != text:
             path.write_text(new, encoding="utf-8")
             changed.append(path)
+    from fastlm.bench import pictures
+
+    for kind in ("cpu", "gpu"):
+        for file in sorted((root / "bench/results").glob(f"{kind}-*.json")):
+            changed += pictures.draw(results.load(file), root / "docs" / folder_of(kind))
     return changed
 
 
