@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastlm.cli.data import reading
-from fastlm.train import job
+from fastlm.train import job, launch, mesh
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 
 
@@ -62,27 +62,45 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
 def main(argv: list[str]) -> int:
     config, corpus, options = parse(argv)
     config.check()
-    origin = options["resume"] or options["fork"]
     if options["resume"] and options["fork"]:
         raise job.InputError("--resume and --fork exclude each other")
+    count = launch.processes(config.run)
+    if count > 1:
+        return launch.run([sys.executable, "-m", "fastlm", "train", *argv], count, config.run.threads)
+    launch.die_with_launcher()
+    ranks = mesh.start(config.run.mesh, config.run.device)
+    try:
+        return _train(config, corpus, options, ranks)
+    except mesh.PeerError:
+        return 2  # the rank that could not go on has said why
+    finally:
+        ranks.close()
+
+
+def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ranks: mesh.Ranks) -> int:
+    origin = options["resume"] or options["fork"]
+    if ranks.restarts and ranks.folder:  # torchrun started all ranks again: the run goes on
+        origin = options["resume"] = ranks.folder
+    say = print if ranks.first else lambda *words: None
     if origin:
         folder = job.find_run(origin)
         for line in job.read_config(folder)[0].differences(config):
-            print(f"changed: {line}")
+            say(f"changed: {line}")
         go = job.resume if options["resume"] else job.fork
         with reading() as note:
-            made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note)
+            made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note, ranks=ranks)
     else:
         with reading() as note:
-            made = job.start(config, corpus, note=note)
+            made = job.start(config, corpus, note=note, ranks=ranks)
     result = made.run()
-    print(f"run folder: {result.folder}")
+    say(f"run folder: {result.folder}")
     if result.why.startswith("signal"):
         name = result.why.split()[-1]
-        print(
-            f"fastlm train: stopped by {name} at step {made.trainer.step}, which is saved; go on with "
-            f"fastlm train --resume {Path(result.folder)}",
-            file=sys.stderr,
-        )
+        if ranks.first:
+            print(
+                f"fastlm train: stopped by {name} at step {made.trainer.step}, which is saved; go on with "
+                f"fastlm train --resume {Path(result.folder)}",
+                file=sys.stderr,
+            )
         return 128 + int(getattr(signal, name))
     return 0

@@ -5,6 +5,11 @@
 A save copies tensors aside, and a thread writes them into a hidden folder, syncs files and folder, and renames: a folder
 that has its name is whole, and an earlier one is never touched before a later one stands. Tensors carry the plain model's
 names, whatever is wrapped around it. Nothing is pickled.
+
+Of several ranks each writes what it alone holds into files of its own (model.rank-00001.safetensors) in that hidden folder;
+the header says of each tensor which box of the whole it is. When every rank's files are synced, rank 0 writes the manifest
+over all of them and renames. `Stored` reads any box back, out of the files that hold parts of it, so any mesh reads what any
+other wrote.
 """
 
 from __future__ import annotations
@@ -12,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.errors import InputError
+from fastlm.train.mesh import Ranks
 
 DTYPES = {
     torch.float32: "F32",
@@ -96,34 +104,125 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(str(path))
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, Any]) -> None:
-    """Write a checkpoint folder atomically. Raises CheckpointError; what stood before stands then still."""
-    draft = folder.parent / f".draft-{folder.name}-{os.getpid()}"
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        manifest = {}
-        for name, group in tensors.items():
-            with _Hashed(draft / name) as file:
-                write_safetensors(file, group)
-            manifest[name] = {"size": file.size, "sha256": file.hash.hexdigest()}
-        for name, content in texts.items():
-            with _Hashed(draft / name) as file:
-                file.write(json.dumps(content, indent=1).encode())
-            manifest[name] = {"size": file.size, "sha256": file.hash.hexdigest()}
-        with _Hashed(draft / "manifest.json") as file:
-            body = json.dumps(manifest, indent=1, sort_keys=True)
-            file.write((body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode())
-        _sync_folder(draft)
-        if folder.exists():  # the same step saved again after a resume
-            shutil.rmtree(folder)
+@dataclass(frozen=True)
+class Piece:
+    """A box of a named tensor that a process holds: its values, the whole's shape, and where the box begins."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, t: Tensor) -> Piece:
+        return cls(t, tuple(t.shape), (0,) * t.dim())
+
+
+Groups = Mapping[str, Mapping[str, Piece]]  # by file ("model", "optimizer", ...), then by the tensor's name
+
+
+class Stored:
+    """The tensors of one kind in a folder, whichever ranks' files hold their parts: shapes, and any box of them.
+
+    Raises CheckpointError when there is no such file, or the parts do not make a whole.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder, self.kind = folder, kind
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
+        paths = [folder / f"{kind}.safetensors"] if (folder / f"{kind}.safetensors").exists() else []
+        paths += sorted(folder.glob(f"{kind}.rank-*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{folder} holds no {kind}.safetensors")
+        for path in paths:
+            try:
+                file = safe_open(str(path), framework="pt")
+                boxes = json.loads((file.metadata() or {}).get("boxes", "{}"))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                size = tuple(file.get_slice(name).get_shape())
+                shape, offset = map(tuple, boxes.get(name, (size, (0,) * len(size))))
+                self._shapes[name] = shape
+                self._parts.setdefault(name, []).append((file, offset, size))
+        for name, parts in self._parts.items():
+            held = sum(math.prod(size) for _, _, size in parts)
+            if held != math.prod(self._shapes[name]):
+                raise CheckpointError(
+                    f"{self}: of {name} only {held} of {math.prod(self._shapes[name])} values are there"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.kind}.safetensors"
+
+    def names(self) -> KeysView[str]:
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None) -> Tensor:
+        """The box of `size` at `offset`, or the whole; only the bytes of the box are read."""
+        offset = (0,) * len(self._shapes[name]) if offset is None else offset
+        size = self._shapes[name] if size is None else size
+        out: Tensor | None = None
+        for file, at, held in self._parts[name]:
+            low = tuple(max(a, b) for a, b in zip(at, offset))
+            high = tuple(min(a + n, b + m) for a, n, b, m in zip(at, held, offset, size))
+            if at == offset and held == size:
+                return file.get_tensor(name)
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            part = file.get_slice(name)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at))]
+            out = part.new_empty(size) if out is None else out
+            out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
+        if out is None:  # an empty box
+            file, _, _ = self._parts[name][0]
+            out = file.get_tensor(name).new_empty(size)
+        return out
+
+    def load(self) -> dict[str, Tensor]:
+        """All of them, whole."""
+        return {name: self.read(name) for name in self.names()}
+
+
+def write_groups(draft: Path, groups: Groups, rank: int, size: int) -> dict[str, Any]:
+    """This rank's files into a draft; returns their part of the manifest."""
+    manifest = {}
+    draft.mkdir(parents=True, exist_ok=True)
+    for kind, group in groups.items():
+        if not group:
+            continue
+        name = f"{kind}.safetensors" if size == 1 else f"{kind}.rank-{rank:05d}.safetensors"
+        boxes = {n: (p.shape, p.offset) for n, p in group.items() if tuple(p.tensor.shape) != p.shape}
+        with _Hashed(draft / name) as file:
+            meta = {"boxes": json.dumps(boxes, separators=(",", ":"))} if boxes else None
+            write_safetensors(file, {n: p.tensor for n, p in group.items()}, meta)
+        manifest[name] = {"size": file.size, "sha256": file.hash.hexdigest()}
+    return manifest
+
+
+def seal(draft: Path, folder: Path, manifest: dict[str, Any], texts: Mapping[str, Any]) -> None:
+    """Texts and manifest into a draft that every rank has written, and give it its name."""
+    for name, content in texts.items():
+        with _Hashed(draft / name) as file:
+            file.write(json.dumps(content, indent=1).encode())
+        manifest[name] = {"size": file.size, "sha256": file.hash.hexdigest()}
+    with _Hashed(draft / "manifest.json") as file:
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+        file.write((body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode())
+    _sync_folder(draft)
+    if folder.exists():  # the same step saved again after a resume: one of the two is whole at any instant
+        aside = folder.parent / f".draft-old-{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
         os.rename(draft, folder)
-        _sync_folder(folder.parent)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write the checkpoint {folder}: {error.strerror}; earlier checkpoints are untouched"
-        ) from error
+        shutil.rmtree(aside)
+    else:
+        os.rename(draft, folder)
+    _sync_folder(folder.parent)
 
 
 def verify(folder: Path) -> None:
@@ -146,6 +245,9 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {name}: {error.strerror}") from None
         if digest.hexdigest() != entry["sha256"]:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {name} does not match its hash")
+    unknown = sorted({p.name for p in folder.iterdir()} - {*manifest, "manifest.json"})
+    if unknown:  # a stranger's tensors must not be read as a rank's
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {unknown[0]} is not in its manifest")
 
 
 def steps(run: Path, prefix: str = "step") -> list[tuple[int, Path]]:
@@ -175,41 +277,62 @@ def newest(run: Path, complain: Any = print) -> Path:
 
 
 class Saver:
-    """Writes checkpoints of a run in a thread and keeps the last few, the best, and every n-th."""
+    """Writes checkpoints of a run in a thread and keeps the last few, the best, and every n-th.
 
-    def __init__(self, run: Path, keep: int, keep_every: int = 0) -> None:
+    Every rank has one and calls `save` at the same steps; `ranks` is how their threads tell each other how it went.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int = 0, ranks: Ranks | None = None) -> None:
         self.run, self.keep, self.keep_every = run, keep, keep_every
+        self.ranks = ranks or Ranks()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._held: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[str, dict[str, Piece]] = {}
 
-    def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False
-    ) -> None:
-        """Copy the tensors aside and write them behind the caller's back; an earlier save is waited for first."""
+    def save(self, step: int, groups: Groups, state: Mapping[str, Any], best: bool = False) -> None:
+        """Copy the pieces aside and write them behind the caller's back; an earlier save is waited for first."""
         self.wait()
-        copies = {file: self._copy(file, group) for file, group in tensors.items()}
+        copies = {kind: self._copy(kind, group) for kind, group in groups.items()}
         text = json.loads(json.dumps(state))
         self._thread = threading.Thread(target=self._write, args=(step, copies, text, best), name="fastlm-save")
         self._thread.start()
 
-    def _copy(self, file: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        held, out = self._held.get(file, {}), {}
-        for name, t in group.items():
-            own = held.get(name)  # the last save's copy is free again: its pages need no second fault
-            if own is None or own.shape != t.shape or own.dtype != t.dtype:
-                own = torch.empty(t.shape, dtype=t.dtype)
-            out[name] = own.copy_(t.detach())
-        self._held[file] = out
+    def _copy(self, kind: str, group: Mapping[str, Piece]) -> dict[str, Piece]:
+        held, out = self._held.get(kind, {}), {}
+        for name, p in group.items():
+            own = held[name].tensor if name in held else None  # the last save's copy: its pages need no second fault
+            if own is None or own.shape != p.tensor.shape or own.dtype != p.tensor.dtype:
+                own = torch.empty(p.tensor.shape, dtype=p.tensor.dtype)
+            out[name] = Piece(own.copy_(p.tensor.detach()), p.shape, p.offset)
+        self._held[kind] = out
         return out
 
-    def _write(self, step: int, tensors: Any, state: Any, best: bool) -> None:
+    def _write(self, step: int, groups: Groups, state: Any, best: bool) -> None:
+        folder = self.run / "checkpoints" / f"step-{step:08d}"
+        draft = folder.parent / f".draft-{folder.name}"
         try:
-            folder = self.run / "checkpoints" / f"step-{step:08d}"
-            write_folder(folder, tensors, {"state.json": state})
-            if best:
-                self._link_best(folder, step)
-            self._prune()
+            manifest, error = {}, ""
+            try:
+                manifest = write_groups(draft, groups, self.ranks.rank, self.ranks.size)
+            except OSError as problem:
+                error = problem.strerror or str(problem)
+            told = self.ranks.gather((manifest, error))
+            errors = [text for _, text in told if text]
+            if not errors and self.ranks.first:
+                try:
+                    seal(draft, folder, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
+                    if best:
+                        self._link_best(folder, step)
+                    self._prune()
+                except (OSError, CheckpointError) as problem:
+                    errors = [(problem.strerror if isinstance(problem, OSError) else "") or str(problem)]
+            errors = self.ranks.gather(errors)[0]  # nobody goes on as if saved before the folder has its name
+            if errors:
+                if self.ranks.first:
+                    shutil.rmtree(draft, ignore_errors=True)
+                raise CheckpointError(
+                    f"cannot write the checkpoint {folder}: {errors[0]}; earlier checkpoints are untouched"
+                )
         except BaseException as error:  # noqa: BLE001  raised again by wait()
             self._error = error
 
@@ -249,6 +372,10 @@ class Saver:
 
 
 def clean(run: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove what a killed save left behind; a checkpoint that was being replaced by its like gets its name back."""
+    for old in (run / "checkpoints").glob(".draft-old-step-*"):
+        place = old.with_name(old.name.removeprefix(".draft-old-"))
+        if not place.exists():
+            os.rename(old, place)
     for path in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -142,9 +142,9 @@ class RunConfig:
     recompute: Literal["none", "half", "full"] = "none"
     """Activation checkpointing: compute every other (half) or every (full) block again in the backward."""
     mesh: str = ""
-    """Parallelism by dimension, such as dp=2 or fsdp=4. Not built yet: anything but "" is refused."""
-    nproc: int = 1
-    """Processes to start on this machine. Not built yet: more than 1 is refused."""
+    """Processes by dimension: dp=2 (the model on each), fsdp=4 (cut over four), dp=2,fsdp=2 (both); "": dp over all."""
+    nproc: int = 0
+    """Processes to start on this machine; 0: as many as the mesh has, else one for each GPU, else one."""
     eval_every: int = 500
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: int = 65536
@@ -190,7 +190,7 @@ class Config:
             ("warmup", o.warmup, 0),
             ("ramp", o.ramp, 0),
             ("keep", r.keep, 1),
-            ("nproc", r.nproc, 1),
+            ("nproc", r.nproc, 0),
             ("eval-every", r.eval_every, 0),
             ("save-every", r.save_every, 0),
             ("max-bad", r.max_bad, 1),

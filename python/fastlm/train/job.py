@@ -28,7 +28,7 @@ from fastlm.train.callbacks import Callback, Picture, Progress, Tensorboard
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.loop import Trainer
 from fastlm.train.machine import memory_limit, pick_device, spare_page_faults
-from fastlm.train.parallel import Ranks
+from fastlm.train.mesh import Ranks
 
 # --------------------------------------------------------------------------------------------------------------- folders
 
@@ -238,7 +238,14 @@ class Result:
 class Job:
     """Data, model and trainer of one run."""
 
-    def __init__(self, config: Config, corpus: tuple[str, ...], folder: Path | None = None, note: Any = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: tuple[str, ...],
+        folder: Path | None = None,
+        note: Any = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         config.check()
         spare_page_faults()
         if config.run.threads:
@@ -246,12 +253,16 @@ class Job:
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.config, self.corpus, self.ranks = config, corpus, Ranks()
-        self.device = pick_device(config.run.device)
+        self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
+        first = self.ranks.first
+        self.device = self.ranks.device or pick_device(config.run.device)
+        note = note if note is not None and first else silent
         context = config.model.resolve(256).context
-        self.data = read_data(corpus, config.data, context, note or silent)
+        self.data = self.ranks.in_turn(  # the others find it prepared
+            lambda: read_data(corpus, config.data, context, note)
+        )
         tokenizer = self.data[0].tokenizer
-        self.named = read_validation(config.data, context, tokenizer, note or silent)
+        self.named = self.ranks.in_turn(lambda: read_validation(config.data, context, tokenizer, note))
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
         self.costs = Costs.of(self.shape, config)
@@ -266,9 +277,15 @@ class Job:
         callbacks: list[Callback] = [Picture()]
         callbacks += [] if config.run.quiet else [Progress()]
         callbacks += [Tensorboard()] if config.run.tensorboard else []
-        self.folder = folder or new_folder(config)
-        write_config(self.folder, config, corpus, self.shape, self.data)
-        checkpoint.clean(self.folder)
+
+        def make_folder() -> Path:
+            made = folder or new_folder(config)
+            write_config(made, config, corpus, self.shape, self.data)
+            checkpoint.clean(made)
+            return made
+
+        self.folder = self.ranks.share(self.ranks.in_turn(lambda: make_folder() if first else Path()))
+        self.ranks.remember(str(self.folder))
         self.trainer = Trainer(
             config,
             model,
@@ -294,11 +311,14 @@ class Job:
         counted: dict[str, float] = {}
         if not why.startswith("signal"):
             corpus = self.data[0]
-            counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
+            if self.ranks.first:
+                counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
+            counted = self.ranks.share(counted)
             text = generate(
                 self.model, corpus.tokenizer, "", self.config.run.sample, sampler(0.8, seed=self.config.run.seed)
             )
-            (self.folder / "sample.txt").write_text(text)
+            if self.ranks.first:
+                (self.folder / "sample.txt").write_text(text)
             say(f"\na sample:\n{text}\n")
             say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
             for name in self.named:
@@ -310,10 +330,12 @@ class Job:
                 f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
             )
         result = {"why": why, "step": trainer.step, "val": found, "counted": counted, "best": trainer.best}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        if self.ranks.first:
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         return Result(self.folder, why, found, counted)
 
     def run(self, say: Callable[[str], None] = print) -> Result:
+        say = say if self.ranks.first else lambda text: None
         d, c = self.data[0].manifest, self.costs
         say(
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
@@ -325,6 +347,7 @@ class Job:
         say(
             f"model: {c.parameters / 1e6:.2f} M parameters, {c.flops_per_sample * self.config.optim.batch / 1e9:.1f} GFLOP a "
             f"step, about {c.memory / 2**20:,.0f} MiB; {self.device}, {torch.get_num_threads()} threads"
+            + (f", {self.ranks.size} processes" if self.ranks.size > 1 else "")
         )
         if self.trainer.kernels.table is not None:
             say(str(self.trainer.kernels.table))
@@ -332,29 +355,54 @@ class Job:
         return self.finish(self.trainer.fit(), say)
 
 
-def start(config: Config, corpus: tuple[str, ...] = (), note: Any = None) -> Job:
-    job = Job(config, corpus, note=note)
+def start(config: Config, corpus: tuple[str, ...] = (), note: Any = None, ranks: Ranks | None = None) -> Job:
+    job = Job(config, corpus, note=note, ranks=ranks)
     if config.model.init:
-        load_weights(job.model, Path(config.model.init))
+        path = weights_of(Path(config.model.init))
+        state.fill(state.model_pieces(job.trainer.layout), checkpoint.Stored(path, "model"))
     return job
 
 
 def resume(
-    folder: Path, config: Config, corpus: tuple[str, ...], *, other_data: bool, say: Any, note: Any = None
+    folder: Path,
+    config: Config,
+    corpus: tuple[str, ...],
+    *,
+    other_data: bool,
+    say: Any,
+    note: Any = None,
+    ranks: Ranks | None = None,
 ) -> Job:
     """The job of a run's folder at its last whole checkpoint, or from the start when it has none."""
-    found = checkpoint.newest(folder, say) if checkpoint.steps(folder) else None
-    job = Job(config, corpus, folder=folder, note=note)
+    ranks = ranks or Ranks()
+    say = say if ranks.first else lambda text: None
+    if ranks.first:
+        checkpoint.clean(folder)
+    whole = ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first and checkpoint.steps(folder) else None)
+    found = ranks.share(whole)
+    job = Job(config, corpus, folder=folder, note=note, ranks=ranks)
     if found is not None:
         job.trainer.restore(found, other_data=other_data)
     say(f"going on from step {job.trainer.step} of {config.optim.steps}")
     return job
 
 
-def fork(folder: Path, config: Config, corpus: tuple[str, ...], *, other_data: bool, say: Any, note: Any = None) -> Job:
+def fork(
+    folder: Path,
+    config: Config,
+    corpus: tuple[str, ...],
+    *,
+    other_data: bool,
+    say: Any,
+    note: Any = None,
+    ranks: Ranks | None = None,
+) -> Job:
     """A new run that starts at another's last checkpoint."""
-    found = checkpoint.newest(folder, say)
-    job = Job(config, corpus, note=note)
+    ranks = ranks or Ranks()
+    say = say if ranks.first else lambda text: None
+    found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first else None))
+    assert found is not None
+    job = Job(config, corpus, note=note, ranks=ranks)
     job.trainer.restore(found, other_data=other_data)
     say(f"a new run from step {job.trainer.step} of {folder}")
     return job
@@ -362,14 +410,19 @@ def fork(folder: Path, config: Config, corpus: tuple[str, ...], *, other_data: b
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Weights of a run (its best, else its last), a checkpoint, or a folder with model.safetensors."""
+    state.load_model(model, checkpoint.Stored(weights_of(path), "model"))
+
+
+def weights_of(path: Path) -> Path:
+    """The folder with model.safetensors that a run, a checkpoint or such a folder means; a checkpoint is verified."""
     if (path / "config.json").is_file() and checkpoint.steps(path):
         best = checkpoint.steps(path, "best")
         path = best[-1][1] if best else checkpoint.newest(path)
     if (path / "manifest.json").is_file():
         checkpoint.verify(path)
-    if not (path / "model.safetensors").is_file():
+    if not any(path.glob("model*.safetensors")):
         raise InputError(f"{path} is no run, checkpoint or folder with model.safetensors")
-    state.load_model(model, checkpoint.read_safetensors(path / "model.safetensors"), path)
+    return path
 
 
 def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]:

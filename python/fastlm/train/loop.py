@@ -68,16 +68,16 @@ class Trainer:
             self.plain.recompute = config.run.recompute  # type: ignore[assignment]
         elif config.run.recompute != "none":
             raise InputError("--recompute needs a model with an attribute `recompute`, as fastlm's GPT has")
-        self.model = parallel.wrap(self.plain, config, self.ranks)
+        self.model, self.layout = parallel.wrap(self.plain, config, self.ranks)
         if config.run.compile:
             self.model.compile()
-        self.optimizer = optim.make(self.plain, config.optim)
+        self.optimizer = optim.make(self.plain, config.optim, self.layout)
         options = {k: v for k, v in (("smoothing", config.optim.smoothing), ("z_loss", config.optim.z_loss)) if v}
         self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
         self.evaluate_with = evaluate
         self.callbacks: list[Callback] = [Metrics(), *callbacks] if self.ranks.first else []
-        self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every)
-        self.ema = {n: p.detach().clone() for n, p in self.plain.named_parameters()} if config.optim.ema else {}
+        self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
+        self.ema = {n: p.detach().clone() for n, p in self.layout.params.items()} if config.optim.ema else {}
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
         self.step = self.consumed = 0
         self.best: dict[str, float] = {}
@@ -98,19 +98,23 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step, or until something stops it; returns why it ended."""
         run = self.config.run
-        with self._signals():
+        with self._signals(), self.ranks.watch():
             for callback in self.callbacks:
                 callback.start(self)
             self._load_ahead()
             self._clock = time.perf_counter()
             try:
-                while self.step < self.config.optim.steps and not self.ranks.agree(bool(self.stop)):
+                while self.step < self.config.optim.steps:
+                    self.stop = self.ranks.agree(self.stop)
+                    if self.stop:
+                        break
                     self.train_step()
                     last = self.step == self.config.optim.steps
                     improved = False
                     if (run.eval_every and self.step % run.eval_every == 0) or last:
                         improved = self.evaluate(whole=last)
-                    self.flush(force=last or improved)
+                    due = bool(run.save_every) and self.step % run.save_every == 0
+                    self.flush(force=last or improved or due)  # the lines of a saved step are written before it is
                     if improved or last or (run.save_every and self.step % run.save_every == 0):
                         self.save(best=improved)
                     if run.patience and self.waited >= run.patience:
@@ -136,25 +140,29 @@ class Trainer:
         number = self.micro_batches(size)
         for i in range(number):
             ids, batch = next(self.loader)
+            empty = not len(ids)
+            if empty:  # the other ranks wait for this one's collectives: a sample that counts nothing stands in
+                ids = np.array([self.consumed])
+                batch = self.data.batch(ids)
             batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
             self.kernels.place(self.config.run.seed, self.step, ids)
-            with self.ranks.no_sync(self.model, i < number - 1), self.autocast():
+            with self.layout.last(i == number - 1), self.autocast():
                 loss, tokens = self.loss(self.model, *batch)
-                (loss * (unit * self.scale)).backward()
-            total += loss.detach()
-            count += tokens
+                (loss * (unit * self.scale) * (0.0 if empty else 1.0)).backward()
+            if not empty:
+                total += loss.detach()
+                count += tokens
         total, count = self.ranks.sum(total), self.ranks.sum(count)
-        params = [p for p in self.plain.parameters() if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = self.layout.grads()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
-        norm = self.ranks.norm(grads) * factor
+        norm = self.layout.norm(grads) * factor
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
         if cfg.clip:
             factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, factor)
         self.optimizer.set_found_inf(found)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.layout.zero_grad()
         self._after(found)
         self.step += 1
         self.consumed += size
@@ -174,7 +182,7 @@ class Trainer:
         if self.ema:
             weight = (1 - self.config.optim.ema) * (1 - found)
             with torch.no_grad():
-                for name, p in self.plain.named_parameters():
+                for name, p in self.layout.params.items():
                     self.ema[name].lerp_(p.detach(), weight)
         if self.config.run.dtype == "float16":  # halve after a bad step, double after 2,000 good ones
             self.good = (self.good + 1) * (1 - found)
@@ -309,14 +317,16 @@ class Trainer:
         self.model.eval()
         try:
             with torch.no_grad(), self.averaged(), self.autocast():
-                return self.evaluate_with(self.model, whole)
+                return self.ranks.share(
+                    self.evaluate_with(self.model, whole)
+                )  # decisions rest on it: one value for all
         finally:
             self.model.train()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The moving average in the weights' place, if there is one."""
-        params = dict(self.plain.named_parameters()) if self.ema else {}
+        params = self.layout.params if self.ema else {}
         own = {n: p.detach().clone() for n, p in params.items()}
         with torch.no_grad():
             for n, p in params.items():
@@ -334,15 +344,14 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- stop and go on
 
     def save(self, best: bool = False) -> None:
-        tensors = {
-            "model.safetensors": state.model_tensors(self.plain),
-            "optimizer.safetensors": state.optimizer_tensors(self.plain, self.optimizer),
-            "random.safetensors": self.ranks.gather_tensors(state.random_tensors()),
+        groups = {"model": state.model_pieces(self.layout)} | {
+            "optimizer": state.optimizer_pieces(self.layout, self.optimizer),
+            "ema": {n: self.layout.piece(n, t) for n, t in self.ema.items()},
         }
-        if self.ema:
-            tensors["ema.safetensors"] = {n: state._full(t) for n, t in self.ema.items()}
-        if self.ranks.first:
-            self.saver.save(self.step, tensors, self.values(), best)
+        if not self.layout.writes:  # another rank has the same
+            groups = {}
+        groups["random"] = state.random_tensors(self.ranks.rank)
+        self.saver.save(self.step, groups, self.values(), best)
         self.last_saved = self.step
 
     def values(self) -> dict[str, Any]:
@@ -377,13 +386,11 @@ class Trainer:
                 f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
                 f"--other-data goes on with them all the same"
             )
-        state.load_model(self.plain, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
-        moments = checkpoint.read_safetensors(folder / "optimizer.safetensors")
-        state.load_optimizer(self.plain, self.optimizer, moments)
-        self.ranks.scatter_random(checkpoint.read_safetensors(folder / "random.safetensors"))
-        if self.ema and (folder / "ema.safetensors").exists():
-            ema = checkpoint.read_safetensors(folder / "ema.safetensors")
-            self.ema = {n: state._like(ema[n], t) for n, t in self.ema.items()}
+        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"))
+        state.load_optimizer(self.layout, self.optimizer, checkpoint.Stored(folder, "optimizer"))
+        if not state.load_random(checkpoint.Stored(folder, "random"), self.ranks.rank):
+            state.seed_all(self.config.run.seed + saved["step"], self.ranks.rank)
+        self._load_average(folder)
         self.step, self.consumed = saved["step"], saved["consumed"]
         self.skipped = [(a, b) for a, b in saved["skipped"]]
         self.best, self.waited = saved["best"], saved["waited"]
@@ -396,10 +403,15 @@ class Trainer:
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint alone, such as the best."""
         checkpoint.verify(folder)
-        state.load_model(self.plain, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
-        if self.ema and (folder / "ema.safetensors").exists():
-            ema = checkpoint.read_safetensors(folder / "ema.safetensors")
-            self.ema = {n: state._like(ema[n], t) for n, t in self.ema.items()}
+        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"))
+        self._load_average(folder)
+
+    def _load_average(self, folder: Path) -> None:
+        """The moving average; a run that had none yet starts it from the weights."""
+        if self.ema and any(folder.glob("ema.*")):
+            state.fill({n: self.layout.piece(n, t) for n, t in self.ema.items()}, checkpoint.Stored(folder, "ema"))
+        elif self.ema:
+            self.ema = {n: p.detach().clone() for n, p in self.layout.params.items()}
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.train.config import OptimConfig
+
+if TYPE_CHECKING:
+    from fastlm.train.parallel import Layout
 
 
 def rate(config: OptimConfig, step: int) -> float:
@@ -90,27 +93,34 @@ class Muon(_Own):
     """Nesterov momentum made orthogonal, scaled by sqrt(max(1, rows / columns)). Equal shapes go as one batch.
 
     A projection that is several matrices in one (queries, keys and values; gate and up) is cut into `parts` first.
+    Of a sharded parameter each rank keeps its rows of the momentum; the matrix is gathered, and made orthogonal as a whole.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(self, params: Iterable[Any], layout: Layout, lr: float, momentum: float, weight_decay: float) -> None:
+        self.layout, self.names = layout, {id(p): n for n, p in layout.params.items()}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": ()})
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        shapes: dict[torch.Size, list[tuple[Tensor, int]]] = defaultdict(list)
+        moved: list[list[Tensor]] = []  # of each parameter the parts of its step
         beta = group["momentum"]
         for p in params:
             m, g = self.state[p]["momentum"], p.grad
             assert g is not None
             new = m.lerp(g, 1 - beta)
             m.copy_(self.keep(new, m))
-            pieces = zip((g.lerp(new, beta)).split(group["parts"] or p.shape[0]), p.split(group["parts"] or p.shape[0]))
-            for move, part in pieces:
-                shapes[part.shape].append((move, part))
+            whole = self.layout.whole(self.names[id(p)], g.lerp(new, beta))
+            moved.append([])
+            for move in whole.split(group["parts"] or whole.shape[0]):
+                shapes[move.shape].append((move, len(moved) - 1))
         for shape, pairs in shapes.items():
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             moves = orthogonal(torch.stack([move for move, _ in pairs])) * scale
-            for move, (_, part) in zip(moves, pairs):
-                part.copy_(self.keep(part * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * move, part))
+            for move, (_, index) in zip(moves, pairs):
+                moved[index].append(move)
+        for p, parts in zip(params, moved):
+            move = self.layout.own(self.names[id(p)], torch.cat(parts))
+            p.copy_(self.keep(p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * move, p))
 
 
 class Several:
@@ -148,9 +158,9 @@ def decays(name: str, p: Tensor) -> bool:
     return p.ndim >= 2
 
 
-def make(model: nn.Module, config: OptimConfig) -> Several:
-    """The optimizer of the configuration over a model's parameters, tied ones once."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+def make(model: nn.Module, config: OptimConfig, layout: Layout) -> Several:
+    """The optimizer of the configuration over what this process holds of a model's parameters, tied ones once."""
+    named = list(layout.parameters())
     parts: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         matrices = [(n, p) for n, p in named if p.ndim == 2 and ".blocks." in f".{n}"]
@@ -160,10 +170,11 @@ def make(model: nn.Module, config: OptimConfig) -> Several:
         modules = dict(model.named_modules())
         for n, p in matrices:
             owner = modules.get(n.rsplit(".", 2)[0])
-            groups[_parts(n, p, owner)].append(p)
+            groups[_parts(n, layout.piece(n, p).shape[0], owner)].append(p)
         parts.append(
             Muon(
                 [{"params": ps, "parts": cut, "peak": config.muon_lr} for cut, ps in groups.items()],
+                layout,
                 lr=config.muon_lr,
                 momentum=0.95,
                 weight_decay=config.weight_decay,
@@ -185,12 +196,12 @@ def make(model: nn.Module, config: OptimConfig) -> Several:
     return Several(*parts)
 
 
-def _parts(name: str, p: Tensor, owner: nn.Module | None) -> tuple[int, ...]:
+def _parts(name: str, rows: int, owner: nn.Module | None) -> tuple[int, ...]:
     """How a fused projection's rows divide into matrices of their own."""
     if name.endswith("qkv.weight") and hasattr(owner, "kv_heads"):
         size = int(owner.size)  # type: ignore[union-attr,arg-type]
         q, kv = int(owner.heads) * size, int(owner.kv_heads) * size  # type: ignore[union-attr,arg-type]
         return (q, kv, kv)
     if name.endswith("up.weight") and getattr(owner, "gated", False):
-        return (p.shape[0] // 2, p.shape[0] // 2)
+        return (rows // 2, rows // 2)
     return ()

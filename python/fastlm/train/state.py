@@ -1,7 +1,8 @@
 """The state of a run as named tensors and plain values, and back: what a checkpoint holds.
 
 Names are the plain model's parameter names, so fused and torch kernels, compiled and eager, and any mesh read each
-other's checkpoints. A sharded parameter (DTensor) is gathered when saved and cut again when loaded.
+other's checkpoints. What a process holds is given as pieces of those tensors (parallel.Layout): it writes its own and
+reads its own, and no process ever holds another's.
 """
 
 from __future__ import annotations
@@ -13,89 +14,85 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.train.checkpoint import CheckpointError
+from fastlm.train.checkpoint import CheckpointError, Piece, Stored
 from fastlm.train.optim import Several
+from fastlm.train.parallel import Layout, Ranks
 
 
-def _full(t: Tensor) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[no-any-return]
-
-
-def _like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on like's device, and cut as it is."""
-    if hasattr(like, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
-    return value.to(like.device)
-
-
-def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
-    out: dict[str, Tensor] = dict(model.named_parameters())
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict(keep_vars=True)
-    out.update({name: b for name, b in model.named_buffers() if name in kept})
+    return {name: b for name, b in model.named_buffers() if name in kept}
+
+
+def model_pieces(layout: Layout) -> dict[str, Piece]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    out = {name: layout.piece(name, p.detach()) for name, p in layout.params.items()}
+    out.update({n: Piece.whole(b) for n, b in _buffers(layout.model).items()})
     return out
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: _full(t.detach()) for name, t in names_of(model).items()}
-
-
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
-    own = names_of(model)
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+def fill(pieces: Mapping[str, Piece], stored: Stored) -> None:
+    """Read the pieces out of stored tensors of the same names; CheckpointError where they are of another model."""
+    missing, extra = sorted(pieces.keys() - stored.names()), sorted(stored.names() - pieces.keys())
     if missing or extra:
-        raise CheckpointError(f"{where} is of another model: it lacks {missing[:3]} and has {extra[:3]} besides")
+        raise CheckpointError(f"{stored} is of another model: it lacks {missing[:3]} and has {extra[:3]} besides")
+    for name, piece in pieces.items():
+        if stored.shape(name) != piece.shape:
+            shapes = f"{list(stored.shape(name))}, the model needs {list(piece.shape)}"
+            raise CheckpointError(f"{stored}: {name} is {shapes}")
     with torch.no_grad():
-        for name, t in own.items():
-            if tensors[name].shape != t.shape:
-                shapes = f"{list(tensors[name].shape)}, the model needs {list(t.shape)}"
-                raise CheckpointError(f"{where}: {name} is {shapes}")
-            t.copy_(_like(tensors[name], t))
+        for name, piece in pieces.items():
+            piece.tensor.copy_(stored.read(name, piece.offset, tuple(piece.tensor.shape)))
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Several) -> dict[str, Tensor]:
-    names = {id(p): n for n, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}/{key}": _full(value.detach())
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+def load_model(model: nn.Module, stored: Stored) -> None:
+    """The whole of stored tensors into a model that no mesh has cut."""
+    fill(model_pieces(Layout(model, Ranks())), stored)
 
 
-def load_optimizer(model: nn.Module, optimizer: Several, tensors: Mapping[str, Tensor]) -> None:
-    params = dict(model.named_parameters())
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        owner, key = name.rsplit("/", 1)
-        p = params[owner]
-        states.setdefault(owner, {})[key] = _like(value.clone(), p) if value.shape == p.shape else value.clone()
-    for part in optimizer.parts:
-        for group in part.param_groups:
-            for p in group["params"]:
-                part.state.pop(p, None)
-    for owner, state in states.items():
-        p = params[owner]
-        for part in optimizer.parts:
-            if any(p is q for group in part.param_groups for q in group["params"]):
-                fresh = {k: v.to(p.device) if k == "step" and p.is_cuda else v for k, v in state.items()}
-                part.state[p] = fresh
-
-
-def random_tensors() -> dict[str, Tensor]:
-    """PyTorch's generators of this process; the data and the fused kernels' masks need none."""
-    out = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        out["cuda"] = torch.cuda.get_rng_state()
+def optimizer_pieces(layout: Layout, optimizer: Several) -> dict[str, Piece]:
+    names = {id(p): n for n, p in layout.params.items()}
+    out = {}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                name = names[id(p)]
+                cut = value.shape == p.shape and value.dim() > 0
+                out[f"{name}/{key}"] = layout.piece(name, value) if cut else Piece.whole(value)
     return out
 
 
-def load_random(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+def load_optimizer(layout: Layout, optimizer: Several, stored: Stored) -> None:
+    held = {id(p): part for part in optimizer.parts for group in part.param_groups for p in group["params"]}
+    for part in optimizer.parts:
+        part.state.clear()
+    for full in stored.names():
+        name, key = full.rsplit("/", 1)
+        p = layout.params[name]
+        piece = layout.piece(name, p)
+        if stored.shape(full) == piece.shape and p.dim() > 0:
+            value = stored.read(full, piece.offset, tuple(p.shape)).to(p.device)
+        else:
+            value = stored.read(full).to(p.device if key != "step" or p.is_cuda else "cpu")
+        held[id(p)].state[p][key] = value
+
+
+def random_tensors(rank: int) -> dict[str, Piece]:
+    """PyTorch's generators of this process; the data and the fused kernels' masks need none."""
+    out = {f"{rank}/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        out[f"{rank}/cuda"] = torch.cuda.get_rng_state()
+    return {name: Piece.whole(t) for name, t in out.items()}
+
+
+def load_random(stored: Stored, rank: int) -> bool:
+    """This rank's generators as they were; False where the checkpoint is of fewer ranks and has none for it."""
+    if f"{rank}/cpu" not in stored.names():
+        return False
+    torch.set_rng_state(stored.read(f"{rank}/cpu"))
+    if f"{rank}/cuda" in stored.names() and torch.cuda.is_available():
+        torch.cuda.set_rng_state(stored.read(f"{rank}/cuda"))
+    return True
 
 
 def seed_all(seed: int, rank: int = 0) -> None:

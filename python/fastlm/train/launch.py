@@ -1,0 +1,118 @@
+"""`--nproc N`: N processes of the same command on this machine, and an eye on them.
+
+Each gets what torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...). The first that fails ends the others at once:
+with one missing, none of them could finish a step. SIGINT and SIGTERM are passed on; the ranks agree on the step and save.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+
+from fastlm.data.errors import InputError
+from fastlm.train import mesh
+from fastlm.train.callbacks import warn
+from fastlm.train.config import RunConfig
+
+GRACE = 2.0  # seconds that the others have to say what they saw
+SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # a rank that was asked to stop, and saved
+
+
+def processes(run: RunConfig) -> int:
+    """How many processes to start from this one; 1 where another launcher started it, or one is enough."""
+    sizes = mesh.parse(run.mesh)
+    needed = math.prod(sizes.values())
+    if mesh.find(os.environ) is not None:
+        if run.nproc > 1 and "FASTLM_LAUNCHER" not in os.environ:
+            raise InputError(f"--nproc {run.nproc} beside torchrun or slurm, which start the processes: leave it out")
+        return 1
+    if run.nproc and sizes and run.nproc != needed:
+        raise InputError(f"--nproc {run.nproc} and --mesh {run.mesh}, which has {needed} processes, do not agree")
+    gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
+    count = run.nproc or (needed if sizes else max(gpus, 1))
+    if gpus and count > gpus:
+        raise InputError(f"--nproc {count}: this machine has {gpus} GPUs, and each process needs one of its own")
+    return count
+
+
+def run(command: list[str], count: int, threads: int = 0) -> int:
+    """Start `command` `count` times, wait, and return the exit status: 0, or that of the rank that failed first."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        asked.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for rank in range(count):
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "FASTLM_LAUNCHER": str(os.getpid()),
+            }
+            if not threads:
+                env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+            # a session of its own: the terminal's Ctrl-C comes through `forward`, and once
+            children.append(subprocess.Popen(command, env=env, start_new_session=True))
+        return _watch(children, asked)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _watch(children: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        bad = [(rank, code) for rank, code in enumerate(codes) if code and code not in SIGNALLED]
+        if bad:
+            break
+        if all(code is not None for code in codes):
+            return next((code for code in codes if code), 0)  # type: ignore[misc]
+        time.sleep(0.05)
+    rank, code = bad[0]
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
+    rest = [r for r, c in enumerate(codes) if c is None]
+    if not asked:
+        ending = f"; ending rank {', '.join(map(str, rest))}" if rest else ""
+        warn(
+            f"fastlm train: rank {rank} of {len(children)} {how}{ending}. "
+            f"Go on from the last checkpoint with fastlm train --resume RUN"
+            if code != 2
+            else f"fastlm train: rank {rank} of {len(children)} could not go on{ending}"
+        )
+    until = time.monotonic() + GRACE
+    while time.monotonic() < until and any(child.poll() is None for child in children):
+        time.sleep(0.05)
+    return code if code > 0 else 1
+
+
+def die_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher is gone (Linux): no rank trains on unseen."""
+    if "FASTLM_LAUNCHER" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        if os.getppid() != int(os.environ["FASTLM_LAUNCHER"]):  # it went before the kernel knew
+            sys.exit(1)

@@ -1,0 +1,328 @@
+"""Several processes as one trainer: who this process is among them, and what they tell each other.
+
+`Ranks()` is one process alone, for which every method is the identity. `start` makes `Group`, its counterpart for several
+processes, from what torchrun, slurm or fastlm's own launcher (launch.py) put into the environment.
+
+What ranks say to each other about the run (stop, saved, an error) goes over a gloo group of its own, on the CPU: it waits
+for no device, and a thread that saves can talk while the main thread trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastlm.data.errors import InputError
+from fastlm.train.callbacks import warn
+from fastlm.train.machine import pick_device
+
+T = TypeVar("T")
+BUILT = ("dp", "fsdp")  # dimensions of a mesh, outermost first
+PLANNED = ("tp", "pp", "cp", "ep")
+BEAT, SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a rank counts as lost
+TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
+
+
+class PeerError(InputError):
+    """Another rank raised, and has told the user."""
+
+
+def parse(text: str) -> dict[str, int]:
+    """`"dp=2,fsdp=2"` as sizes by dimension. InputError names what cannot be."""
+    sizes: dict[str, int] = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        match = re.fullmatch(r"([a-z]+)=(\d+)", word)
+        if not match or int(match[2]) < 1:
+            raise InputError(f"--mesh must be sizes by dimension, such as dp=2,fsdp=2; {word!r} in {text!r} is not")
+        name = match[1]
+        if name in PLANNED:
+            raise InputError(f"--mesh {word} is not built: this version knows {' and '.join(BUILT)}")
+        if name not in BUILT:
+            raise InputError(f"--mesh {word}: there is no dimension {name}; it must be one of {', '.join(BUILT)}")
+        if name in sizes:
+            raise InputError(f"--mesh {text} names {name} twice")
+        sizes[name] = int(match[2])
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------- where a process was put
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the launcher put this process."""
+
+    rank: int
+    size: int
+    local: int  # number within its machine
+    restarts: int = 0  # how often torchrun has started all ranks again
+    by: str = "torchrun"
+
+
+def find(env: Mapping[str, str]) -> Place | None:
+    """This process's place by torchrun's, slurm's or fastlm's own launcher's environment; None for a process alone."""
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local = int(env.get("LOCAL_RANK", env["RANK"]))
+            restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local, restarts)
+        # SLURM_PROCID is also set in a batch script, which runs once; only a task of srun belongs to a step
+        if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            local = int(env["SLURM_LOCALID"])
+            return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), local, by="slurm")
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the environment of torchrun or slurm is incomplete: {error}") from None
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of slurm's list: node[03-05,9] is node03, a[1-2]b is a1b."""
+    head = re.match(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0]) if head else nodes
+
+
+def address(env: Mapping[str, str], place: Place) -> tuple[str, int]:
+    """Where the ranks meet."""
+    if place.by == "slurm":
+        host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
+        port = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
+    else:
+        host, port = env.get("MASTER_ADDR", ""), int(env.get("MASTER_PORT") or 0)
+    if not host or not port:
+        raise InputError("several ranks need MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them")
+    return host, port
+
+
+# ------------------------------------------------------------------------------------------------------- who they are
+
+
+class Ranks:
+    """One process alone."""
+
+    rank = data_rank = 0
+    size = size_of_data = 1
+    size_of_mean = 1  # by what the gradients were divided when they were reduced
+    device: torch.device | None = None
+    restarts = 0
+    folder: str = ""  # of the run that a restart by torchrun goes on with
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of every data rank's t."""
+        return t
+
+    def agree(self, stop: str) -> str:
+        """Why to stop, if any rank was asked to."""
+        return stop
+
+    def share(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value. Safe in one thread beside the main one."""
+        return [value]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work, then the others; what one of them raises ends all."""
+        return work()
+
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        """While it is open, a rank that is lost ends this one within seconds."""
+        return contextlib.nullcontext()
+
+    def remember(self, folder: str) -> None:
+        """Have a restart by torchrun find the run's folder."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class Group(Ranks):
+    """This process among several. `mesh` holds its dimensions dp and fsdp, each at least 1."""
+
+    def __init__(self, sizes: Mapping[str, int], place: Place, env: Mapping[str, str], device: str) -> None:
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.rank, self.size, self.restarts = place.rank, place.size, place.restarts
+        sizes = sizes or {"dp": self.size}
+        if math.prod(sizes.values()) != self.size:
+            made = " x ".join(f"{k}={v}" for k, v in sizes.items())
+            raise InputError(f"--mesh {made} is for {math.prod(sizes.values())} processes; {self.size} were started")
+        self.device = pick_device(device)
+        if self.device.type == "mps":
+            raise InputError("--device mps trains in one process; leave out --mesh and --nproc")
+        if self.device.type == "cuda":
+            if place.local >= torch.cuda.device_count():
+                found = torch.cuda.device_count()
+                raise InputError(
+                    f"--nproc: process {place.local} of this machine has no GPU of its own; it has {found}"
+                )
+            self.device = torch.device("cuda", place.local)
+            torch.cuda.set_device(self.device)
+        host, port = address(env, place)
+        self._where = (host, port)
+        hosts = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._key = f"fastlm/{place.restarts}"
+        store = dist.TCPStore(host, port, self.size, hosts, timeout=timedelta(seconds=120), wait_for_workers=False)
+        try:
+            self.folder = (
+                store.get("fastlm/folder").decode() if place.restarts and store.check(["fastlm/folder"]) else ""
+            )
+            self._store = store
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(self._key, store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=TIMEOUT,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"rank {self.rank}: the {self.size} ranks did not meet at {host}:{port}: {error}"
+            ) from error
+        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        shape = tuple(sizes.get(name, 1) for name in BUILT)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=BUILT)
+        self.sizes = dict(zip(BUILT, shape))
+        self.size_of_data = self.size_of_mean = shape[0] * shape[1]
+        self.data_rank = self.rank
+
+    def sum(self, t: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        dist.all_reduce(t)
+        return t
+
+    def agree(self, stop: str) -> str:
+        import torch.distributed as dist
+
+        number = int(getattr(signal, stop.split()[1])) if stop.startswith("signal") else int(bool(stop)) * 255
+        asked = torch.tensor(number)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._control)
+        if stop or not asked.item():
+            return stop
+        return f"signal {signal.Signals(int(asked.item())).name}" if asked.item() < 255 else "another rank stopped"
+
+    def share(self, value: T) -> T:
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        import torch.distributed as dist
+
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self._saving)
+        return out
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        def attempt() -> tuple[T | None, Exception | None]:
+            try:
+                return work(), None
+            except Exception as error:  # noqa: BLE001  raised below, once the others know
+                return None, error
+
+        result, error = attempt() if self.first else (None, None)
+        failed = self.share(error is not None)
+        if not failed and not self.first:
+            result, error = attempt()
+        wrong = [r for r, bad in enumerate(self.gather(error is not None)) if bad]
+        if error is not None:
+            raise error
+        if wrong:
+            raise PeerError(f"rank {wrong[0]} could not go on, for the reason it gave")
+        return result  # type: ignore[return-value]
+
+    def remember(self, folder: str) -> None:
+        if self.first:
+            self._store.set("fastlm/folder", folder)
+
+    @contextlib.contextmanager
+    def watch(self) -> Any:
+        stop = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(stop,), daemon=True, name="fastlm-beat")
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo and NCCL raise this when a connection breaks; errors of the model's own are told apart by their source
+            if any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer", "socket")):
+                self._lost(f"a connection broke ({str(error).strip().splitlines()[0][:160]})")
+            raise
+        finally:
+            stop.set()
+            thread.join()
+
+    def _beat(self, stop: threading.Event) -> None:
+        """Say "I live" through the store and listen for the others; leave when one is silent for SILENT seconds."""
+        import torch.distributed as dist
+
+        host, port = self._where
+        count, heard = 0, {r: (-1, time.monotonic()) for r in range(self.size) if r != self.rank}
+        done: set[int] = set()
+        try:
+            # a client of its own: a store's client serves one caller at a time, and a collective may hold the other
+            store = dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=SILENT), wait_for_workers=False)
+            while True:
+                ended = stop.wait(BEAT)
+                count += 1
+                store.set(f"{self._key}/beat/{self.rank}", "end" if ended else str(count))
+                if ended:
+                    return
+                now = time.monotonic()
+                for rank, (last, when) in heard.items():
+                    key = f"{self._key}/beat/{rank}"
+                    said = store.get(key).decode() if store.check([key]) else "0"
+                    if said == "end":
+                        done.add(rank)
+                    elif int(said) != last:
+                        heard[rank] = (int(said), now)
+                    elif now - when > SILENT and rank not in done:
+                        self._lost(f"rank {rank} has shown no sign of life for {SILENT:.0f} seconds")
+        except RuntimeError as error:
+            if not stop.is_set() and 0 not in done:
+                self._lost(f"the ranks' meeting place at {host}:{port} is gone ({str(error).splitlines()[0][:120]})")
+
+    def _lost(self, why: str) -> None:
+        """Say it and end at once: with a rank missing no collective returns, and none of ours would either."""
+        warn(
+            f"fastlm train: rank {self.rank}: another rank was lost: {why}; ending. "
+            f"Go on from the last checkpoint with fastlm train --resume RUN"
+        )
+        os._exit(1)
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks that this process belongs to; meets the others if there are any."""
+    place, sizes = find(env), parse(mesh)
+    if place is None or (place.size == 1 and place.by != "slurm"):
+        if math.prod(sizes.values()) > 1:
+            raise InputError(f"--mesh {mesh} needs {math.prod(sizes.values())} processes, and this is one alone")
+        return Ranks()
+    return Group(sizes, place, env, device)
