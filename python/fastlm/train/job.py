@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlm.data import InputError, Options, Prepared, TokenSource, prepare, validation_batches
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.train import checkpoint, state
-from fastlm.train.callbacks import Callback, Picture, Progress, Tensorboard
+from fastlm.train import checkpoint, export, lora, report, state
+from fastlm.train.callbacks import Callback, Picture, Progress, Samples, Tensorboard, Wandb
 from fastlm.train.config import Config, DataConfig
+from fastlm.train.costs import Costs
+from fastlm.train.generation import generate, sampler
 from fastlm.train.loop import Trainer
 from fastlm.train.machine import memory_limit, pick_device, spare_page_faults
 from fastlm.train.parallel import Ranks
@@ -55,7 +58,7 @@ def find_run(name: str | None, out: str = "runs") -> Path:
     """The folder of a run by path or name; without one, the run that was written to last."""
     if name:
         for folder in (Path(name), Path(out) / name):
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / "state.json").is_file():
                 return folder
         raise InputError(f"there is no run {name} (a folder with config.json, here or in {out}/)")
     runs = [p.parent for p in Path(out).glob("*/config.json") if checkpoint.steps(p.parent)]
@@ -74,7 +77,7 @@ def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
 
 def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: GPTConfig, data: list[Prepared]) -> None:
     where = [str(Path(c).resolve()) if Path(c).exists() else c for c in corpus]
-    body = {
+    body: dict[str, Any] = {
         "config": config.to_dict(),
         "corpus": where,
         "model": dataclasses.asdict(model),
@@ -85,6 +88,8 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
     }
     draft = folder / ".config.draft"
     try:
+        if body["tokenizer"]["kind"] != "bytes":
+            (folder / "tokenizer.json").write_text(export.tokenizer_json(body["tokenizer"]), encoding="utf-8")
         draft.write_text(json.dumps(body, indent=1))
         os.replace(draft, folder / "config.json")
     except OSError as error:
@@ -107,33 +112,6 @@ def read_data(corpus: tuple[str, ...], config: DataConfig, note: Callable[[int, 
     return data
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a model and its training take, before the first step."""
-
-    parameters: int
-    flops_per_sample: float
-    memory: int
-
-    @classmethod
-    def of(cls, model: GPTConfig, config: Config) -> Costs:
-        c, head = model, model.width // model.heads
-        attn = c.width * (c.heads + 2 * (c.kv_heads or c.heads)) * head + c.width * c.width
-        mlp = c.width * c.mlp_width * (3 if c.mlp == "swiglu" else 2)
-        table = c.vocab * c.width
-        extra = (c.context * c.width if c.position == "learned" else 0) + (0 if c.tied else table)
-        parameters = c.layers * (attn + mlp) + table + extra
-        # 2 flops per weight and token forward, twice that backward; attention's two products, causal: half
-        per_token = 6 * (c.layers * (attn + mlp) + table) + 6 * c.layers * c.context * c.width
-        micro = config.optim.micro or config.optim.batch
-        moments = 3 if config.optim.optimizer == "adamw" else 2
-        size = 4 if config.run.dtype == "float32" else 2
-        kept = {"none": 1.0, "half": 0.55, "full": 0.1}[config.run.recompute]
-        activations = micro * c.context * (c.layers * (14 * c.width + 4 * c.mlp_width) * kept + 4 * c.width) * size
-        memory = parameters * 4 * (1 + moments + bool(config.optim.ema)) + int(activations)
-        return cls(parameters, per_token * c.context, memory)
-
-
 def validation(data: list[Prepared], config: Config, context: int, device: torch.device) -> Any:
     """A function (model, whole) -> val_loss in nats per token and val_bpb in bits per byte of text."""
     rows = max(16384 // context, 1)
@@ -153,45 +131,6 @@ def validation(data: list[Prepared], config: Config, context: int, device: torch
     return run
 
 
-def sampler(
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
-) -> Callable[[Tensor], Tensor]:
-    """Logits [B, V] to tokens [B]. Temperature 0 takes the likeliest; the filters apply in the order of the arguments."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(logits: Tensor) -> Tensor:
-        h = logits.float().cpu()
-        if temperature == 0:
-            return h.argmax(-1).to(logits.device)
-        h = h / temperature
-        if top_k:
-            h = h.masked_fill(h < h.topk(min(top_k, h.shape[-1])).values[:, -1:], -math.inf)
-        p = h.softmax(-1)
-        if top_p < 1:
-            ranked, order = p.sort(-1, descending=True)
-            ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
-            p = torch.zeros_like(p).scatter(-1, order, ranked)
-        if min_p:
-            p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0.0)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
-
-    return sample
-
-
-def generate(
-    model: GPT, tokenizer: tokenizers.Tokenizer, prompt: str, count: int, sample: Callable[[Tensor], Tensor]
-) -> str:
-    device = next(model.parameters()).device
-    ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
-    tokens = torch.as_tensor(ids, device=device)[None]
-    training, _ = model.training, model.eval()
-    try:
-        out = model.generate(tokens, count, sample)[0].tolist()
-    finally:
-        model.train(training)
-    return tokenizer.decode(out if prompt else out[1:]).decode("utf-8", "replace")
-
-
 # -------------------------------------------------------------------------------------------------------------- the runs
 
 
@@ -206,8 +145,17 @@ class Result:
 class Job:
     """Data, model and trainer of one run."""
 
-    def __init__(self, config: Config, corpus: tuple[str, ...], folder: Path | None = None, note: Any = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: tuple[str, ...],
+        folder: Path | None = None,
+        note: Any = None,
+        origin: Path | None = None,
+    ) -> None:
+        """Into `folder`, or a new one. `origin` is the run whose checkpoint comes next, which then gives the weights."""
         config.check()
+        config = copy.deepcopy(config)  # --init fills in the shape
         spare_page_faults()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -218,9 +166,14 @@ class Job:
         self.device = pick_device(config.run.device)
         self.data = read_data(corpus, config.data, note or (lambda done, total: None))
         tokenizer = self.data[0].tokenizer
+        given = None
+        if config.model.init and origin is None:
+            given = export.read_model(Path(config.model.init))
+            check_tokenizer(config, tokenizer, given)
+            config.model.take_shape(given.shape)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        self.costs = Costs.of(self.shape, config)
+        self.costs = Costs.of(self.shape, config, self.device.type)
         limit = memory_limit(self.device)
         if limit and self.costs.memory > limit:
             raise InputError(
@@ -229,10 +182,23 @@ class Job:
             )
         state.seed_all(config.run.seed)
         model = GPT(self.shape)
+        if given is not None:
+            state.load_model(model, given.tensors, config.model.init)
+        if config.model.lora_rank:
+            if origin is not None:
+                checkpoint.verify(origin / lora.BASE)
+                base = checkpoint.read_safetensors(origin / lora.BASE / "model.safetensors")
+                state.load_model(model, base, origin / lora.BASE)
+            base = state.model_tensors(model)
+            lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
         callbacks: list[Callback] = [Picture()]
         callbacks += [] if config.run.quiet else [Progress()]
         callbacks += [Tensorboard()] if config.run.tensorboard else []
+        callbacks += [Wandb(config.run.wandb)] if config.run.wandb else []
+        callbacks += [Samples(lambda count: self.sample(count))] if config.run.sample else []
         self.folder = folder or new_folder(config)
+        if config.model.lora_rank and self.folder != origin:
+            checkpoint.write_folder(self.folder / lora.BASE, {"model.safetensors": base}, {})
         write_config(self.folder, config, corpus, self.shape, self.data)
         checkpoint.clean(self.folder)
         self.trainer = Trainer(
@@ -246,6 +212,12 @@ class Job:
             flops_per_sample=self.costs.flops_per_sample,
         )
         self.model = model
+
+    def sample(self, count: int) -> str:
+        """Text of the model as it stands, with the weights that evaluations use."""
+        with self.trainer.averaged():
+            choose = sampler(0.8, seed=self.config.run.seed)
+            return generate(self.model, self.data[0].tokenizer, "", count, choose)
 
     def finish(self, why: str, say: Callable[[str], None]) -> Result:
         """What the run reached, said and written to result.json."""
@@ -261,9 +233,7 @@ class Job:
         if not why.startswith("signal"):
             corpus = self.data[0]
             counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
-            text = generate(
-                self.model, corpus.tokenizer, "", self.config.run.sample, sampler(0.8, seed=self.config.run.seed)
-            )
+            text = self.sample(self.config.run.sample)
             (self.folder / "sample.txt").write_text(text)
             say(f"\na sample:\n{text}\n")
             say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
@@ -272,7 +242,9 @@ class Job:
                 f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
             )
         result = {"why": why, "step": trainer.step, "val": found, "counted": counted, "best": trainer.best}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        report.write_result(self.folder, result)
+        report.write(self.folder)
+        say(f"report: {self.folder / 'report.html'}")
         return Result(self.folder, why, found, counted)
 
     def run(self, say: Callable[[str], None] = print) -> Result:
@@ -287,15 +259,37 @@ class Job:
         )
         if self.trainer.kernels.table is not None:
             say(str(self.trainer.kernels.table))
+        if self.config.run.kernels == "fused" and self.device.type == "mps":
+            say("fastlm has no kernels for mps: PyTorch's own run")
         say(f"run: {self.folder}")
-        return self.finish(self.trainer.fit(), say)
+        report.write_facts(self.folder, self.facts())
+        try:
+            why = self.trainer.fit()
+        except InputError as error:  # it says why training cannot go on: the report says it too
+            report.write_result(self.folder, {"why": str(error), "step": self.trainer.step, "best": self.trainer.best})
+            report.write(self.folder)
+            raise
+        return self.finish(why, say)
+
+    def facts(self) -> dict[str, Any]:
+        """What the report tells of the run and no other file of it does."""
+        c, table = self.costs, self.trainer.kernels.table
+        return {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+            "torch": str(torch.__version__),
+            "parameters": c.parameters,
+            "trained": c.trained,
+            "flops_per_step": c.flops_per_sample * self.config.optim.batch,
+            "memory": c.parts,
+            "swap": str(table) if table is not None else "PyTorch's own kernels (--kernels torch)",
+        }
 
 
 def start(config: Config, corpus: tuple[str, ...] = (), note: Any = None) -> Job:
-    job = Job(config, corpus, note=note)
-    if config.model.init:
-        load_weights(job.model, Path(config.model.init))
-    return job
+    return Job(config, corpus, note=note)
 
 
 def resume(
@@ -303,7 +297,7 @@ def resume(
 ) -> Job:
     """The job of a run's folder at its last whole checkpoint, or from the start when it has none."""
     found = checkpoint.newest(folder, say) if checkpoint.steps(folder) else None
-    job = Job(config, corpus, folder=folder, note=note)
+    job = Job(config, corpus, folder=folder, note=note, origin=folder if found is not None else None)
     if found is not None:
         job.trainer.restore(found, other_data=other_data)
     say(f"going on from step {job.trainer.step} of {config.optim.steps}")
@@ -313,30 +307,45 @@ def resume(
 def fork(folder: Path, config: Config, corpus: tuple[str, ...], *, other_data: bool, say: Any, note: Any = None) -> Job:
     """A new run that starts at another's last checkpoint."""
     found = checkpoint.newest(folder, say)
-    job = Job(config, corpus, note=note)
+    job = Job(config, corpus, note=note, origin=folder)
     job.trainer.restore(found, other_data=other_data)
     say(f"a new run from step {job.trainer.step} of {folder}")
     return job
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Weights of a run (its best, else its last), a checkpoint, or a folder with model.safetensors."""
-    if (path / "config.json").is_file() and checkpoint.steps(path):
-        best = checkpoint.steps(path, "best")
-        path = best[-1][1] if best else checkpoint.newest(path)
-    if (path / "manifest.json").is_file():
-        checkpoint.verify(path)
-    if not (path / "model.safetensors").is_file():
-        raise InputError(f"{path} is no run, checkpoint or folder with model.safetensors")
-    state.load_model(model, checkpoint.read_safetensors(path / "model.safetensors"), path)
+def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:
+    """InputError unless the data's tokens mean to the model of --init what they meant in its training."""
+    init = config.model.init
+    if tokenizer.vocab > given.shape.vocab:
+        raise InputError(
+            f"--init {init} knows {given.shape.vocab} tokens and the tokenizer {config.data.tokenizer} makes "
+            f"{tokenizer.vocab}: give --tokenizer the tokenizer.json that belongs to the model"
+        )
+    known = given.tokenizer
+    if known is None or known == tokenizer.spec():
+        return
+    own = tokenizer.spec().get("content")
+    if own is None or own not in (known.get("content"), export.tokenizer_json(known)):
+        raise InputError(
+            f"--init {init} was trained with another tokenizer ({known['kind']}) than --tokenizer "
+            f"{config.data.tokenizer}: its numbers would mean other text; leave --tokenizer out to take its own"
+        )
+
+
+def tokenizer_of(init: Path, default: str) -> str:
+    """What --tokenizer is where --init is given and it is not: the model's own, as far as its folder tells."""
+    spec = export.read_tokenizer(init)
+    if spec is None or spec["kind"] == "bytes":
+        return default
+    path = (init.parent.parent if (init / "state.json").is_file() else init) / "tokenizer.json"
+    return str(path) if path.is_file() else default
 
 
 def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
-    """Model (best weights, in eval mode) and tokenizer of a run."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        model, tokenizer = GPT(GPTConfig(**saved["model"])), tokenizers.load(saved["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    load_weights(model, folder)
-    return model.to(pick_device(device)).eval(), tokenizer
+    """Model (of a run its best weights, in eval mode) and tokenizer of a run, checkpoint or exported folder."""
+    found = export.read_model(folder)
+    if found.tokenizer is None:
+        raise InputError(f"{folder} holds no tokenizer.json, so there is no telling what its tokens mean")
+    model = GPT(found.shape)
+    state.load_model(model, found.tensors, folder)
+    return model.to(pick_device(device)).eval(), tokenizers.load(found.tokenizer)

@@ -75,7 +75,8 @@ class Trainer:
         self.evaluate_with = evaluate
         self.callbacks: list[Callback] = [Metrics(), *callbacks] if self.ranks.first else []
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every)
-        self.ema = {n: p.detach().clone() for n, p in self.plain.named_parameters()} if config.optim.ema else {}
+        averaged = self.plain.named_parameters() if config.optim.ema else ()
+        self.ema = {n: p.detach().clone() for n, p in averaged if p.requires_grad}
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
         self.step = self.consumed = 0
         self.best: dict[str, float] = {}
@@ -173,7 +174,8 @@ class Trainer:
             weight = (1 - self.config.optim.ema) * (1 - found)
             with torch.no_grad():
                 for name, p in self.plain.named_parameters():
-                    self.ema[name].lerp_(p.detach(), weight)
+                    if name in self.ema:
+                        self.ema[name].lerp_(p.detach(), weight)
         if self.config.run.dtype == "float16":  # halve after a bad step, double after 2,000 good ones
             self.good = (self.good + 1) * (1 - found)
             grown = torch.where(self.good >= 2000, self.scale * 2, self.scale)
@@ -294,6 +296,9 @@ class Trainer:
         start = time.perf_counter()
         found = self.measure(whole)
         self.latest = {"step": self.step, "whole": whole, **found}
+        for callback in self.callbacks:
+            if isinstance(callback, Callback):
+                callback.evaluated(self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
         better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
@@ -314,7 +319,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The moving average in the weights' place, if there is one."""
-        params = dict(self.plain.named_parameters()) if self.ema else {}
+        params = {n: p for n, p in self.plain.named_parameters() if n in self.ema}
         own = {n: p.detach().clone() for n, p in params.items()}
         with torch.no_grad():
             for n, p in params.items():

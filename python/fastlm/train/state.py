@@ -31,11 +31,12 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
+    """Parameters and persistent buffers by name, tied ones once; without those that LoRA keeps apart."""
     out: dict[str, Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True)
     out.update({name: b for name, b in model.named_buffers() if name in kept})
-    return out
+    apart: frozenset[str] = getattr(model, "saved_apart", frozenset())  # type: ignore[assignment]
+    return {name: t for name, t in out.items() if name not in apart}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
