@@ -76,6 +76,6 @@ def test_an_adapted_run_resumed_is_the_run_never_stopped(base: str) -> None:
     ],
 )
 def test_what_does_not_fit_the_base_is_one_sentence(base: str, changes: dict, word: str) -> None:
-    free = {n: None for n in ("layers", "heads", "width", "context")}
+    free = dict.fromkeys(("layers", "heads", "width", "context"))
     with pytest.raises(InputError, match=word):
         job.start(tiny(name="bad", **{**free, **changes}), (base,))

@@ -249,7 +249,7 @@ class Config:
         for name, beta in zip(("first", "second"), o.betas):
             if not 0 <= beta < 1:
                 raise InputError(f"--betas must lie in [0, 1); the {name} is {beta}")
-        for name, value in (
+        for name, number in (
             ("weight-decay", o.weight_decay),
             ("clip", o.clip),
             ("z-loss", o.z_loss),
@@ -257,8 +257,8 @@ class Config:
             ("min-delta", r.min_delta),
             ("spike", r.spike),
         ):
-            if not 0 <= value < float("inf"):
-                raise InputError(f"--{name} must be finite and not negative; it is {value}")
+            if not 0 <= number < float("inf"):
+                raise InputError(f"--{name} must be finite and not negative; it is {number}")
         if r.spike and r.spike <= 1:
             raise InputError(f"--spike must be above 1, a multiple of the mean loss, or 0; it is {r.spike}")
         if not 0 <= o.cooldown <= 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,11 +45,11 @@ def apply(model: nn.Module, rank: int, alpha: float, targets: Iterable[str]) -> 
     chosen = [path for path in linear if path.rsplit(".", 1)[-1] in wanted]
     for path in chosen:
         module = linear[path]
-        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        like = module.weight
         module.__class__ = LoraLinear
         assert isinstance(module, LoraLinear)
-        module.lora_a = nn.Parameter(torch.empty(rank, module.in_features, **like))  # type: ignore[arg-type]
-        module.lora_b = nn.Parameter(torch.zeros(module.out_features, rank, **like))  # type: ignore[arg-type]
+        module.lora_a = nn.Parameter(like.new_empty(rank, like.shape[1]))
+        module.lora_b = nn.Parameter(like.new_zeros(like.shape[0], rank))
         nn.init.kaiming_uniform_(module.lora_a, a=math.sqrt(5))
         module.lora_scale = alpha / rank
     return chosen

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -147,7 +148,7 @@ def svg(runs: dict[str, list[dict[str, Any]]]) -> str:
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:
     """An HTML table of cells that are HTML already."""
     line = lambda tag, cells: "".join(
         f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells)
