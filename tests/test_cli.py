@@ -148,7 +148,7 @@ def test_a_read_only_place_is_one_sentence() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_train_generate_and_eval_need_no_network(tmp_path: Path) -> None:
+def test_train_generate_eval_and_export_need_no_network(tmp_path: Path) -> None:
     Path("site").mkdir()
     Path("site/sitecustomize.py").write_text(
         "import socket\n"
@@ -156,7 +156,12 @@ def test_train_generate_and_eval_need_no_network(tmp_path: Path) -> None:
         "socket.socket.connect = no; socket.getaddrinfo = no; socket.create_connection = no\n"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    for words in (["train", "book.txt", *SMALL, "--steps", "3"], ["generate", "--tokens", "3"], ["eval"]):
+    for words in (
+        ["train", "book.txt", *SMALL, "--steps", "3"],
+        ["generate", "--tokens", "3"],
+        ["eval"],
+        ["export", "--to", "hf"],
+    ):
         result = subprocess.run(
             [sys.executable, "-m", "fastlm", *words], env=env, capture_output=True, text=True, timeout=120
         )

@@ -14,6 +14,7 @@ import tyro
 from fastlm.data import corpus_batches, validation_batches
 from fastlm.data.corpus import documents, expand
 from fastlm.train import job
+from fastlm.train.config import Config
 
 
 def evaluate(
@@ -26,7 +27,7 @@ def evaluate(
     """Loss, perplexity and bits per byte of a trained model.
 
     Args:
-        run: Run to take, by folder or name; without one, the last.
+        run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         text: Files, folders or globs; without any, the run's own validation split.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
@@ -34,9 +35,12 @@ def evaluate(
     """
     folder = job.find_run(run, out)
     model, tokenizer = job.load(folder, device)
-    config, corpus = job.read_config(folder)
     place = next(model.parameters()).device
     total, count, size = 0.0, 0, 0
+    own = (folder / "state.json").is_file() or not list(folder.glob("metrics.jsonl"))  # no run, but a model alone
+    if own and not text:
+        raise job.InputError(f"{folder} is a model without a run's data: name a TEXT to evaluate on")
+    config, corpus = (Config(), ()) if own else job.read_config(folder)
     if text:
         pieces = [p for file in expand(text) for p in documents(file, config.data.field, config.data.separator)]
         parts = [np.concatenate((tokenizer.encode(p.text), [tokenizer.eot] * p.last)) for p in pieces]

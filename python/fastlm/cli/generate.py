@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 
 import torch
 import tyro
 
 from fastlm.train import job
+from fastlm.train.generation import TextStream
 
 
 def generate(
     run: tyro.conf.Positional[str] = "",
     prompt: str = "",
     tokens: int = 400,
+    num: int = 1,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -26,9 +27,10 @@ def generate(
     """Continue a prompt with a trained model.
 
     Args:
-        run: Run to take, by folder or name; without one, the last.
+        run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         prompt: Text to go on from.
         tokens: Tokens to generate.
+        num: Texts to generate, one after the other.
         temperature: 0 takes the likeliest token, 1 samples as trained.
         top_k: Sample from this many likeliest tokens only; 0: from all.
         top_p: Sample from the likeliest tokens that hold this probability together.
@@ -39,25 +41,26 @@ def generate(
     """
     if tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or top_k < 0:
         raise job.InputError("tokens, temperature and top-k must not be negative, top-p lie in (0, 1], min-p in [0, 1]")
+    if num < 1:
+        raise job.InputError(f"--num must be at least 1; it is {num}")
     model, tokenizer = job.load(job.find_run(run, out), device)
-    ids = torch.as_tensor(
-        tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot],
-        device=next(model.parameters()).device,
-    )[None]
+    ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
+    start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
     choose = job.sampler(temperature, top_k, top_p, min_p, seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held: list[int] = []
+    for number in range(num):
+        if num > 1:
+            print(f"--- {number + 1} of {num}")
+        text = TextStream(tokenizer)
 
-    def stream(logits: torch.Tensor) -> torch.Tensor:
-        token = choose(logits)
-        held.append(int(token))
-        sys.stdout.write(decoder.decode(tokenizer.decode(held[-1:])))
-        sys.stdout.flush()
-        return token
+        def stream(logits: torch.Tensor, text: TextStream = text) -> torch.Tensor:
+            token = choose(logits[:, : tokenizer.vocab])  # rows beyond the vocabulary mean nothing
+            sys.stdout.write(text.push(int(token)))
+            sys.stdout.flush()
+            return token
 
-    sys.stdout.write(prompt)
-    model.generate(ids, tokens, stream)
-    sys.stdout.write(decoder.decode(b"", True) + "\n")
+        sys.stdout.write(prompt)
+        model.generate(start, tokens, stream)
+        sys.stdout.write(text.end() + "\n")
     return 0
 
 

@@ -10,6 +10,9 @@ COMMANDS = {
     "generate": ("fastlm.cli.generate", "continue a prompt with a trained model"),
     "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
     "data": ("fastlm.cli.data", "prepare a corpus, or show what a training sample holds"),
+    "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
+    "runs": ("fastlm.cli.runs", "runs side by side"),
+    "compare": ("fastlm.cli.compare", "runs in one picture, and how they differ"),
     "doctor": ("fastlm.cli.doctor", "what is installed, what runs on what, and why"),
     "bench": ("fastlm.bench.__main__", "benchmarks of the kernels and of a training step"),
 }
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(command.main(argv[1:]) or 0)
     except (InputError, backend.BackendError) as error:
-        print(f"fastlm {argv[0]}: {error}", file=sys.stderr)
+        print(f"fastlm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"fastlm {argv[0]}: interrupted", file=sys.stderr)

@@ -56,6 +56,9 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         options = {"resume": resume, "fork": fork, "other_data": other_data}
         return Config(model, data, optim, run), corpus or known_corpus, options
 
+    init = _value(argv, "--init")
+    if init and not origin and not _value(argv, "--tokenizer"):
+        base.data.tokenizer = job.tokenizer_of(Path(init), base.data.tokenizer)
     return tyro.cli(train, prog="fastlm train", args=argv)
 
 

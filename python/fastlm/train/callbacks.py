@@ -1,6 +1,7 @@
 """What watches a run: metrics.jsonl, a progress bar, a picture of the curves, tensorboard. Each is told by the trainer.
 
-A callback is any object with some of: start(trainer), step(trainer, row), end(trainer). `row` is a step's line of metrics.
+A callback is told start(trainer), step(trainer, row), evaluated(trainer, found) and end(trainer). `row` is a step's line
+of metrics, `found` what an evaluation found.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +25,15 @@ class Callback:
 
     def step(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
+    def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None: ...
+
     def end(self, trainer: Trainer) -> None: ...
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl; a line torn by a kill is left out."""
     rows = []
-    path = run / "metrics.jsonl"
+    path = run / name
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
@@ -113,7 +117,7 @@ class Progress(Callback):
             self.bar.stop()
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Any) -> None:
+def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") -> None:
     """Training and validation loss of runs against the step, in one picture (a path or a file object, png or svg)."""
     import matplotlib
 
@@ -139,8 +143,32 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Any) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastlm"}):
+        figure.savefig(path, dpi=120, format=form, metadata={"Date": None} if form == "svg" else None)
     plt.close(figure)
+
+
+class Samples(Callback):
+    """samples.jsonl: after each evaluation a text of the model, one line {step, val_loss, text}."""
+
+    def __init__(self, write: Callable[[int], str]) -> None:
+        self.write = write  # so many tokens of text
+
+    def start(self, trainer: Trainer) -> None:
+        self.path = trainer.folder / "samples.jsonl"
+        rows = [row for row in read_metrics(trainer.folder, self.path.name) if row["step"] <= trainer.step]
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(draft, self.path)
+
+    def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None:
+        if any(hasattr(p, "device_mesh") for p in trainer.plain.parameters()):
+            return  # sharded weights: one rank alone cannot run the model
+        last = trainer.step == trainer.config.optim.steps
+        text = self.write(trainer.config.run.sample // (1 if last else 4))
+        row = {"step": trainer.step, "val_loss": found.get("val_loss"), "text": text}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 class Picture(Callback):
@@ -165,6 +193,35 @@ class Tensorboard(Callback):
 
     def end(self, trainer: Trainer) -> None:
         self.writer.close()
+
+
+class Wandb(Callback):
+    """Weights & Biases, as asked for by --wandb PROJECT: each step's numbers, each sample, under the run's name."""
+
+    def __init__(self, project: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--wandb needs the package wandb: pip install wandb") from None
+        self.wandb, self.project, self.run = wandb, project, None
+
+    def start(self, trainer: Trainer) -> None:
+        name = trainer.folder.name
+        settings = {"config": trainer.config.to_dict(), "dir": str(trainer.folder), "resume": "allow"}
+        try:
+            self.run = self.wandb.init(project=self.project, name=name, id=name, **settings)
+        except self.wandb.errors.Error as error:
+            raise InputError(
+                f"--wandb {self.project}: {error}; WANDB_MODE=offline logs on this machine alone"
+            ) from None
+
+    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self.wandb.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run is not None:
+            self.wandb.finish()
+            self.run = None
 
 
 def warn(text: str) -> None:

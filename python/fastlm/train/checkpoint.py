@@ -225,6 +225,18 @@ def seal(draft: Path, folder: Path, manifest: dict[str, Any], texts: Mapping[str
     _sync_folder(folder.parent)
 
 
+def write_base(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Whole tensors as a folder that `verify` checks. Raises CheckpointError where it cannot be written."""
+    draft = folder.parent / f".draft-{folder.name}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        manifest = write_groups(draft, {"model": {n: Piece.whole(t) for n, t in tensors.items()}}, 0, 1)
+        seal(draft, folder, manifest, {})
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
+
+
 def verify(folder: Path) -> None:
     """Check every file against the manifest; CheckpointError names the first that differs."""
     try:

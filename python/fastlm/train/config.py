@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
 
+SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
 
 
@@ -39,18 +40,51 @@ class ModelConfig:
     """Probability of dropout on embeddings, attention and both branches of a block."""
     tied: bool | None = None
     """Whether the output matrix is the embedding's."""
+    bias: bool | None = None
+    """Whether the linear layers (and LayerNorm) have biases."""
+    eps: float | None = None
+    """What the norms add to the variance."""
+    rope_base: float | None = None
+    """Base of the rotary positions' wavelengths."""
+    rows: int = 0
+    """Rows of the embedding, at least the tokenizer's vocabulary; 0: as many."""
     init: str = ""
-    """A run, checkpoint or exported folder whose weights to start from (fine-tuning)."""
+    """A run, checkpoint or exported folder (transformers' GPT-2 and Llama too) to start from: its shape, its weights."""
+    lora_rank: int = 0
+    """Train low-rank factors of this rank beside frozen matrices (LoRA; with --init); 0: train every weight."""
+    lora_alpha: float = 16.0
+    """The factors' product is added times lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("qkv", "out", "up", "down")
+    """Linear layers, by their last name, that get such factors."""
 
     def resolve(self, vocab: int) -> GPTConfig:
-        names = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied")
-        changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        changes = {n: getattr(self, n) for n in SHAPE if getattr(self, n) is not None}
         if "width" in changes and "hidden" not in changes:
             changes["hidden"] = 0
+        if self.rows and self.rows < vocab:
+            raise InputError(f"--rows must be at least the tokenizer's vocabulary of {vocab}; it is {self.rows}")
         try:
-            return named(self.size, self.style, vocab=vocab, dropout=self.dropout, **changes)
+            return named(self.size, self.style, vocab=self.rows or vocab, dropout=self.dropout, **changes)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    def take_shape(self, shape: GPTConfig) -> None:
+        """The shape of --init into the fields; InputError for a flag that says otherwise."""
+        for name in SHAPE:
+            mine, given = getattr(self, name), getattr(shape, name)
+            given = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width}.get(name, given)
+            free = name == "context" and shape.position == "rotary"
+            if mine is not None and mine != given and not free:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {mine}, but the model of --init {self.init} has {given}: leave it out"
+                )
+            if mine is None:
+                setattr(self, name, given)
+        kinds = {"norm": shape.norm, "position": shape.position, "mlp": shape.mlp}
+        styles = [name for name, style in STYLES.items() if kinds.items() <= style.items()]
+        if not styles:
+            raise InputError(f"--init {self.init}: a model of {kinds} is of no style that fastlm trains")
+        self.style, self.rows = styles[0], shape.vocab  # type: ignore[assignment]
 
 
 @dataclass
@@ -164,9 +198,11 @@ class RunConfig:
     spike: float = 0.0
     """Roll back to the last checkpoint when the loss exceeds its running mean by this factor; 0: never."""
     sample: int = 400
-    """Tokens of text generated after the last evaluation."""
+    """Tokens of text generated after the last evaluation, and a quarter of that after each earlier one; 0: none."""
     tensorboard: bool = False
     """Also write tensorboard events into the run's folder."""
+    wandb: str = ""
+    """Also log to this project of Weights & Biases (package wandb); WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
     """No progress bar."""
 
@@ -194,6 +230,13 @@ class Config:
             ("eval-every", r.eval_every, 0),
             ("save-every", r.save_every, 0),
             ("max-bad", r.max_bad, 1),
+            ("patience", r.patience, 0),
+            ("eval-tokens", r.eval_tokens, 0),
+            ("keep-every", r.keep_every, 0),
+            ("threads", r.threads, 0),
+            ("sample", r.sample, 0),
+            ("rows", self.model.rows, 0),
+            ("lora-rank", self.model.lora_rank, 0),
         ):
             if value < low:
                 raise InputError(f"--{name} must be at least {low}; it is {value}")
@@ -207,6 +250,37 @@ class Config:
                 raise InputError(f"--{name} must lie in [0, 1); it is {part}")
         if not 0 < o.lr < float("inf"):
             raise InputError(f"--lr must be positive and finite; it is {o.lr}")
+        if not 0 < o.muon_lr < float("inf"):
+            raise InputError(f"--muon-lr must be positive and finite; it is {o.muon_lr}")
+        for name, beta in zip(("first", "second"), o.betas):
+            if not 0 <= beta < 1:
+                raise InputError(f"--betas must lie in [0, 1); the {name} is {beta}")
+        for name, number in (
+            ("weight-decay", o.weight_decay),
+            ("clip", o.clip),
+            ("z-loss", o.z_loss),
+            ("min-lr", o.min_lr),
+            ("min-delta", r.min_delta),
+            ("spike", r.spike),
+        ):
+            if not 0 <= number < float("inf"):
+                raise InputError(f"--{name} must be finite and not negative; it is {number}")
+        if r.spike and r.spike <= 1:
+            raise InputError(f"--spike must be above 1, a multiple of the mean loss, or 0; it is {r.spike}")
+        if not 0 <= o.cooldown <= 1:
+            raise InputError(f"--cooldown must lie in [0, 1]; it is {o.cooldown}")
+        if r.patience and not r.eval_every:
+            raise InputError("--patience needs evaluations on the way: --eval-every is 0")
+        for name in ("layers", "heads", "kv_heads", "width", "hidden", "context"):
+            size = getattr(self.model, name)
+            if size is not None and size < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1; it is {size}")
+        if self.model.lora_rank and not self.model.init:
+            raise InputError("--lora-rank needs a model to adapt: --init RUN or an exported folder")
+        if "/" in r.name or r.name in (".", ".."):
+            raise InputError(
+                f"--name must be a plain name, without a slash; it is {r.name!r} (--out names the folder of runs)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, joint_tokenizer, silent
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.train import checkpoint, state
-from fastlm.train.callbacks import Callback, Picture, Progress, Tensorboard
+from fastlm.train import checkpoint, export, lora, report, state
+from fastlm.train.callbacks import Callback, Picture, Progress, Samples, Tensorboard, Wandb
 from fastlm.train.config import Config, DataConfig
+from fastlm.train.costs import Costs
+from fastlm.train.generation import generate, sampler
 from fastlm.train.loop import Trainer
 from fastlm.train.machine import memory_limit, pick_device, spare_page_faults
 from fastlm.train.mesh import Ranks
@@ -56,7 +59,7 @@ def find_run(name: str | None, out: str = "runs") -> Path:
     """The folder of a run by path or name; without one, the run that was written to last."""
     if name:
         for folder in (Path(name), Path(out) / name):
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / "state.json").is_file():
                 return folder
         raise InputError(f"there is no run {name} (a folder with config.json, here or in {out}/)")
     runs = [p.parent for p in Path(out).glob("*/config.json") if checkpoint.steps(p.parent)]
@@ -78,7 +81,7 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
     saved = config.to_dict()
     pairs = [given.partition("=") for given in config.data.val]
     saved["data"]["val"] = [f"{n}={Path(p).resolve() if Path(p).exists() else p}" for n, _, p in pairs]
-    body = {
+    body: dict[str, Any] = {
         "config": saved,
         "corpus": where,
         "model": dataclasses.asdict(model),
@@ -89,6 +92,8 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
     }
     draft = folder / ".config.draft"
     try:
+        if body["tokenizer"]["kind"] != "bytes":
+            (folder / "tokenizer.json").write_text(export.tokenizer_json(body["tokenizer"]), encoding="utf-8")
         draft.write_text(json.dumps(body, indent=1))
         os.replace(draft, folder / "config.json")
     except OSError as error:
@@ -129,33 +134,6 @@ def read_validation(
     return found
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a model and its training take, before the first step."""
-
-    parameters: int
-    flops_per_sample: float
-    memory: int
-
-    @classmethod
-    def of(cls, model: GPTConfig, config: Config) -> Costs:
-        c, head = model, model.width // model.heads
-        attn = c.width * (c.heads + 2 * (c.kv_heads or c.heads)) * head + c.width * c.width
-        mlp = c.width * c.mlp_width * (3 if c.mlp == "swiglu" else 2)
-        table = c.vocab * c.width
-        extra = (c.context * c.width if c.position == "learned" else 0) + (0 if c.tied else table)
-        parameters = c.layers * (attn + mlp) + table + extra
-        # 2 flops per weight and token forward, twice that backward; attention's two products, causal: half
-        per_token = 6 * (c.layers * (attn + mlp) + table) + 6 * c.layers * c.context * c.width
-        micro = config.optim.micro or config.optim.batch
-        moments = 3 if config.optim.optimizer == "adamw" else 2
-        size = 4 if config.run.dtype == "float32" else 2
-        kept = {"none": 1.0, "half": 0.55, "full": 0.1}[config.run.recompute]
-        activations = micro * c.context * (c.layers * (14 * c.width + 4 * c.mlp_width) * kept + 4 * c.width) * size
-        memory = parameters * 4 * (1 + moments + bool(config.optim.ema)) + int(activations)
-        return cls(parameters, per_token * c.context, memory)
-
-
 def validation(
     data: list[Prepared], config: Config, context: int, device: torch.device, named: dict[str, Prepared] | None = None
 ) -> Any:
@@ -185,45 +163,6 @@ def validation(
     return run
 
 
-def sampler(
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
-) -> Callable[[Tensor], Tensor]:
-    """Logits [B, V] to tokens [B]. Temperature 0 takes the likeliest; the filters apply in the order of the arguments."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(logits: Tensor) -> Tensor:
-        h = logits.float().cpu()
-        if temperature == 0:
-            return h.argmax(-1).to(logits.device)
-        h = h / temperature
-        if top_k:
-            h = h.masked_fill(h < h.topk(min(top_k, h.shape[-1])).values[:, -1:], -math.inf)
-        p = h.softmax(-1)
-        if top_p < 1:
-            ranked, order = p.sort(-1, descending=True)
-            ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
-            p = torch.zeros_like(p).scatter(-1, order, ranked)
-        if min_p:
-            p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0.0)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
-
-    return sample
-
-
-def generate(
-    model: GPT, tokenizer: tokenizers.Tokenizer, prompt: str, count: int, sample: Callable[[Tensor], Tensor]
-) -> str:
-    device = next(model.parameters()).device
-    ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
-    tokens = torch.as_tensor(ids, device=device)[None]
-    training, _ = model.training, model.eval()
-    try:
-        out = model.generate(tokens, count, sample)[0].tolist()
-    finally:
-        model.train(training)
-    return tokenizer.decode(out if prompt else out[1:]).decode("utf-8", "replace")
-
-
 # -------------------------------------------------------------------------------------------------------------- the runs
 
 
@@ -245,8 +184,11 @@ class Job:
         folder: Path | None = None,
         note: Any = None,
         ranks: Ranks | None = None,
+        origin: Path | None = None,
     ) -> None:
+        """Into `folder`, or a new one. `origin` is the run whose checkpoint comes next, which then gives the weights."""
         config.check()
+        config = copy.deepcopy(config)  # --init fills in the shape
         spare_page_faults()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -255,17 +197,25 @@ class Job:
             torch.use_deterministic_algorithms(True)
         self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
         first = self.ranks.first
+        if config.model.lora_rank and self.ranks.size > 1:
+            raise InputError("--lora-rank trains in one process; it is not built for --mesh, --nproc or torchrun yet")
         self.device = self.ranks.device or pick_device(config.run.device)
         note = note if note is not None and first else silent
+        given = None
+        if config.model.init and origin is None:
+            given = export.read_model(Path(config.model.init))
+            config.model.take_shape(given.shape)
         context = config.model.resolve(256).context
         self.data = self.ranks.in_turn(  # the others find it prepared
             lambda: read_data(corpus, config.data, context, note)
         )
         tokenizer = self.data[0].tokenizer
         self.named = self.ranks.in_turn(lambda: read_validation(config.data, context, tokenizer, note))
+        if given is not None:
+            check_tokenizer(config, tokenizer, given)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        self.costs = Costs.of(self.shape, config)
+        self.costs = Costs.of(self.shape, config, self.device.type)
         limit = memory_limit(self.device)
         if limit and self.costs.memory > limit:
             raise InputError(
@@ -274,12 +224,26 @@ class Job:
             )
         state.seed_all(config.run.seed)
         model = GPT(self.shape)
+        if given is not None:
+            state.load_model(model, given.tensors, config.model.init)
+        if config.model.lora_rank:
+            if origin is not None:
+                checkpoint.verify(origin / lora.BASE)
+                base = checkpoint.read_safetensors(origin / lora.BASE / "model.safetensors")
+                state.load_model(model, base, origin / lora.BASE)
+            base = state.model_tensors(model)
+            lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
         callbacks: list[Callback] = [Picture()]
         callbacks += [] if config.run.quiet else [Progress()]
         callbacks += [Tensorboard()] if config.run.tensorboard else []
+        callbacks += [Wandb(config.run.wandb)] if config.run.wandb else []
+        if config.run.sample and self.ranks.size == 1:  # callbacks run on one rank, a sharded model needs them all
+            callbacks += [Samples(lambda count: self.sample(count))]
 
         def make_folder() -> Path:
             made = folder or new_folder(config)
+            if config.model.lora_rank and made != origin:
+                checkpoint.write_base(made / lora.BASE, base)
             write_config(made, config, corpus, self.shape, self.data)
             checkpoint.clean(made)
             return made
@@ -298,6 +262,12 @@ class Job:
         )
         self.model = model
 
+    def sample(self, count: int) -> str:
+        """Text of the model as it stands, with the weights that evaluations use."""
+        with self.trainer.averaged():
+            choose = sampler(0.8, seed=self.config.run.seed)
+            return generate(self.model, self.data[0].tokenizer, "", count, choose)
+
     def finish(self, why: str, say: Callable[[str], None]) -> Result:
         """What the run reached, said and written to result.json."""
         trainer, found = self.trainer, dict(self.trainer.latest)
@@ -314,9 +284,7 @@ class Job:
             if self.ranks.first:
                 counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
             counted = self.ranks.share(counted)
-            text = generate(
-                self.model, corpus.tokenizer, "", self.config.run.sample, sampler(0.8, seed=self.config.run.seed)
-            )
+            text = self.sample(self.config.run.sample)
             if self.ranks.first:
                 (self.folder / "sample.txt").write_text(text)
             say(f"\na sample:\n{text}\n")
@@ -331,7 +299,9 @@ class Job:
             )
         result = {"why": why, "step": trainer.step, "val": found, "counted": counted, "best": trainer.best}
         if self.ranks.first:
-            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+            report.write_result(self.folder, result)
+            report.write(self.folder)
+        say(f"report: {self.folder / 'report.html'}")
         return Result(self.folder, why, found, counted)
 
     def run(self, say: Callable[[str], None] = print) -> Result:
@@ -351,16 +321,41 @@ class Job:
         )
         if self.trainer.kernels.table is not None:
             say(str(self.trainer.kernels.table))
+        if self.config.run.kernels == "fused" and self.device.type == "mps":
+            say("fastlm has no kernels for mps: PyTorch's own run")
         say(f"run: {self.folder}")
-        return self.finish(self.trainer.fit(), say)
+        if self.ranks.first:
+            report.write_facts(self.folder, self.facts())
+        try:
+            why = self.trainer.fit()
+        except InputError as error:  # it says why training cannot go on: the report says it too
+            if self.ranks.first:
+                report.write_result(
+                    self.folder, {"why": str(error), "step": self.trainer.step, "best": self.trainer.best}
+                )
+                report.write(self.folder)
+            raise
+        return self.finish(why, say)
+
+    def facts(self) -> dict[str, Any]:
+        """What the report tells of the run and no other file of it does."""
+        c, table = self.costs, self.trainer.kernels.table
+        return {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+            "torch": str(torch.__version__),
+            "parameters": c.parameters,
+            "trained": c.trained,
+            "flops_per_step": c.flops_per_sample * self.config.optim.batch,
+            "memory": c.parts,
+            "swap": str(table) if table is not None else "PyTorch's own kernels (--kernels torch)",
+        }
 
 
 def start(config: Config, corpus: tuple[str, ...] = (), note: Any = None, ranks: Ranks | None = None) -> Job:
-    job = Job(config, corpus, note=note, ranks=ranks)
-    if config.model.init:
-        path = weights_of(Path(config.model.init))
-        state.fill(state.model_pieces(job.trainer.layout), checkpoint.Stored(path, "model"))
-    return job
+    return Job(config, corpus, note=note, ranks=ranks)
 
 
 def resume(
@@ -380,7 +375,8 @@ def resume(
         checkpoint.clean(folder)
     whole = ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first and checkpoint.steps(folder) else None)
     found = ranks.share(whole)
-    job = Job(config, corpus, folder=folder, note=note, ranks=ranks)
+    origin = folder if found is not None else None
+    job = Job(config, corpus, folder=folder, note=note, ranks=ranks, origin=origin)
     if found is not None:
         job.trainer.restore(found, other_data=other_data)
     say(f"going on from step {job.trainer.step} of {config.optim.steps}")
@@ -402,35 +398,45 @@ def fork(
     say = say if ranks.first else lambda text: None
     found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first else None))
     assert found is not None
-    job = Job(config, corpus, note=note, ranks=ranks)
+    job = Job(config, corpus, note=note, ranks=ranks, origin=folder)
     job.trainer.restore(found, other_data=other_data)
     say(f"a new run from step {job.trainer.step} of {folder}")
     return job
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Weights of a run (its best, else its last), a checkpoint, or a folder with model.safetensors."""
-    state.load_model(model, checkpoint.Stored(weights_of(path), "model"))
+def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:
+    """InputError unless the data's tokens mean to the model of --init what they meant in its training."""
+    init = config.model.init
+    if tokenizer.vocab > given.shape.vocab:
+        raise InputError(
+            f"--init {init} knows {given.shape.vocab} tokens and the tokenizer {config.data.tokenizer} makes "
+            f"{tokenizer.vocab}: give --tokenizer the tokenizer.json that belongs to the model"
+        )
+    known = given.tokenizer
+    if known is None or known == tokenizer.spec():
+        return
+    own = tokenizer.spec().get("content")
+    if own is None or own not in (known.get("content"), export.tokenizer_json(known)):
+        raise InputError(
+            f"--init {init} was trained with another tokenizer ({known['kind']}) than --tokenizer "
+            f"{config.data.tokenizer}: its numbers would mean other text; leave --tokenizer out to take its own"
+        )
 
 
-def weights_of(path: Path) -> Path:
-    """The folder with model.safetensors that a run, a checkpoint or such a folder means; a checkpoint is verified."""
-    if (path / "config.json").is_file() and checkpoint.steps(path):
-        best = checkpoint.steps(path, "best")
-        path = best[-1][1] if best else checkpoint.newest(path)
-    if (path / "manifest.json").is_file():
-        checkpoint.verify(path)
-    if not any(path.glob("model*.safetensors")):
-        raise InputError(f"{path} is no run, checkpoint or folder with model.safetensors")
-    return path
+def tokenizer_of(init: Path, default: str) -> str:
+    """What --tokenizer is where --init is given and it is not: the model's own, as far as its folder tells."""
+    spec = export.read_tokenizer(init)
+    if spec is None or spec["kind"] == "bytes":
+        return default
+    path = (init.parent.parent if (init / "state.json").is_file() else init) / "tokenizer.json"
+    return str(path) if path.is_file() else default
 
 
 def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
-    """Model (best weights, in eval mode) and tokenizer of a run."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        model, tokenizer = GPT(GPTConfig(**saved["model"])), tokenizers.load(saved["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    load_weights(model, folder)
-    return model.to(pick_device(device)).eval(), tokenizer
+    """Model (of a run its best weights, in eval mode) and tokenizer of a run, checkpoint or exported folder."""
+    found = export.read_model(folder)
+    if found.tokenizer is None:
+        raise InputError(f"{folder} holds no tokenizer.json, so there is no telling what its tokens mean")
+    model = GPT(found.shape)
+    state.load_model(model, found.tensors, folder)
+    return model.to(pick_device(device)).eval(), tokenizers.load(found.tokenizer)

@@ -77,7 +77,7 @@ class Trainer:
         self.evaluate_with = evaluate
         self.callbacks: list[Callback] = [Metrics(), *callbacks] if self.ranks.first else []
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
-        self.ema = {n: p.detach().clone() for n, p in self.layout.params.items()} if config.optim.ema else {}
+        self.ema = self._averages() if config.optim.ema else {}
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
         self.step = self.consumed = 0
         self.best: dict[str, float] = {}
@@ -182,8 +182,8 @@ class Trainer:
         if self.ema:
             weight = (1 - self.config.optim.ema) * (1 - found)
             with torch.no_grad():
-                for name, p in self.layout.params.items():
-                    self.ema[name].lerp_(p.detach(), weight)
+                for name, average in self.ema.items():
+                    average.lerp_(self.layout.params[name].detach(), weight)
         if self.config.run.dtype == "float16":  # halve after a bad step, double after 2,000 good ones
             self.good = (self.good + 1) * (1 - found)
             grown = torch.where(self.good >= 2000, self.scale * 2, self.scale)
@@ -304,6 +304,9 @@ class Trainer:
         start = time.perf_counter()
         found = self.measure(whole)
         self.latest = {"step": self.step, "whole": whole, **found}
+        for callback in self.callbacks:
+            if isinstance(callback, Callback):
+                callback.evaluated(self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
         better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
@@ -326,7 +329,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The moving average in the weights' place, if there is one."""
-        params = self.layout.params if self.ema else {}
+        params = {n: self.layout.params[n] for n in self.ema}
         own = {n: p.detach().clone() for n, p in params.items()}
         with torch.no_grad():
             for n, p in params.items():
@@ -406,12 +409,15 @@ class Trainer:
         state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"))
         self._load_average(folder)
 
+    def _averages(self) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for n, p in self.layout.params.items() if p.requires_grad}
+
     def _load_average(self, folder: Path) -> None:
         """The moving average; a run that had none yet starts it from the weights."""
         if self.ema and any(folder.glob("ema.*")):
             state.fill({n: self.layout.piece(n, t) for n, t in self.ema.items()}, checkpoint.Stored(folder, "ema"))
         elif self.ema:
-            self.ema = {n: p.detach().clone() for n, p in self.layout.params.items()}
+            self.ema = self._averages()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -25,29 +25,43 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_pieces(layout: Layout) -> dict[str, Piece]:
-    """Parameters and persistent buffers by name, tied ones once."""
+    """Parameters and persistent buffers by name, tied ones once; without those that LoRA keeps apart."""
     out = {name: layout.piece(name, p.detach()) for name, p in layout.params.items()}
     out.update({n: Piece.whole(b) for n, b in _buffers(layout.model).items()})
-    return out
+    apart: frozenset[str] = getattr(layout.model, "saved_apart", frozenset())  # type: ignore[assignment]
+    return {name: piece for name, piece in out.items() if name not in apart}
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same of a model that no mesh has cut, whole."""
+    return {name: piece.tensor for name, piece in model_pieces(Layout(model, Ranks())).items()}
+
+
+def _compare(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """CheckpointError unless names and shapes are the same."""
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra:
+        raise CheckpointError(f"{where} is of another model: it lacks {missing[:3]} and has {extra[:3]} besides")
+    for name, shape in own.items():
+        if given[name] != shape:
+            raise CheckpointError(f"{where}: {name} is {list(given[name])}, the model needs {list(shape)}")
 
 
 def fill(pieces: Mapping[str, Piece], stored: Stored) -> None:
     """Read the pieces out of stored tensors of the same names; CheckpointError where they are of another model."""
-    missing, extra = sorted(pieces.keys() - stored.names()), sorted(stored.names() - pieces.keys())
-    if missing or extra:
-        raise CheckpointError(f"{stored} is of another model: it lacks {missing[:3]} and has {extra[:3]} besides")
-    for name, piece in pieces.items():
-        if stored.shape(name) != piece.shape:
-            shapes = f"{list(stored.shape(name))}, the model needs {list(piece.shape)}"
-            raise CheckpointError(f"{stored}: {name} is {shapes}")
+    _compare({n: p.shape for n, p in pieces.items()}, {n: stored.shape(n) for n in stored.names()}, stored)
     with torch.no_grad():
         for name, piece in pieces.items():
             piece.tensor.copy_(stored.read(name, piece.offset, tuple(piece.tensor.shape)))
 
 
-def load_model(model: nn.Module, stored: Stored) -> None:
-    """The whole of stored tensors into a model that no mesh has cut."""
-    fill(model_pieces(Layout(model, Ranks())), stored)
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
+    """Whole tensors by name, which come from `where`, into a model that no mesh has cut."""
+    own = model_tensors(model)
+    _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in tensors.items()}, where)
+    with torch.no_grad():
+        for name, t in own.items():
+            t.copy_(tensors[name])
 
 
 def optimizer_pieces(layout: Layout, optimizer: Several) -> dict[str, Piece]:

@@ -1,0 +1,394 @@
+"""Models out and in: a run, a checkpoint or an exported folder becomes named tensors, and those become safetensors or
+what `transformers` loads.
+
+    fastlm's own:  config.json {model, tokenizer}        model.safetensors (the plain GPT's names)   tokenizer.json
+    transformers': config.json (GPT-2 or Llama)          model.safetensors (their names)             tokenizer.json
+
+GPT-2 keeps its matrices transposed (Conv1D); Llama keeps queries, keys, values and gate, up apart where the plain GPT
+has one matrix. Weights are read from safetensors alone, never by pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.data import InputError
+from fastlm.data import tokenizer as tokenizers
+from fastlm.models.gpt import GPTConfig
+from fastlm.train import checkpoint, lora
+
+END = "<|endoftext|>"
+TOP = {
+    "gpt2": {
+        "embed": "transformer.wte",
+        "place": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    "llama": {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+}
+BLOCK: dict[str, dict[str, tuple[str, ...]]] = {  # what one matrix here is there, cut along its rows
+    "gpt2": {
+        "norm1": ("ln_1",),
+        "attn.qkv": ("attn.c_attn",),
+        "attn.out": ("attn.c_proj",),
+        "norm2": ("ln_2",),
+        "mlp.up": ("mlp.c_fc",),
+        "mlp.down": ("mlp.c_proj",),
+    },
+    "llama": {
+        "norm1": ("input_layernorm",),
+        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.out": ("self_attn.o_proj",),
+        "norm2": ("post_attention_layernorm",),
+        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down": ("mlp.down_proj",),
+    },
+}
+BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model read from somewhere: its shape, its plain tensors in float32, and its tokenizer where that is known."""
+
+    shape: GPTConfig
+    tensors: dict[str, Tensor]
+    tokenizer: dict[str, Any] | None
+
+
+# -------------------------------------------------------------------------------------------------------------------- in
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+        return found
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def read_model(path: Path) -> Source:
+    """The model of a run (its best weights, else its last), a checkpoint, or an exported folder of either kind.
+
+    An average of the weights (--ema) comes in the weights' place, and LoRA's adapters are merged into their matrices.
+    Raises InputError, in one sentence, for a folder that is none of these or a model that the plain GPT cannot be.
+    """
+    if (path / "state.json").is_file():
+        run, own = path.parent.parent, path
+    else:
+        run, own = path, None
+    config = _json(run / "config.json") if (run / "config.json").is_file() else {}
+    if "model_type" in config:
+        tensors = {name: t.float() for name, t in _files(path).items()}
+        return Source(*from_hf(config, tensors, path), read_tokenizer(path))
+    if "model" not in config:
+        raise InputError(f"{path} is no run, checkpoint or exported folder: it holds no config.json of a model")
+    try:
+        shape = GPTConfig(**config["model"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{run / 'config.json'} cannot be read: {error}") from None
+    if own is None and checkpoint.steps(run):
+        best = checkpoint.steps(run, "best")
+        own = best[-1][1] if best else checkpoint.newest(run)
+    tensors = checkpoint_tensors(own) if own is not None else _files(path)
+    if (run / lora.BASE).is_dir():
+        checkpoint.verify(run / lora.BASE)
+        tensors = {**checkpoint.read_safetensors(run / lora.BASE / "model.safetensors"), **tensors}
+        settings = config["config"]["model"]
+        tensors = lora.merged(tensors, settings["lora_alpha"] / settings["lora_rank"])
+    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"))
+
+
+def read_tokenizer(path: Path) -> dict[str, Any] | None:
+    """The tokenizer's specification of a run, checkpoint or exported folder; None where it does not tell."""
+    run = path.parent.parent if (path / "state.json").is_file() else path
+    config = _json(run / "config.json") if (run / "config.json").is_file() else {}
+    spec: dict[str, Any] | None = config.get("tokenizer") or config.get("fastlm_tokenizer")
+    content = run / "tokenizer.json"
+    if spec is None and "model_type" in config and content.is_file():
+        return {"kind": "bpe", "content": content.read_text(encoding="utf-8")}
+    return spec
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, averaged ones where it has them."""
+    checkpoint.verify(folder)
+    tensors = checkpoint.Stored(folder, "model").load()
+    if any(folder.glob("ema.*")):
+        tensors.update(checkpoint.Stored(folder, "ema").load())
+    return tensors
+
+
+def _files(path: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of the shards that its index names."""
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not (path / name).is_file():
+            pickled = " (pickled weights are never read)" if list(path.glob("*.bin")) else ""
+            raise InputError(f"{path} holds no {name}{pickled}")
+        try:
+            tensors.update(checkpoint.read_safetensors(path / name))
+        except Exception as error:  # noqa: BLE001 (safetensors has one error class of its own for every damage)
+            raise InputError(f"{path / name} cannot be read: {error}") from None
+    return tensors
+
+
+def _pieces(shape: GPTConfig, ours: str) -> list[int]:
+    """Rows of the parts of one of our matrices, in Llama's order."""
+    size = shape.width // shape.heads
+    kv = (shape.kv_heads or shape.heads) * size
+    return {"attn.qkv": [shape.width, kv, kv], "mlp.up": [shape.mlp_width] * 2}.get(ours, [])
+
+
+def _names(shape: GPTConfig, style: str) -> list[tuple[str, tuple[str, ...], list[int], bool]]:
+    """(our name, theirs, rows of each part, transposed there) of every tensor."""
+    out: list[tuple[str, tuple[str, ...], list[int], bool]] = []
+    for ours, theirs in TOP[style].items():
+        if ours == "head" and shape.tied:
+            continue
+        kinds = ("weight", "bias") if ours == "norm" and style == "gpt2" else ("weight",)
+        out += [(f"{ours}.{kind}", (f"{theirs}.{kind}",), [], False) for kind in kinds]
+    for i in range(shape.layers):
+        for ours, parts in BLOCK[style].items():
+            norm = ours.startswith("norm")
+            for kind in ("weight", "bias") if shape.bias and not (norm and style == "llama") else ("weight",):
+                theirs_all = tuple(f"{BLOCKS[style]}.{i}.{part}.{kind}" for part in parts)
+                cut = _pieces(shape, ours) if style == "llama" else []
+                out.append((f"blocks.{i}.{ours}.{kind}", theirs_all, cut, style == "gpt2" and not norm))
+    return out
+
+
+def from_hf(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The plain GPT's shape and tensors from those of GPT2LMHeadModel or LlamaForCausalLM."""
+    style = config["model_type"]
+    if style not in BLOCK:
+        raise InputError(f"{path} is a {style} model; fastlm reads gpt2 and llama")
+    shape = _gpt2_shape(config, path) if style == "gpt2" else _llama_shape(config, path)
+    if style == "gpt2":  # older files leave the prefix out
+        tensors = {
+            n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in tensors.items()
+        }
+    out: dict[str, Tensor] = {}
+    for ours, theirs, _, transposed in _names(shape, style):
+        missing = [name for name in theirs if name not in tensors]
+        if missing:
+            raise InputError(f"{path} lacks the tensor {missing[0]} that its config.json promises")
+        whole = torch.cat([tensors[name] for name in theirs]) if len(theirs) > 1 else tensors[theirs[0]]
+        out[ours] = (whole.t() if transposed and whole.ndim == 2 else whole).contiguous()
+    return shape, out
+
+
+def _need(config: Mapping[str, Any], path: Path, **allowed: tuple[Any, ...]) -> None:
+    for name, values in allowed.items():
+        if config.get(name, values[0]) not in values:
+            raise InputError(f"{path}: {name} is {config[name]!r}; fastlm's GPT needs {values[0]!r}")
+
+
+def _gpt2_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
+    _need(
+        c,
+        path,
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
+    return GPTConfig(
+        layers=c["n_layer"],
+        heads=c["n_head"],
+        width=c["n_embd"],
+        context=c["n_positions"],
+        vocab=c["vocab_size"],
+        hidden=c.get("n_inner") or 4 * c["n_embd"],
+        tied=c.get("tie_word_embeddings", True),
+        eps=c.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def _llama_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
+    _need(c, path, hidden_act=("silu",))
+    heads, width = c["num_attention_heads"], c["hidden_size"]
+    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"{path}: its rotary positions are scaled ({kind}); fastlm's GPT has plain ones alone")
+    if (c.get("head_dim") or width // heads) * heads != width:
+        raise InputError(f"{path}: head_dim {c['head_dim']} x {heads} heads is not the width {width}")
+    if c.get("attention_bias", False) != c.get("mlp_bias", False):
+        raise InputError(f"{path}: attention_bias and mlp_bias differ; fastlm's GPT has biases everywhere or nowhere")
+    return GPTConfig(
+        layers=c["num_hidden_layers"],
+        heads=heads,
+        width=width,
+        context=c["max_position_embeddings"],
+        vocab=c["vocab_size"],
+        kv_heads=c.get("num_key_value_heads") or heads,
+        hidden=c["intermediate_size"],
+        norm="rms",
+        position="rotary",
+        mlp="swiglu",
+        bias=c.get("attention_bias", False),
+        tied=c.get("tie_word_embeddings", False),
+        eps=c.get("rms_norm_eps", 1e-6),
+        rope_base=float(rope["rope_theta"]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- out
+
+
+def style_of(shape: GPTConfig) -> str:
+    """gpt2 or llama; InputError names what neither class has."""
+    kinds = (shape.norm, shape.position, shape.mlp)
+    if kinds == ("rms", "rotary", "swiglu"):
+        return "llama"
+    if kinds != ("layer", "learned", "gelu"):
+        raise InputError(f"transformers has no class for norm, position and mlp of {kinds}; use --to safetensors")
+    if (shape.kv_heads or shape.heads) != shape.heads:
+        raise InputError(
+            f"GPT2LMHeadModel has no grouped heads (kv_heads {shape.kv_heads} of {shape.heads}); use --to safetensors"
+        )
+    if not shape.bias:
+        raise InputError("GPT2LMHeadModel has biases and this model has none; use --to safetensors")
+    return "gpt2"
+
+
+def to_hf(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors for GPT2LMHeadModel or LlamaForCausalLM."""
+    c, style = source.shape, style_of(source.shape)
+    out: dict[str, Tensor] = {}
+    for ours, theirs, cut, transposed in _names(c, style):
+        whole = source.tensors[ours]
+        parts = whole.split(cut) if cut else (whole,)
+        out.update({name: part.t() if transposed and part.ndim == 2 else part for name, part in zip(theirs, parts)})
+    end = tokenizers.load(source.tokenizer).eot if source.tokenizer else None
+    both = {
+        "vocab_size": c.vocab,
+        "tie_word_embeddings": c.tied,
+        "dtype": "float32",
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+    if source.tokenizer and source.tokenizer["kind"] != "bpe":
+        both["fastlm_tokenizer"] = source.tokenizer
+    if style == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": c.layers,
+            "n_head": c.heads,
+            "n_embd": c.width,
+            "n_positions": c.context,
+            "n_inner": c.mlp_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": c.eps,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
+            **both,
+        }, out
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads or c.heads,
+        "hidden_size": c.width,
+        "head_dim": c.width // c.heads,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.context,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.eps,
+        "rope_theta": c.rope_base,  # transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},  # transformers 5
+        "attention_bias": c.bias,
+        "mlp_bias": c.bias,
+        **both,
+    }, out
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that stands for each byte in a byte-level tokenizer.json (Radford et al. 2019)."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = iter(range(256, 512))
+    return [chr(b if b in plain else next(rest)) for b in range(256)]
+
+
+def tokenizer_json(spec: Mapping[str, Any]) -> str:
+    """The tokenizer as a tokenizer.json: bytes and characters are a BPE without merges. Token numbers stay."""
+    if spec["kind"] == "bpe":
+        return str(spec["content"])
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model: dict[str, Any] = {"type": "BPE", "merges": [], "ignore_merges": False, "byte_fallback": False}
+    model |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False}
+    added = []
+    if spec["kind"] == "bytes":
+        model |= {"unk_token": None, "vocab": {letter: i for i, letter in enumerate(byte_letters())}}
+        outer: dict[str, Any] = {"pre_tokenizer": level, "decoder": level}
+    else:
+        known = [END, "<|unknown|>", *spec["characters"]]
+        model |= {"unk_token": known[1], "vocab": {letter: i for i, letter in enumerate(known)}}
+        outer = {"pre_tokenizer": None, "decoder": {"type": "Fuse"}}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [{"id": i, "content": known[i], "special": True, **flags} for i in (0, 1)]
+    body = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    return json.dumps({**body, **outer, "post_processor": None, "model": model}, ensure_ascii=False)
+
+
+def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> list[str]:
+    """Write the model into a new folder, whole or not at all; returns the names of its files.
+
+    Raises InputError for a folder that exists, a disk that cannot take it, or a model that --to hf has no class for.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists and is not overwritten: choose another --folder, or remove it")
+    texts: dict[str, Any] = {}
+    if to == "hf":
+        config, tensors = to_hf(source)
+        texts["config.json"] = config | {"dtype": dtype}
+        texts["generation_config.json"] = {k: config[k] for k in ("bos_token_id", "eos_token_id")}
+    else:
+        tensors = dict(source.tensors)
+        texts["config.json"] = {"model": dataclasses.asdict(source.shape), "tokenizer": source.tokenizer}
+    if source.tokenizer:
+        texts["tokenizer.json"] = tokenizer_json(source.tokenizer)
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": source.shape.context,
+        }
+        if f'"{END}"' in texts["tokenizer.json"]:
+            settings |= {"eos_token": END, "bos_token": END}
+        texts["tokenizer_config.json"] = settings | {"clean_up_tokenization_spaces": False}
+    kind = getattr(torch, dtype)
+    tensors = {name: t.to(kind).contiguous() for name, t in tensors.items()}
+    draft = folder.parent / f".draft-{folder.name}-{os.getpid()}"
+    try:
+        draft.mkdir(parents=True)
+        with open(draft / "model.safetensors", "wb") as file:
+            checkpoint.write_safetensors(file, tensors, {"format": "pt"})
+            file.flush()
+            os.fsync(file.fileno())
+        for name, content in texts.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (draft / name).write_text(text, encoding="utf-8")
+        os.rename(draft, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return sorted(p.name for p in folder.iterdir())

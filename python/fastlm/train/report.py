@@ -1,0 +1,295 @@
+"""What a run left in its folder, as one page and as lines beside other runs: report.html, `fastlm runs`, `fastlm compare`.
+
+All is read from the folder (config.json, facts.json, metrics.jsonl, samples.jsonl, result.json), so a page can be made
+again at any time. It is one file: the curves are inline SVG, and nothing in it refers to a network.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastlm.data.errors import InputError
+from fastlm.train.callbacks import clock, draw, read_metrics
+from fastlm.train.config import Config
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    _write(folder / "facts.json", json.dumps(facts, indent=1))
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    _write(folder / "result.json", json.dumps(result, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} cannot be read: it is not an object")
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run in numbers. What it has not reached yet is None."""
+
+    name: str
+    folder: Path
+    date: str
+    state: str
+    step: int
+    steps: int
+    samples: int
+    tokens: int
+    parameters: int | None
+    best_loss: float | None
+    best_bpb: float | None
+    speed: float | None  # tokens/s, median over steps
+    seconds: float
+    config: Config
+    rows: list[dict[str, Any]]
+
+
+def summary(folder: Path) -> Summary:
+    """The numbers of a run's folder. Raises InputError when its config.json cannot be read."""
+    saved, facts, result = (_read(folder / f"{name}.json") for name in ("config", "facts", "result"))
+    try:
+        config, context = Config.from_dict(saved["config"]), int(saved["model"]["context"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a run's configuration: {error}") from None
+    rows = read_metrics(folder)
+    step, steps = (int(rows[-1]["step"]) if rows else 0), config.optim.steps
+    vals = [row for row in rows if "val_loss" in row]
+    best = min(vals, key=lambda row: float(row["val_loss"]), default={})
+    fresh = result and int(result.get("step", -1)) == step
+    state = str(result["why"]) if fresh else "running or killed" if rows else "not started"
+    samples = sum(int(row["samples"]) for row in rows)
+    return Summary(
+        name=folder.name,
+        folder=folder,
+        date=facts.get("started") or time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime)),
+        state=state,
+        step=step,
+        steps=steps,
+        samples=samples,
+        tokens=samples * context,
+        parameters=facts.get("parameters"),
+        best_loss=best.get("val_loss"),
+        best_bpb=best.get("val_bpb"),
+        speed=median(float(row["tokens_per_s"]) for row in rows) if rows else None,
+        seconds=sum(float(row["seconds"]) for row in rows),
+        config=config,
+        rows=rows,
+    )
+
+
+def all_runs(out: Path) -> list[Summary]:
+    """The runs of a folder of runs, oldest first."""
+    found = [summary(path.parent) for path in out.glob("*/config.json")]
+    return sorted(found, key=lambda run: (run.date, run.name))
+
+
+# ------------------------------------------------------------------------------------------------------------------ page
+
+STYLE = """
+:root{--ink:#1d2330;--soft:#667085;--line:#e4e7ec;--back:#f7f8fa;--card:#fff;--mark:#1f5fd0}
+*{box-sizing:border-box}
+body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1000px;margin:0 auto;padding:32px 24px 64px}
+h1{font-size:26px;margin:0 0 4px}h2{font-size:17px;margin:36px 0 12px}
+.sub{color:var(--soft);margin:0 0 20px}
+.stop{border-left:4px solid var(--mark);background:var(--card);padding:10px 16px;border-radius:0 8px 8px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
+.tile b{display:block;font-size:20px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 18px;overflow-x:auto}
+.card svg{width:100%;height:auto;display:block}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--soft);font-weight:500;font-size:13px}tr:last-child td{border-bottom:0}
+td.n,th.n{text-align:right}.changed{font-weight:600;color:var(--mark)}
+pre{margin:0;white-space:pre-wrap;word-break:break-word;font:13px/1.45 ui-monospace,Menlo,Consolas,monospace}
+pre.wide{white-space:pre}
+.bar{height:10px;border-radius:5px;background:#c3cad8}.bar.own{background:var(--mark)}
+details{margin-top:8px}summary{cursor:pointer;color:var(--soft)}
+.cols{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:0 32px}
+"""
+
+
+def svg(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The curves as an SVG element without prologue, metadata or namespace addresses, for HTML to hold."""
+    file = io.StringIO()
+    draw(runs, file, "svg")
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:
+    """An HTML table of cells that are HTML already."""
+    line = lambda tag, cells: "".join(
+        f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells)
+    )
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    top = f"<tr>{line('th', head)}</tr>" if head else ""
+    return f"<table>{top}{body}</table>"
+
+
+def _tiles(run: Summary, result: dict[str, Any]) -> str:
+    val = result.get("val") or {}
+    loss, bpb = val.get("val_loss", run.best_loss), val.get("val_bpb", run.best_bpb)
+    mfu = [float(row["mfu"]) for row in run.rows if "mfu" in row]
+    cells = [
+        ("validation loss, nats per token", f"{loss:.4f}" if loss is not None else "–"),
+        ("validation, bits per byte", f"{bpb:.4f}" if bpb is not None else "–"),
+        ("steps", f"{run.step:,} of {run.steps:,}"),
+        ("training tokens", f"{run.tokens:,}"),
+        ("parameters", f"{run.parameters:,}" if run.parameters else "–"),
+        ("tokens per second, median", f"{run.speed:,.0f}" if run.speed else "–"),
+        ("time in steps", clock(run.seconds)),
+    ]
+    cells += [("model FLOPs utilisation", f"{median(mfu):.1%}")] if mfu else []
+    return "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in cells)
+
+
+def _bars(bits: dict[str, float]) -> str:
+    top = max(bits.values())
+    ordered = sorted(bits.items(), key=lambda item: item[1])
+    return table(
+        ("", "bits per byte", ""),
+        [
+            (
+                html.escape(name),
+                f"{value:.3f}",
+                f'<div class="bar{" own" if name == "this model" else ""}" style="width:{100 * value / top:.1f}%"></div>',
+            )
+            for name, value in ordered
+        ],
+        frozenset({1}),
+    )
+
+
+def _configuration(config: Config) -> str:
+    groups, plain = config.to_dict(), Config().to_dict()
+    out = []
+    for group, fields in groups.items():
+        rows = []
+        for name, value in fields.items():
+            text = html.escape(str(value)) if value not in ("", None) else "–"
+            mark = "changed" if value != plain[group][name] else ""
+            rows.append((name, f'<span class="{mark}">{text}</span>'))
+        out.append(f"<div>{table((group, ''), rows)}</div>")
+    return f'<div class="cols">{"".join(out)}</div>'
+
+
+def page(folder: Path) -> str:
+    """The report of a run as one HTML text."""
+    run, saved = summary(folder), _read(folder / "config.json")
+    facts, result = _read(folder / "facts.json"), _read(folder / "result.json")
+    samples = read_metrics(folder, "samples.jsonl")
+    parts = [
+        f"<h1>{html.escape(run.name)}</h1>",
+        f'<p class="sub">{html.escape(run.date)}'
+        + (f" · {facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}" if facts else "")
+        + "</p>",
+        f'<p class="stop"><b>What stopped it:</b> {html.escape(run.state)}</p>',
+        f'<div class="tiles">{_tiles(run, result)}</div>',
+    ]
+    if run.rows:
+        parts += ["<h2>Curves</h2>", f'<div class="card">{svg({run.name: run.rows})}</div>']
+    counted, val = result.get("counted") or {}, result.get("val") or {}
+    if counted and "val_bpb" in val:
+        parts += [
+            "<h2>Against counting</h2>",
+            '<div class="card">' + _bars({**counted, "this model": val["val_bpb"]}) + "</div>",
+        ]
+    if samples:
+        shown = [
+            f"<p class=sub>step {row['step']:,}"
+            + (f", validation loss {row['val_loss']:.4f}" if row.get("val_loss") is not None else "")
+            + f"</p><pre>{html.escape(row['text'])}</pre>"
+            for row in reversed(samples)
+        ]
+        earlier = f"<details><summary>{len(shown) - 1} earlier</summary>{''.join(shown[1:])}</details>"
+        parts += ["<h2>Samples</h2>", f'<div class="card">{shown[0]}{earlier if shown[1:] else ""}</div>']
+    if run.rows:
+        last = run.rows[-max(len(run.rows) // 10, 1) :]
+        bad = sum(int(row.get("bad", 0)) for row in run.rows)
+        stall = sum(float(r["stall"]) * float(r["seconds"]) for r in run.rows) / max(run.seconds, 1e-9)
+        parts += [
+            "<h2>Throughput</h2>",
+            '<div class="card">'
+            + table(
+                (),
+                [
+                    ("tokens per second, median", f"{run.speed:,.0f}"),
+                    ("tokens per second, last tenth", f"{median(float(r['tokens_per_s']) for r in last):,.0f}"),
+                    ("waiting for data", f"{stall:.2%}"),
+                    ("steps skipped as not finite", f"{bad:,}"),
+                ],
+                frozenset({1}),
+            )
+            + "</div>",
+        ]
+    if facts:
+        memory = [(html.escape(k), f"{v / 2**20:,.0f}") for k, v in facts["memory"].items()]
+        memory.append(("<b>together</b>", f"<b>{sum(facts['memory'].values()) / 2**20:,.0f}</b>"))
+        parts += ["<h2>Kernels</h2>", f'<div class="card"><pre class="wide">{html.escape(facts["swap"])}</pre></div>']
+        parts += ["<h2>Memory, estimated</h2>"]
+        parts += ['<div class="card">' + table(("", "MiB"), memory, frozenset({1})) + "</div>"]
+    data = [
+        (
+            html.escape(str(d["content"])),
+            f"{d['documents']:,}",
+            html.escape(str(d["split"])),
+            f"{d['train']['tokens']:,}",
+            f"{d['val']['tokens']:,}",
+        )
+        for d in saved.get("data", ())
+    ]
+    head = ("content hash", "documents", "split by", "training tokens", "validation tokens")
+    corpus = ", ".join(saved.get("corpus", ())) or "the source of Python's own standard library"
+    parts += [
+        "<h2>Data</h2>",
+        f'<div class="card"><p class=sub>{html.escape(corpus)}; tokens: {html.escape(saved["tokenizer"]["kind"])}</p>'
+        + table(head, data, frozenset({1, 3, 4}))
+        + "</div>",
+        "<h2>Configuration</h2>",
+        f'<div class="card">{_configuration(run.config)}<p class=sub>Marked: what differs from the defaults.</p></div>',
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(run.name)} · fastlm</title><style>{STYLE}</style></head><body><main>"
+        + "\n".join(parts)
+        + "</main></body></html>\n"
+    )
+
+
+def write(folder: Path) -> Path:
+    """report.html in the run's folder."""
+    path = folder / "report.html"
+    _write(path, page(folder))
+    return path

@@ -1,0 +1,81 @@
+"""LoRA: starts as the base, trains the adapters alone, resumes to the bit, and merges into the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fastlm.data import InputError
+from fastlm.models.gpt import GPT
+from fastlm.train import checkpoint, export, job, state
+from fastlm.train.callbacks import read_metrics
+from test_train import StopAt, _own_place, book, tiny  # noqa: F401
+
+LORA = {"init": "runs/base", "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2}
+
+
+@pytest.fixture
+def base(book: str) -> str:  # noqa: F811
+    made = job.start(tiny(name="base", steps=20, lr=1e-2), (book,))
+    made.trainer.fit()
+    return book
+
+
+def test_a_fine_tuning_starts_at_the_base_s_loss(base: str) -> None:
+    found = export.read_model(Path("runs/base"))
+    plain = GPT(found.shape).eval()
+    state.load_model(plain, found.tensors, "base")
+    tokens = torch.randint(256, (2, 16))
+    for name, changes in (("full", {"init": "runs/base"}), ("lora", LORA)):
+        made = job.start(tiny(name=name, **changes), (base,))
+        with torch.no_grad():
+            assert torch.equal(made.model.eval()(tokens), plain(tokens)), name
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_only_adapters_train_and_are_saved_and_merge(base: str, kernels: str) -> None:
+    made = job.start(tiny(name="lora", dropout=0.1, ema=0.5, kernels=kernels, **LORA), (base,))
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    made.trainer.fit()
+    for name, p in made.model.named_parameters():
+        assert torch.equal(p, before[name]) != (".lora_" in name), name
+    saved = checkpoint.read_safetensors(checkpoint.newest(made.folder) / "model.safetensors")
+    assert saved
+    assert all(".lora_" in name for name in saved)
+    merged, _ = job.load(made.folder, "cpu")
+    assert not any("lora" in n for n, _ in merged.named_parameters())
+    tokens = torch.randint(256, (2, 16))
+    with torch.no_grad(), made.trainer.averaged():
+        assert (merged(tokens) - made.model.eval()(tokens)).abs().max() < 1e-4
+
+
+def test_an_adapted_run_resumed_is_the_run_never_stopped(base: str) -> None:
+    same = {"dropout": 0.2, "kernels": "fused", **LORA}
+    whole = job.start(tiny(name="whole", **same), (base,))
+    whole.trainer.fit()
+    half = job.start(tiny(name="half", save_every=6, **same), (base,))
+    half.trainer.callbacks.append(StopAt(6))
+    half.trainer.fit()
+    Path("runs/base").rename("gone")  # a run needs nothing but its own folder
+    config, corpus = job.read_config(half.folder)
+    again = job.resume(half.folder, config, corpus, other_data=False, say=str)
+    again.trainer.fit()
+    assert [r["loss"] for r in read_metrics(whole.folder)] == [r["loss"] for r in read_metrics(half.folder)]
+    ends = zip(whole.model.named_parameters(), again.model.parameters())
+    assert all(torch.equal(p, q) for (_, p), q in ends)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({**LORA, "lora_targets": ("query",)}, "--lora-targets names query"),
+        ({"lora_rank": 4}, "--lora-rank needs"),
+        ({"init": "runs/base", "width": 64}, "--width is 64, but the model of --init runs/base has 32"),
+        ({"init": "runs/base", "tokenizer": "chars"}, "another tokenizer"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_one_sentence(base: str, changes: dict, word: str) -> None:
+    free = dict.fromkeys(("layers", "heads", "width", "context"))
+    with pytest.raises(InputError, match=word):
+        job.start(tiny(name="bad", **{**free, **changes}), (base,))
