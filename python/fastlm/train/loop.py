@@ -351,8 +351,7 @@ class Trainer:
             "optimizer": state.optimizer_pieces(self.layout, self.optimizer),
             "ema": {n: self.layout.piece(n, t) for n, t in self.ema.items()},
         }
-        if not self.layout.writes:  # another rank has the same
-            groups = {}
+        groups = {kind: {n: p for n, p in group.items() if self.layout.keeps(p)} for kind, group in groups.items()}
         groups["random"] = state.random_tensors(self.ranks.rank)
         self.saver.save(self.step, groups, self.values(), best)
         self.last_saved = self.step

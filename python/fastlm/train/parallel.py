@@ -28,7 +28,7 @@ class Layout:
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
         self.params: dict[str, Tensor] = dict(model.named_parameters())
-        self.writes = ranks.first  # whether this rank's pieces go into checkpoints; another's are the same
+        self.writes = ranks.first  # whether this rank's shards go into checkpoints; another's are the same
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each trainable parameter of the plain model as the local tensor that an optimizer may change."""
@@ -48,6 +48,10 @@ class Layout:
     def piece(self, name: str, t: Tensor) -> Piece:
         """The box of the whole that `t` is, a tensor cut as the parameter `name`."""
         return Piece.whole(t)
+
+    def keeps(self, piece: Piece) -> bool:
+        """Whether this rank is the one that writes a piece into checkpoints: of equal ones the first rank's is."""
+        return self.ranks.first if tuple(piece.tensor.shape) == piece.shape else self.writes
 
     def whole(self, name: str, t: Tensor) -> Tensor:
         """All ranks' pieces of `t`, a tensor cut as the parameter `name`, as one."""

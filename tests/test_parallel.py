@@ -1,0 +1,217 @@
+"""Meshes of real processes: losses, gradients and checkpoints are those of one process, whatever the mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastlm.data import InputError
+from fastlm.train import checkpoint, launch, mesh
+
+WORKER = Path(__file__).parent / "parallel_worker.py"
+# batch 5 over two ranks: three samples and two, with unequal numbers of targets; micro 1: the second ends with an empty one
+CASES: dict[str, dict[str, Any]] = {
+    "fused with dropout": {"dropout": 0.2, "kernels": "fused", "ema": 0.9},
+    "torch": {"kernels": "torch"},
+    "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama"},
+    "bfloat16": {"dropout": 0.2, "kernels": "fused", "dtype": "bfloat16"},
+    "muon": {"dropout": 0.2, "kernels": "fused", "optimizer": "muon", "style": "llama"},
+    "recompute": {"dropout": 0.2, "kernels": "fused", "recompute": "full"},
+}
+MESHES = ["dp=2", "fsdp=2"]
+
+
+def start(out: Path, label: str, cases: list[dict[str, Any]], processes: int) -> None:
+    command = [sys.executable, str(WORKER), str(out), json.dumps(cases), label]
+    if processes == 1:
+        subprocess.run(command, check=True, timeout=300)
+    else:
+        assert launch.run(command, processes, 1) == 0
+
+
+class Outcome:
+    def __init__(self, out: Path, label: str, name: str, rank: int = 0) -> None:
+        result = json.loads((out / f"{label}.json").read_text())[f"{label} {name}"]
+        self.losses, self.norms, self.steps = result["losses"], result["norms"], result["steps"]
+        tensors = torch.load(out / f"{label} {name}-{rank}.pt", weights_only=True)
+        self.grads, self.weights, self.ema = tensors["grads"], tensors["weights"], tensors["ema"]
+
+
+def named_cases(label: str, which: str = "") -> list[dict[str, Any]]:
+    cases = [{"name": f"{label} {name}", "mesh": which, **case} for name, case in CASES.items()]
+    # resumed from what another mesh saved after two steps
+    cases.append({"name": f"{label} half", "mesh": which, "until": 2, **CASES["fused with dropout"]})
+    return cases
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    start(folder, "one", named_cases("one"), 1)
+    for which in MESHES:
+        start(folder, which, named_cases(which, which), 2)
+    for which in ("", *MESHES):
+        label = f"on {which or 'one'}"
+        origins = ("one half", *(f"{m} half" for m in MESHES))
+        cases = [
+            {"name": f"{label} {o}", "mesh": which, "from": o, **CASES["fused with dropout"]}
+            for o in origins
+            if which or o != "one half"
+        ]
+        start(folder, label, cases, 2 if which else 1)
+    return folder
+
+
+def close(name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal up to the order of a few float additions in `dtype`: a relative error of the whole tensor."""
+    error, size = (a - b).norm(), b.norm()
+    assert error <= 64 * torch.finfo(dtype).eps * size, f"{name}: {error / size:.2e}"
+
+
+@pytest.mark.parametrize("which", MESHES)
+@pytest.mark.parametrize("name", list(CASES))
+def test_losses_and_gradients_are_those_of_one_process(out: Path, which: str, name: str) -> None:
+    one, ours = Outcome(out, "one", name), Outcome(out, which, name)
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    assert ours.grads.keys() == one.grads.keys()
+    for key, grad in one.grads.items():
+        # clipped to a norm of 1: what is tiny beside the whole is held to the whole
+        error = (ours.grads[key] - grad).norm()
+        assert error <= 16 * torch.finfo(dtype).eps * max(float(grad.norm()), 0.05), (key, float(error))
+    eps = torch.finfo(dtype).eps
+    assert ours.losses == pytest.approx(one.losses, rel=64 * eps)
+    assert ours.norms == pytest.approx(one.norms, rel=(256 if name == "muon" else 64) * eps)
+
+
+@pytest.mark.parametrize("which", MESHES)
+def test_another_mask_or_a_lost_sample_would_show(out: Path, which: str) -> None:
+    """The bounds above tell dropout from none, and accumulation's samples from other ones."""
+    torch_, fused = Outcome(out, "one", "torch"), Outcome(out, which, "fused with dropout")
+    with pytest.raises(AssertionError):
+        for key, grad in torch_.grads.items():
+            close(key, fused.grads[key], grad, torch.bfloat16)
+
+
+@pytest.mark.parametrize("which", MESHES)
+def test_ranks_hold_the_same_weights_after_training(out: Path, which: str) -> None:
+    for name in CASES:
+        first, second = Outcome(out, which, name), Outcome(out, which, name, rank=1)
+        for key, w in first.weights.items():
+            assert torch.equal(w, second.weights[key]), (name, key)
+        for key, w in first.ema.items():
+            assert torch.equal(w, second.ema[key]), (name, key)
+
+
+@pytest.mark.parametrize("which", ["one", *MESHES])
+@pytest.mark.parametrize("origin", ["one", *MESHES])
+def test_a_run_saved_on_any_mesh_goes_on_on_any_other(out: Path, which: str, origin: str) -> None:
+    if which == origin == "one":
+        pytest.skip("tests/test_train.py")
+    whole = Outcome(out, which, "fused with dropout")
+    result = json.loads((out / f"on {which}.json").read_text())[f"on {which} {origin} half"]
+    assert result["steps"] == [3, 4]
+    if which == origin:  # the same ranks: bit for bit
+        assert result["losses"] == whole.losses[2:]
+        went_on = torch.load(out / f"on {which} {origin} half-0.pt", weights_only=True)["weights"]
+        assert all(torch.equal(w, whole.weights[key]) for key, w in went_on.items())
+    else:
+        assert result["losses"] == pytest.approx(whole.losses[2:], rel=1e-5)
+
+
+def test_each_rank_writes_what_it_alone_holds(out: Path) -> None:
+    whole = out / "one half" / "checkpoints" / "step-00000002"
+    cut = out / "fsdp=2 half" / "checkpoints" / "step-00000002"
+    assert sorted(p.name for p in cut.glob("model*")) == [
+        "model.rank-00000.safetensors",
+        "model.rank-00001.safetensors",
+    ]
+    sizes = [p.stat().st_size for p in cut.glob("model*")]
+    assert max(sizes) < 0.62 * (whole / "model.safetensors").stat().st_size
+    stored, one = checkpoint.Stored(cut, "model"), checkpoint.Stored(whole, "model")
+    assert stored.names() == one.names()
+    assert all(stored.shape(n) == one.shape(n) == tuple(stored.read(n).shape) for n in one.names())
+
+
+def test_one_flipped_byte_in_any_rank_s_file_is_refused_by_name(out: Path) -> None:
+    folder = out / "fsdp=2 half" / "checkpoints" / "step-00000002"
+    names = sorted(p.name for p in folder.iterdir())
+    assert len(names) == 10  # model, optimizer, ema and random of two ranks, state, manifest
+    for name in names:
+        raw = (folder / name).read_bytes()
+        bad = bytearray(raw)
+        bad[len(raw) // 2] ^= 1
+        (folder / name).write_bytes(bad)
+        with pytest.raises(checkpoint.CheckpointError, match=name):
+            checkpoint.verify(folder)
+        (folder / name).unlink()
+        with pytest.raises(checkpoint.CheckpointError, match=name):
+            checkpoint.verify(folder)
+        (folder / name).write_bytes(raw)
+    (folder / "model.rank-00002.safetensors").write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match=r"model.rank-00002.*not in its manifest"):
+        checkpoint.verify(folder)
+    (folder / "model.rank-00002.safetensors").unlink()
+    checkpoint.verify(folder)
+
+
+@pytest.mark.slow
+def test_four_processes_in_hybrid_shards(tmp_path: Path) -> None:
+    start(tmp_path, "one", named_cases("one"), 1)
+    start(tmp_path, "dp=2,fsdp=2", named_cases("dp=2,fsdp=2", "dp=2,fsdp=2"), 4)
+    for name in CASES:
+        test_losses_and_gradients_are_those_of_one_process(tmp_path, "dp=2,fsdp=2", name)
+
+
+# ------------------------------------------------------------------------------------------------- who a process is
+
+
+def test_launchers_are_told_apart() -> None:
+    assert mesh.find({}) is None
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert mesh.find(torchrun) == mesh.Place(3, 4, 1, 2)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert mesh.find(slurm) is None  # a batch script: it runs once, whatever number of tasks was asked for
+    place = mesh.find({**slurm, "SLURM_STEP_ID": "0"})
+    assert place == mesh.Place(5, 8, 1, by="slurm")
+    env = {"SLURM_STEP_NODELIST": "gpu[007-009,12],login1", "SLURM_JOB_ID": "40123"}
+    assert mesh.address(env, place) == ("gpu007", 20123)
+    with pytest.raises(InputError, match="SLURM_LOCALID"):
+        mesh.find({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+    assert [mesh.first_host(n) for n in ("a", "a,b", "a[1-2]b,c", "n[04,07]")] == ["a", "a", "a1b", "n04"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("dp", "'dp' in 'dp' is not"),
+        ("dp=0", "'dp=0'"),
+        ("xy=2", "no dimension xy"),
+        ("tp=2", "--mesh tp=2 is not built"),
+        ("pp=2", "--mesh pp=2 is not built"),
+        ("dp=2,dp=2", "names dp twice"),
+    ],
+)
+def test_what_a_mesh_cannot_be_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mesh.parse(text)
+
+
+def test_processes_and_mesh_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlm.train.config import RunConfig
+
+    for key in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    assert launch.processes(RunConfig(device="cpu")) == 1
+    assert launch.processes(RunConfig(device="cpu", mesh="dp=2,fsdp=2")) == 4
+    assert launch.processes(RunConfig(device="cpu", nproc=3)) == 3
+    with pytest.raises(InputError, match="--nproc 3 and --mesh dp=2"):
+        launch.processes(RunConfig(device="cpu", mesh="dp=2", nproc=3))
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(InputError, match="beside torchrun"):
+        launch.processes(RunConfig(device="cpu", nproc=2))
