@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_those_of_one_process(out: Path, which: str, na
 def test_the_comparison_can_fail(out: Path, which: str) -> None:
     """Even the wider bound, bfloat16's, tells gradients with dropout from those without."""
     plain, fused = Outcome(out, "one", "torch"), Outcome(out, which, "fused with dropout")
-    with pytest.raises(AssertionError, match="blocks|embed"):
+    with pytest.raises(AssertionError, match=r"blocks|embed"):
         agree(fused.grads, plain.grads, torch.bfloat16)
 
 
