@@ -68,10 +68,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def close(name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    """Equal up to the order of a few float additions in `dtype`: a relative error of the whole tensor."""
-    error, size = (a - b).norm(), b.norm()
-    assert error <= 64 * torch.finfo(dtype).eps * size, f"{name}: {error / size:.2e}"
+def agree(ours: dict[str, torch.Tensor], one: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Equal up to the order of additions in `dtype`; what is tiny beside the whole gradient is held to the whole."""
+    assert ours.keys() == one.keys()
+    for key, grad in one.items():
+        error = (ours[key] - grad).norm()
+        assert error <= 16 * torch.finfo(dtype).eps * max(float(grad.norm()), 0.05), (key, float(error))
 
 
 @pytest.mark.parametrize("which", MESHES)
@@ -79,23 +81,18 @@ def close(name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> No
 def test_losses_and_gradients_are_those_of_one_process(out: Path, which: str, name: str) -> None:
     one, ours = Outcome(out, "one", name), Outcome(out, which, name)
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    assert ours.grads.keys() == one.grads.keys()
-    for key, grad in one.grads.items():
-        # clipped to a norm of 1: what is tiny beside the whole is held to the whole
-        error = (ours.grads[key] - grad).norm()
-        assert error <= 16 * torch.finfo(dtype).eps * max(float(grad.norm()), 0.05), (key, float(error))
+    agree(ours.grads, one.grads, dtype)
     eps = torch.finfo(dtype).eps
     assert ours.losses == pytest.approx(one.losses, rel=64 * eps)
     assert ours.norms == pytest.approx(one.norms, rel=(256 if name == "muon" else 64) * eps)
 
 
 @pytest.mark.parametrize("which", MESHES)
-def test_another_mask_or_a_lost_sample_would_show(out: Path, which: str) -> None:
-    """The bounds above tell dropout from none, and accumulation's samples from other ones."""
-    torch_, fused = Outcome(out, "one", "torch"), Outcome(out, which, "fused with dropout")
-    with pytest.raises(AssertionError):
-        for key, grad in torch_.grads.items():
-            close(key, fused.grads[key], grad, torch.bfloat16)
+def test_the_comparison_can_fail(out: Path, which: str) -> None:
+    """Even the wider bound, bfloat16's, tells gradients with dropout from those without."""
+    plain, fused = Outcome(out, "one", "torch"), Outcome(out, which, "fused with dropout")
+    with pytest.raises(AssertionError, match=r"blocks|embed"):
+        agree(fused.grads, plain.grads, torch.bfloat16)
 
 
 @pytest.mark.parametrize("which", MESHES)
