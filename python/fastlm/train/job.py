@@ -264,7 +264,8 @@ class Job:
 
     def sample(self, count: int) -> str:
         """Text of the model as it stands, with the weights that evaluations use."""
-        with self.trainer.averaged():
+        # A compiled model would be compiled again for every length that its cache grows to.
+        with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
             choose = sampler(0.8, seed=self.config.run.seed)
             return generate(self.model, self.data[0].tokenizer, "", count, choose)
 
