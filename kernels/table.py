@@ -8,6 +8,7 @@ special rules stand above general ones and the last one fits everything. A rule 
     size      largest width (dropout_add_norm: columns) or head size (attention) it serves; absent: any
     features  list of names that the call must have, as the op's launcher gives them ("dropout", "bias", ...); absent: any
     config    what the launcher reads, with ``num_warps`` and ``num_stages`` beside the kernel's own entries
+    candidates  further configurations that a tuning run compares with ``config``, compiled offline too; may be absent
     measured  null as long as the choice is planned from the static model only; else what it was measured on
 
 ``config("attention_forward", arch=90, dtype="bf16", size=128, features=frozenset({"causal"}))`` returns the dictionary
@@ -44,10 +45,14 @@ def rules(kernel: str) -> list[dict[str, Any]]:
 
 def config(kernel: str, *, arch: int, dtype: str, size: int, features: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The configuration of the first rule of ``kernel`` that fits. Raises LookupError if none does."""
-    return _pinned[-1]["config"] if _pinned else _lookup(kernel, arch, dtype, size, features)
+    for rule, only in reversed(_pinned):
+        if only in (None, kernel):
+            found: dict[str, Any] = rule["config"]
+            return found
+    return _lookup(kernel, arch, dtype, size, features)
 
 
-_pinned: list[dict[str, Any]] = []
+_pinned: list[tuple[dict[str, Any], str | None]] = []
 _reached: set[int] = set()
 
 
@@ -57,9 +62,9 @@ def unreached() -> list[str]:
 
 
 @contextmanager
-def pinned(rule: dict[str, Any]) -> Iterator[None]:
-    """Inside, every look-up gives ``rule``: for tests and for tuning."""
-    _pinned.append(rule)
+def pinned(rule: dict[str, Any], kernel: str | None = None) -> Iterator[None]:
+    """Inside, every look-up (of ``kernel`` alone, if named) gives ``rule``: for tests and for tuning."""
+    _pinned.append((rule, kernel))
     try:
         yield
     finally:
