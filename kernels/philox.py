@@ -77,3 +77,14 @@ def random16(c0, c1, c2, c3, k0, k1, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def keep(c0, c1, c2, c3, k0, k1, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Keep-decisions [ROWS, COLUMNS]: an element is dropped if its sixteen bits are below the threshold."""
     return random16(c0, c1, c2, c3, k0, k1, ROWS, COLUMNS) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def keep_down(c0, c1, c2, c3, k0, k1, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``keep`` of the transposed tile [ROWS, COLUMNS]: chunk numbers c0 [ROWS // 8, 1], the rest [1, COLUMNS] or scalars."""
+    w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, k0, k1)
+    full = tl.zeros([ROWS // 8, COLUMNS], tl.uint32)
+    words = tl.join(tl.join(w0 | full, w2 | full), tl.join(w1 | full, w3 | full))
+    words = tl.join(words & 0xFFFF, words >> 16)
+    words = tl.reshape(tl.permute(words, (0, 2, 3, 4, 1)), [ROWS, COLUMNS])
+    return words >= threshold.to(tl.uint32)

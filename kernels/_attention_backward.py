@@ -1,0 +1,498 @@
+"""Attention's backward in Triton: one kernel for dk and dv, one for dq, no atomics, every sum in a fixed order.
+
+    D = sum_D(dout * out) - dlse;  p = exp(s - lse);  dp = dout v^T * keep * keep_scale;  ds = p * (dp - D)
+    dv = (p * keep)^T dout * keep_scale;  dx = ds * (1 - tanh^2);  dk = scale * dx^T q;  dq = scale * dx k;  dbias = ds
+
+dk and dv: a program owns N keys of one key head and walks over the queries of every head of its group, with transposed
+scores, which are then the left operands of both products without leaving the registers. dq: a program owns M queries. Seven
+products where one pass would need five; that pass would need atomics or an ordered semaphore for dq.
+
+dbias: where the bias differs in query and key and no axis is summed, dq's kernel writes it; where batch or heads are summed,
+``_bias_kernel`` computes each tile's scores again and adds them up in order; where queries are summed, the keys' kernel
+keeps a sum a key and head, where keys are summed, dq's kernel a sum a query and head, and ``_sum_kernel`` adds these in
+order. Nothing is ever expanded. Shape suffixes: M queries of a tile, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.kernels._attention_tiles import (
+    CALL_INTS,
+    LOG2E,
+    Call,
+    batch_word,
+    kept_tile,
+    lengths,
+    load_tile,
+    operand,
+    score,
+    tiles,
+)
+from fastlm.kernels._common import TL_DTYPE, launch, to_dtype
+from torch import Tensor
+
+_STRIDES = "q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d g_b g_h g_l g_d l_b l_h"
+_INTS = f"{CALL_INTS} {_STRIDES} x_b x_h x_l x_d y_b y_h y_l y_d s_b s_h s_q s_k n_h reduce reduce_h"
+
+
+@triton.jit(do_not_specialize="rows size g_b g_h g_l g_d o_b o_h o_l o_d l_b l_h heads blocks".split())
+def _delta_kernel(
+    dout, out, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
+    VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """D of each row."""
+    pid = tl.program_id(0)
+    i_M = pid % blocks * M + tl.arange(0, M)
+    ok_M = i_M < rows
+    head = (pid // blocks % heads).to(tl.int64)
+    b = (pid // blocks // heads).to(tl.int64)
+    g = dout + (b * g_b + head * g_h) * VEC
+    o = out + (b * o_b + head * o_h) * VEC
+    g_MD = load_tile(g, i_M, ok_M, g_l, g_d, size, tl.float32, UNIT, VEC, EVEN, DIM)
+    o_MD = load_tile(o, i_M, ok_M, o_l, o_d, size, tl.float32, UNIT, VEC, EVEN, DIM)
+    sum_M = tl.sum(g_MD * o_MD, 1)
+    place = b * l_b + head * l_h + i_M
+    if dlse is not None:
+        sum_M = sum_M - tl.load(dlse + place, ok_M, other=0.0).to(tl.float32)
+    tl.store(delta + place, sum_M, ok_M)
+
+
+@triton.jit
+def _gradient(x, dp, lse, delta, kept, c, keep_scale, NATURAL: tl.constexpr, DROPOUT: tl.constexpr):
+    """(kept probabilities, gradient of the scores) of a tile of either orientation."""
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees nothing
+    if NATURAL:
+        p = tl.exp2((x - lse) * LOG2E)
+    else:
+        p = tl.exp2(x * c - lse * LOG2E)
+    used = p
+    if DROPOUT:
+        used = tl.where(kept, p, 0.0)
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    return used, p * (dp - delta)
+
+
+@triton.jit
+def _keys_tiles(
+    dk, dv, db, k_ND, v_ND, q, g, lse, delta, first, count, skip_at, skip, tile, j_N, head_word, batch,
+    bias, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0, threshold,
+    q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
+    MASKED: tl.constexpr, SUMS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Adds ``count`` tiles of queries of one head to dk, dv and the sums of ds over the queries."""
+    for t in range(0, count):
+        i_M = (first + tl.where(t < skip_at, t, t + skip)) * M + tl.arange(0, M)
+        ok_M = i_M < len_q
+        q_MD = load_tile(q, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        g_MD = load_tile(g, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        lse_1M = tl.load(lse + i_M, ok_M, other=float("-inf"))[None, :]
+        delta_1M = tl.load(delta + i_M, ok_M, other=0.0)[None, :]
+        x_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
+        x_NM, t_NM = score(
+            x_NM, i_M[None, :], j_N[:, None], ok_M[None, :], bias, bias_q, bias_k, slope, base, len_k, left, right,
+            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+        )  # fmt: skip
+        dp_NM = tl.dot(v_ND, tl.trans(g_MD), input_precision="ieee")
+        kept = 0
+        if DROPOUT:
+            kept = kept_tile(seed, batch, head_word, i_M[None, :], tile, chunk0, q0, threshold, True, M, N)
+        used_NM, ds_NM = _gradient(x_NM, dp_NM, lse_1M, delta_1M, kept, c, keep_scale, NATURAL, DROPOUT)
+        dv = tl.dot(operand(used_NM, DTYPE), g_MD, dv, input_precision="ieee")
+        if SUMS:
+            db += tl.sum(ds_NM, 1)
+        if SOFTCAP:
+            ds_NM = ds_NM * (1.0 - t_NM * t_NM)
+        dk = tl.dot(operand(ds_NM, DTYPE), q_MD, dk, input_precision="ieee")
+    return dk, dv, db
+
+
+@triton.jit(do_not_specialize=_INTS.split())
+def _keys_kernel(
+    q, k, v, g, lse, delta, dk, dv, sums, bias, slopes, seed, batch_ids, cu_q, cu_k, seqlens,
+    heads, group, rows, keys, longest_q, longest_k, size, blocks, bias_b, bias_h, bias_q, bias_k, slope_b,
+    base, left, right, head0, q0, chunk0, lead, threshold, scale, unit, cap_scale, softcap, keep_scale,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, g_b, g_h, g_l, g_d, l_b, l_h,
+    x_b, x_h, x_l, x_d, y_b, y_h, y_l, y_d,
+    SHIFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys; ``sums`` [B, heads, keys]: of ds over the queries, or None."""
+    pid = tl.program_id(0)
+    tile = pid % blocks
+    kv_heads = heads // group
+    kv = pid // blocks % kv_heads
+    b = pid // blocks // kv_heads
+    start_q, len_q, start_k, len_k = lengths(cu_q, cu_k, seqlens, b, rows, keys, longest_q, longest_k)
+    n0 = tile * N - lead
+    j_N = n0 + tl.arange(0, N)
+    ok_N = (j_N >= 0) & (j_N < len_k)
+    stored_N = ok_N
+    if cu_q is None:
+        stored_N = (j_N >= 0) & (j_N < keys)
+    elif n0 >= len_k:
+        return
+    if SHIFT:
+        base += len_k - len_q
+    b64 = b.to(tl.int64)
+    kv64 = kv.to(tl.int64)
+    k += (b64 * k_b + kv64 * k_h + start_k.to(tl.int64) * k_l) * VEC
+    v += (b64 * v_b + kv64 * v_h + start_k.to(tl.int64) * v_l) * VEC
+    k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+    v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+    batch = batch_word(batch_ids, b)
+    c = unit * LOG2E
+    last_j = tl.minimum(n0 + N, len_k) - 1
+    edge = (n0 < 0) | (n0 + N > len_k)
+    first, count, whole0, whole = tiles(
+        tl.maximum(n0, 0), last_j, -base, right, left, len_q, 0, edge, RIGHT, LEFT, M
+    )
+    if n0 >= len_k:
+        count = 0
+        whole = 0
+    dk_ND = tl.zeros([N, DIM], tl.float32)
+    dv_ND = tl.zeros([N, DIM], tl.float32)
+    for number in range(0, group):
+        head = kv * group + number
+        head64 = head.to(tl.int64)
+        qh = q + (b64 * q_b + head64 * q_h + start_q.to(tl.int64) * q_l) * VEC
+        gh = g + (b64 * g_b + head64 * g_h + start_q.to(tl.int64) * g_l) * VEC
+        row = b64 * l_b + head64 * l_h + start_q
+        biash = bias
+        if BIAS >= 0:
+            biash = bias + (b64 * bias_b + head64 * bias_h)
+        slope = None
+        if slopes is not None:
+            slope = tl.load(slopes + b64 * slope_b + head)
+        head_word = (head0 + head).to(tl.uint32)
+        db_N = tl.zeros([N], tl.float32)
+        dk_ND, dv_ND, db_N = _keys_tiles(
+            dk_ND, dv_ND, db_N, k_ND, v_ND, qh, gh, lse + row, delta + row, whole0, whole, whole, 0, tile, j_N,
+            head_word, batch, biash, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0, threshold,
+            q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
+            False, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+        )  # fmt: skip
+        dk_ND, dv_ND, db_N = _keys_tiles(
+            dk_ND, dv_ND, db_N, k_ND, v_ND, qh, gh, lse + row, delta + row, first, count - whole, whole0 - first, whole,
+            tile, j_N, head_word, batch, biash, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0,
+            threshold, q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
+            True, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+        )  # fmt: skip
+        if sums is not None:
+            tl.store(sums + (b64 * heads + head) * keys + j_N, tl.where(ok_N, db_N, 0.0), stored_N)
+    d_1D = tl.arange(0, DIM)[None, :]
+    ok_ND = stored_N[:, None] & (d_1D < size * VEC)
+    start64 = start_k.to(tl.int64)
+    x_ND = (b64 * x_b + kv64 * x_h + (start64 + j_N)[:, None] * x_l) * VEC + (d_1D if UNIT else d_1D.to(tl.int64) * x_d)
+    y_ND = (b64 * y_b + kv64 * y_h + (start64 + j_N)[:, None] * y_l) * VEC + (d_1D if UNIT else d_1D.to(tl.int64) * y_d)
+    dk_ND = tl.where(ok_N[:, None], dk_ND * scale, 0.0)
+    dv_ND = tl.where(ok_N[:, None], dv_ND * keep_scale, 0.0)
+    tl.store(dk + x_ND, to_dtype(dk_ND, dk.dtype.element_ty), ok_ND)
+    tl.store(dv + y_ND, to_dtype(dv_ND, dv.dtype.element_ty), ok_ND)
+
+
+@triton.jit
+def _queries_tiles(
+    dq, db, q_MD, g_MD, lse_M, delta_M, k, v, first, count, skip_at, skip, i_M, ok_M, head_word, batch, whole_bias, s_q, s_k,
+    bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold,
+    k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
+    MASKED: tl.constexpr, SUMS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Adds ``count`` tiles of keys to dq and the sums of ds over the keys, and writes ds where the bias needs no sum."""
+    for t in range(0, count):
+        tile = first + tl.where(t < skip_at, t, t + skip)
+        j_N = tile * N - lead + tl.arange(0, N)
+        ok_N = (j_N >= 0) & (j_N < len_k)
+        k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        x_MN, t_MN = score(
+            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias, bias_q, bias_k, slope, base, len_k, left, right,
+            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+        )  # fmt: skip
+        dp_MN = tl.dot(g_MD, tl.trans(v_ND), input_precision="ieee")
+        kept = 0
+        if DROPOUT:
+            kept = kept_tile(seed, batch, head_word, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
+        _, ds_MN = _gradient(x_MN, dp_MN, lse_M[:, None], delta_M[:, None], kept, c, keep_scale, NATURAL, DROPOUT)
+        if SUMS:
+            db += tl.sum(ds_MN, 1)
+        if whole_bias is not None:
+            place = whole_bias + i_M.to(tl.int64)[:, None] * s_q + j_N.to(tl.int64)[None, :] * s_k
+            tl.store(place, to_dtype(ds_MN, whole_bias.dtype.element_ty), ok_M[:, None] & ok_N[None, :])
+        if SOFTCAP:
+            ds_MN = ds_MN * (1.0 - t_MN * t_MN)
+        dq = tl.dot(operand(ds_MN, DTYPE), k_ND, dq, input_precision="ieee")
+    return dq, db
+
+
+@triton.jit(do_not_specialize=_INTS.split())
+def _queries_kernel(
+    q, k, v, g, lse, delta, dq, sums, whole_bias, bias, slopes, seed, batch_ids, cu_q, cu_k, seqlens,
+    heads, group, rows, keys, longest_q, longest_k, size, blocks, bias_b, bias_h, bias_q, bias_k, slope_b,
+    base, left, right, head0, q0, chunk0, lead, threshold, scale, unit, cap_scale, softcap, keep_scale,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, g_b, g_h, g_l, g_d, l_b, l_h,
+    x_b, x_h, x_l, x_d, s_b, s_h, s_q, s_k,
+    SHIFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries; ``sums`` [B, heads, queries]: of ds over the keys; ``whole_bias``: ds itself; or None."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    if RIGHT:
+        block = blocks - 1 - block
+    head = pid // blocks % heads
+    b = pid // blocks // heads
+    kv = head // group
+    start_q, len_q, start_k, len_k = lengths(cu_q, cu_k, seqlens, b, rows, keys, longest_q, longest_k)
+    first_i = block * M
+    if first_i >= len_q:
+        return
+    if SHIFT:
+        base += len_k - len_q
+    i_M = first_i + tl.arange(0, M)
+    ok_M = i_M < len_q
+    b64 = b.to(tl.int64)
+    head64 = head.to(tl.int64)
+    start64 = start_q.to(tl.int64)
+    q += (b64 * q_b + head64 * q_h + start64 * q_l) * VEC
+    g += (b64 * g_b + head64 * g_h + start64 * g_l) * VEC
+    k += (b64 * k_b + kv.to(tl.int64) * k_h + start_k.to(tl.int64) * k_l) * VEC
+    v += (b64 * v_b + kv.to(tl.int64) * v_h + start_k.to(tl.int64) * v_l) * VEC
+    row_M = b64 * l_b + head64 * l_h + start_q + i_M
+    q_MD = load_tile(q, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+    g_MD = load_tile(g, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+    lse_M = tl.load(lse + row_M, ok_M, other=float("-inf"))
+    delta_M = tl.load(delta + row_M, ok_M, other=0.0)
+    if BIAS >= 0:
+        bias += b64 * bias_b + head64 * bias_h
+    if whole_bias is not None:
+        whole_bias += b64 * s_b + head64 * s_h
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + b64 * slope_b + head)
+    batch = batch_word(batch_ids, b)
+    head_word = (head0 + head).to(tl.uint32)
+    c = unit * LOG2E
+    last_i = tl.minimum(first_i + M, len_q) - 1
+    first, count, whole0, whole = tiles(
+        first_i, last_i, base, left, right, len_k, lead, first_i + M > len_q, LEFT, RIGHT, N
+    )
+    dq_MD = tl.zeros([M, DIM], tl.float32)
+    db_M = tl.zeros([M], tl.float32)
+    dq_MD, db_M = _queries_tiles(
+        dq_MD, db_M, q_MD, g_MD, lse_M, delta_M, k, v, whole0, whole, whole, 0, i_M, ok_M, head_word, batch,
+        whole_bias, s_q, s_k, bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold,
+        k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
+        False, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+    )  # fmt: skip
+    dq_MD, db_M = _queries_tiles(
+        dq_MD, db_M, q_MD, g_MD, lse_M, delta_M, k, v, first, count - whole, whole0 - first, whole, i_M, ok_M, head_word,
+        batch, whole_bias, s_q, s_k, bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead,
+        threshold, k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
+        True, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+    )  # fmt: skip
+    if sums is not None:
+        tl.store(sums + (b64 * heads + head) * rows + i_M, db_M, ok_M)
+    d_1D = tl.arange(0, DIM)[None, :]
+    x_MD = (b64 * x_b + head64 * x_h + (start64 + i_M)[:, None] * x_l) * VEC + (d_1D if UNIT else d_1D.to(tl.int64) * x_d)
+    tl.store(dq + x_MD, to_dtype(dq_MD * scale, dq.dtype.element_ty), ok_M[:, None] & (d_1D < size * VEC))
+
+
+@triton.jit(do_not_specialize=_INTS.split())
+def _bias_kernel(
+    q, k, v, g, lse, delta, dbias, bias, slopes, seed, batch_ids, cu_q, cu_k, seqlens,
+    heads, group, rows, keys, longest_q, longest_k, size, blocks, bias_b, bias_h, bias_q, bias_k, slope_b,
+    base, left, right, head0, q0, chunk0, lead, threshold, scale, unit, cap_scale, softcap, keep_scale,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, g_b, g_h, g_l, g_d, l_b, l_h,
+    s_b, s_h, s_q, s_k, n_h, reduce, reduce_h,
+    SHIFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of a bias that batch or heads share: ds of each, added in order.
+
+    ``n_h`` heads of dbias; ``reduce`` pairs of batch and head are added, ``reduce_h`` heads of each batch.
+    """
+    pid = tl.program_id(0)
+    row_blocks = (rows + M - 1) // M
+    i_M = pid % row_blocks * M + tl.arange(0, M)
+    tile = pid // row_blocks % blocks
+    to_h = pid // row_blocks // blocks % n_h
+    to_b = pid // row_blocks // blocks // n_h
+    ok_M = i_M < rows
+    j_N = tile * N - lead + tl.arange(0, N)
+    c = unit * LOG2E
+    sum_MN = tl.zeros([M, N], tl.float32)
+    for r in range(0, reduce):
+        b = to_b + r // reduce_h
+        head = to_h + r % reduce_h
+        b64 = b.to(tl.int64)
+        head64 = head.to(tl.int64)
+        kv64 = (head // group).to(tl.int64)
+        _, len_q, _, len_k = lengths(cu_q, cu_k, seqlens, b, rows, keys, longest_q, longest_k)
+        here = base
+        if SHIFT:
+            here = base + len_k - len_q
+        ok_N = (j_N >= 0) & (j_N < len_k)
+        qh = q + (b64 * q_b + head64 * q_h) * VEC
+        gh = g + (b64 * g_b + head64 * g_h) * VEC
+        kh = k + (b64 * k_b + kv64 * k_h) * VEC
+        vh = v + (b64 * v_b + kv64 * v_h) * VEC
+        row_M = b64 * l_b + head64 * l_h + i_M
+        lse_M = tl.load(lse + row_M, ok_M, other=float("-inf"))
+        delta_M = tl.load(delta + row_M, ok_M, other=0.0)
+        slope = None
+        if slopes is not None:
+            slope = tl.load(slopes + b64 * slope_b + head)
+        q_MD = load_tile(qh, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        k_ND = load_tile(kh, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        x_MN, _ = score(
+            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias + (b64 * bias_b + head64 * bias_h), bias_q, bias_k,
+            slope, here, len_k, left, right, scale, cap_scale, softcap, True, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+        )  # fmt: skip
+        g_MD = load_tile(gh, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        v_ND = load_tile(vh, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        dp_MN = tl.dot(g_MD, tl.trans(v_ND), input_precision="ieee")
+        kept = 0
+        if DROPOUT:
+            batch = batch_word(batch_ids, b)
+            head_word = (head0 + head).to(tl.uint32)
+            kept = kept_tile(seed, batch, head_word, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
+        _, ds_MN = _gradient(x_MN, dp_MN, lse_M[:, None], delta_M[:, None], kept, c, keep_scale, NATURAL, DROPOUT)
+        sum_MN += ds_MN
+    place = dbias + to_b.to(tl.int64) * s_b + to_h.to(tl.int64) * s_h
+    place = place + i_M.to(tl.int64)[:, None] * s_q + j_N.to(tl.int64)[None, :] * s_k
+    ok_MN = ok_M[:, None] & ((j_N >= 0) & (j_N < keys))[None, :]
+    tl.store(place, to_dtype(sum_MN, dbias.dtype.element_ty), ok_MN)
+
+
+@triton.jit(do_not_specialize="rows inner columns outer1 x_0 x_1 r_0 r_1".split())
+def _sum_kernel(x, out, rows, inner, columns, outer1, x_0, x_1, r_0, r_1, x_c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [outer, outer1, columns]: sums over ``rows``, where row r lies at r // inner * r_0 + r % inner * r_1; in order."""
+    c_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    outer = tl.program_id(1)
+    x += (outer // outer1).to(tl.int64) * x_0 + (outer % outer1).to(tl.int64) * x_1
+    sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        r_R1 = first + tl.arange(0, ROWS)[:, None]
+        place = (r_R1 // inner).to(tl.int64) * r_0 + (r_R1 % inner).to(tl.int64) * r_1 + c_1C * x_c
+        sum_RC += tl.load(x + place, (r_R1 < rows) & (c_1C < columns), other=0.0)
+    value = to_dtype(tl.sum(sum_RC, 0), out.dtype.element_ty)[None, :]
+    tl.store(out + outer.to(tl.int64) * columns + c_1C, value, c_1C < columns)
+
+
+def _sum(x: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """float32 [B, H, L] summed to ``shape``, each axis whole or 1: first over L, then over batch and heads."""
+    batch, heads, length = x.shape
+    wide = x.device.type == "cpu"
+    if shape[2] != length:
+        out = torch.empty(batch, heads, 1, dtype=torch.float32, device=x.device)
+        launch(
+            _sum_kernel, (1, batch * heads), x, out, length, 1, 1, heads, heads * length, length, 1, 0, 1,
+            ROWS=1024, COLUMNS=1, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return _sum(out, shape, dtype)
+    over_b, over_h = shape[0] != batch, shape[1] != heads
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    rows, inner = (batch if over_b else 1) * (heads if over_h else 1), heads if over_h else 1
+    columns = 1024 if wide else 64
+    launch(
+        _sum_kernel, (triton.cdiv(length, columns), shape[0] * shape[1]),
+        x, out, rows, inner, length, shape[1], heads * length, length, heads * length, length, 1,
+        ROWS=16, COLUMNS=columns, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``fastlm.kernels.attention.backward``."""
+    *options_, need_dbias, dbias_shape = options
+    bias: Tensor | None = options_[0]
+    packed = options_[4] is not None
+    make = torch.zeros_like if packed else torch.empty_like
+    dq, dk, dv = make(q), make(k), make(v)
+    if q.numel() == 0 or k.numel() == 0:
+        dbias = torch.zeros(dbias_shape, dtype=bias.dtype, device=q.device) if need_dbias and bias is not None else None
+        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0) if dbias is None else dbias
+    call = Call(q, k, [q, k, v, dout, out, dq, dk, dv], q.dtype == torch.float32, *options_)
+    if call.longest_q == 0 or call.longest_k == 0:
+        return dq, dk, dv, q.new_empty(0)
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    delta = torch.empty_like(lse)
+    rows = (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
+    size = q.shape[-1] // call.vec
+    # How the gradient of the bias is found.
+    dbias, sums_q, sums_k, whole, shared = q.new_empty(0), None, None, None, False
+    if need_dbias:
+        assert bias is not None
+        full = list(bias.shape)
+        summed = [a != b for a, b in zip(dbias_shape, full, strict=True)]
+        if summed[3]:
+            sums_q = torch.empty(*full[:3], dtype=torch.float32, device=q.device)
+        elif summed[2]:
+            sums_k = torch.empty(full[0], full[1], full[3], dtype=torch.float32, device=q.device)
+        elif summed[0] or summed[1]:
+            shared = True
+            dbias = torch.empty(dbias_shape, dtype=bias.dtype, device=q.device)
+        else:
+            whole = dbias = torch.zeros(dbias_shape, dtype=bias.dtype, device=q.device)
+    inputs = (q, k, v, dout, lse, delta)
+    strides = (*(s for t in (q, k, v, dout) for s in call.strides(t)), *rows)
+    constants = {**call.constants, "DTYPE": TL_DTYPE[q.dtype]}
+
+    def options_of(kernel: str) -> tuple[int, int, dict[str, Any]]:
+        config = call.config(kernel)
+        tile = {"M": config["m"], "N": config["n"], "num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+        return config["m"], config["n"], constants | tile
+
+    with torch.cuda.device_of(q):
+        tile = 64 if q.device.type != "cpu" else 256
+        blocks = triton.cdiv(call.rows, tile)
+        launch(
+            _delta_kernel, (blocks * call.heads * (1 if packed else call.batch),),
+            dout, out, dlse, delta, call.heads, call.rows, size, blocks, *call.strides(dout), *call.strides(out), *rows,
+            VEC=call.vec, UNIT=call.unit, EVEN=call.constants["EVEN"], DIM=call.dim, M=tile, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        _, n, chosen = options_of("attention_backward_kv")
+        blocks = triton.cdiv(call.longest_k + call.lead, n)
+        launch(
+            _keys_kernel, (blocks * call.kv_heads * call.batch,),
+            *inputs, dk, dv, sums_k, *call.pointers, *call.scalars(blocks), *strides, *call.strides(dk), *call.strides(dv),
+            **chosen,
+        )  # fmt: skip
+        m, n, chosen = options_of("attention_backward_q")
+        blocks = triton.cdiv(call.longest_q, m)
+        launch(
+            _queries_kernel, (blocks * call.heads * call.batch,),
+            *inputs, dq, sums_q, whole, *call.pointers, *call.scalars(blocks), *strides, *call.strides(dq),
+            *((0, 0, 0, 0) if whole is None else whole.stride()),
+            **chosen,
+        )  # fmt: skip
+        if shared:
+            blocks = triton.cdiv(call.keys + call.lead, n)
+            reduce_h = call.heads if summed[1] else 1
+            launch(
+                _bias_kernel, (triton.cdiv(call.rows, m) * blocks * dbias_shape[0] * dbias_shape[1],),
+                *inputs, dbias, *call.pointers, *call.scalars(blocks), *strides, *dbias.stride(), dbias_shape[1],
+                (call.batch if summed[0] else 1) * reduce_h, reduce_h,
+                **chosen,
+            )  # fmt: skip
+        for sums, kept in ((sums_q, dbias_shape[2:3]), (sums_k, dbias_shape[3:])):
+            if sums is not None:
+                assert bias is not None
+                dbias = _sum(sums, (dbias_shape[0], dbias_shape[1], kept[0]), bias.dtype).view(dbias_shape)
+    return dq, dk, dv, dbias

@@ -1,0 +1,347 @@
+"""Attention in Triton: online softmax forward, split over the keys for decoding; the backward is _attention_backward.py.
+
+    s = scale * q k^T;  softcap > 0: s = softcap * tanh(s / softcap);  s += bias - slope * |distance|;  hidden: -inf
+    lse = log(sum(exp(s)));  out = (exp(s - lse) * keep * keep_scale) v
+
+Bytes, at e an element: forward reads q, k, v and writes out, e * (2 Lq Hq + 2 Lk Hkv) * D * B, and lse; each block of
+queries reads the keys again, mostly from L2. Flops 4 B Hq Lq Lk D forward, halved when causal; a backward in two kernels
+does seven products where the convention counts five. Per score: two or three additions, one exp2, and 9/8 of a Philox
+round's multiplication pair with dropout. float32 inputs use IEEE products (no TF32), which run on the plain float32 units,
+at a tenth of the tensor cores' rate or less: that is the price of float32's exactness.
+
+A program owns M queries of one head and walks over tiles of N keys, those hidden by causality, window or lengths left out;
+tiles wholly visible skip the mask. Where Lq is small (decoding) the queries of all heads of a group make one tile, and the
+keys are cut into pieces whose size follows from the shape alone; ``_combine_kernel`` merges the pieces in order. Lengths
+are read on the device, so that one CUDA graph decodes many tokens. Where k0 is no multiple of eight the tiles of keys are
+moved so that they start where a random number does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastlm.backend import YES, Support
+from fastlm.kernels import _attention_backward, table
+from fastlm.kernels._attention_tiles import (
+    CALL_INTS,
+    LIMIT,
+    LN2,
+    LOG2E,
+    Call,
+    batch_word,
+    kept_tile,
+    lengths,
+    load_tile,
+    operand,
+    score,
+    tiles,
+    vectors,
+)
+from fastlm.kernels._common import TL_DTYPE, OfflineCase, launch, recording, to_dtype
+from torch import Tensor
+
+_FORWARD_INTS = f"{CALL_INTS} q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d o_b o_h o_l o_d l_b l_h pieces piece"
+
+
+@triton.jit
+def _forward_tiles(
+    acc, m, l, q_MD, k, v, first, count, skip_at, skip, i_M, head_M, batch, ok_M,
+    bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d, size,
+    scale, c, cap_scale, softcap,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Takes ``count`` tiles into the running sums; after ``skip_at`` of them, ``skip`` are left out."""
+    for t in range(0, count):
+        tile = first + tl.where(t < skip_at, t, t + skip)
+        j_N = tile * N - lead + tl.arange(0, N)
+        ok_N = (j_N >= 0) & (j_N < len_k)
+        k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        x_MN, _ = score(
+            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias, bias_q, bias_k, slope, base, len_k, left, right,
+            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+        )  # fmt: skip
+        new = tl.maximum(m, tl.max(x_MN, 1))
+        if NATURAL:  # differences first: scores may be huge
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            p_MN = tl.exp2((x_MN - safe[:, None]) * LOG2E)
+            alpha = tl.exp2((m - safe) * LOG2E)
+        else:  # one multiply-add a score
+            safe = tl.where(new == float("-inf"), 0.0, new * c)
+            p_MN = tl.exp2(x_MN * c - safe[:, None])
+            alpha = tl.exp2(tl.where(m == float("-inf"), m, m * c) - safe)
+        l = l * alpha + tl.sum(p_MN, 1)
+        m = new
+        if DROPOUT:
+            kept = kept_tile(seed, batch, head_M, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
+            p_MN = tl.where(kept, p_MN, 0.0)
+        v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+        acc = tl.dot(operand(p_MN, DTYPE), v_ND, acc * alpha[:, None], input_precision="ieee")
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=_FORWARD_INTS.split())
+def _forward_kernel(
+    q, k, v, out, lse, part, ends, bias, slopes, seed, batch_ids, cu_q, cu_k, seqlens,
+    heads, group, rows, keys, longest_q, longest_k, size, blocks, bias_b, bias_h, bias_q, bias_k, slope_b,
+    base, left, right, head0, q0, chunk0, lead, threshold, scale, unit, cap_scale, softcap, keep_scale,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, o_b, o_h, o_l, o_d, l_b, l_h, pieces, piece,
+    SHIFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A tile of out and lse. PACK: rows are (head of the group, query). ``part``: the sums of one piece of the keys, unscaled."""
+    pid = tl.program_id(0)
+    part_number = pid % pieces
+    rest = pid // pieces
+    block = rest % blocks
+    if RIGHT:  # the longest first
+        block = blocks - 1 - block
+    rest = rest // blocks
+    r_M = block * M + tl.arange(0, M)
+    if PACK:
+        kv_heads = heads // group
+        kv = rest % kv_heads
+        b = rest // kv_heads
+        head = kv * group
+        within_M = r_M // rows
+        i_M = r_M % rows
+        first_i = block * 0
+        last_i = first_i + rows - 1
+    else:
+        head = rest % heads
+        b = rest // heads
+        kv = head // group
+        within_M = r_M * 0
+        i_M = r_M
+        first_i = block * M
+        last_i = first_i + M - 1
+    start_q, len_q, start_k, len_k = lengths(cu_q, cu_k, seqlens, b, rows, keys, longest_q, longest_k)
+    if PACK:
+        ok_M = within_M < group
+        edge = (block + 1) * M > group * rows
+    else:
+        if first_i >= len_q:
+            return
+        ok_M = i_M < len_q
+        edge = first_i + M > len_q
+        last_i = tl.minimum(last_i, len_q - 1)
+    if SHIFT:
+        base += len_k - len_q
+    b64 = b.to(tl.int64)
+    q += (b64 * q_b + head.to(tl.int64) * q_h + start_q.to(tl.int64) * q_l) * VEC
+    k += (b64 * k_b + kv.to(tl.int64) * k_h + start_k.to(tl.int64) * k_l) * VEC
+    v += (b64 * v_b + kv.to(tl.int64) * v_h + start_k.to(tl.int64) * v_l) * VEC
+    ok_MD = ok_M[:, None]
+    d_1D = tl.arange(0, DIM)[None, :]
+    if not EVEN:
+        ok_MD = ok_MD & (d_1D < size * VEC)
+    along_1D = d_1D if UNIT else d_1D.to(tl.int64) * q_d
+    q_MD = tl.load(
+        q + (within_M.to(tl.int64) * q_h + i_M.to(tl.int64) * q_l)[:, None] * VEC + along_1D, ok_MD, other=0.0
+    )
+    q_MD = operand(q_MD.to(tl.float32), DTYPE)
+    if BIAS >= 0:
+        bias += b64 * bias_b + head.to(tl.int64) * bias_h
+        if PACK:
+            bias = bias + (within_M.to(tl.int64) * bias_h)[:, None]
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + b64 * slope_b + head + within_M, ok_M, other=0.0)[:, None]
+    batch = batch_word(batch_ids, b)
+    head_M = (head0 + head + within_M).to(tl.uint32)[:, None]
+    t0, count, whole0, whole = tiles(first_i, last_i, base, left, right, len_k, lead, edge, LEFT, RIGHT, N)
+    if part is not None:
+        per = piece // N
+        low = tl.maximum(t0, part_number * per)
+        high = tl.minimum(t0 + count, part_number * per + per)
+        count = tl.maximum(high - low, 0)
+        whole_low = tl.minimum(tl.maximum(whole0, low), low + count)
+        whole = tl.maximum(tl.minimum(whole0 + whole, low + count) - whole_low, 0)
+        t0 = low
+        whole0 = whole_low
+    acc = tl.zeros([M, DIM], tl.float32)
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    c = unit * LOG2E
+    acc, m, l = _forward_tiles(
+        acc, m, l, q_MD, k, v, whole0, whole, whole, 0, i_M, head_M, batch, ok_M,
+        bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d,
+        size, scale, c, cap_scale, softcap,
+        False, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+    )  # fmt: skip
+    acc, m, l = _forward_tiles(
+        acc, m, l, q_MD, k, v, t0, count - whole, whole0 - t0, whole, i_M, head_M, batch, ok_M,
+        bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d,
+        size, scale, c, cap_scale, softcap,
+        True, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
+    )  # fmt: skip
+    # The logarithm of the sum in natural units, with what rounding m * c took from every exponent given back.
+    safe_l = tl.where(m == float("-inf"), 1.0, l)
+    lse_M = m * unit + tl.log(safe_l)
+    if not NATURAL:
+        lse_M = tl.where(m == float("-inf"), m, lse_M - tl.fma(m, c, -(m * c)) * LN2)
+    head64_M = (head + within_M).to(tl.int64)
+    row_M = b64 * l_b + head64_M * l_h + start_q + i_M
+    if part is not None:
+        row_M = row_M * pieces + part_number
+        tl.store(ends + row_M, lse_M, ok_M)
+        place = part + row_M[:, None] * (size * VEC) + d_1D
+        tl.store(place, tl.div_rn(acc, safe_l[:, None]), ok_MD)
+    else:
+        tl.store(lse + row_M, lse_M, ok_M)
+        place = out + (b64 * o_b + start_q.to(tl.int64) * o_l) * VEC
+        place = place + (head64_M * o_h + i_M.to(tl.int64) * o_l)[:, None] * VEC
+        place = place + (d_1D if UNIT else d_1D.to(tl.int64) * o_d)
+        value = tl.div_rn(acc, safe_l[:, None]) * keep_scale
+        tl.store(place, to_dtype(value, out.dtype.element_ty), ok_MD)
+
+
+@triton.jit(do_not_specialize="total heads rows size pieces o_b o_h o_l o_d".split())
+def _combine_kernel(
+    part, ends, out, lse, total, heads, rows, size, pieces, o_b, o_h, o_l, o_d, keep_scale,
+    VEC: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """out and lse of ROWS rows, flat over [batch, head, query], from their pieces: PIECES at a time, in order."""
+    r_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ok_R = r_R < total
+    d_D = tl.arange(0, DIM)
+    top_R = tl.full([ROWS], float("-inf"), tl.float32)
+    for first in range(0, pieces, PIECES):
+        at_P = first + tl.arange(0, PIECES)
+        ok_RP = ok_R[:, None] & (at_P < pieces)[None, :]
+        place = r_R.to(tl.int64)[:, None] * pieces + at_P[None, :]
+        top_R = tl.maximum(top_R, tl.max(tl.load(ends + place, ok_RP, other=float("-inf")), 1))
+    none_R = top_R == float("-inf")
+    safe_R = tl.where(none_R, 0.0, top_R)
+    sum_R = tl.zeros([ROWS], tl.float32)
+    acc_RD = tl.zeros([ROWS, DIM], tl.float32)
+    for first in range(0, pieces, PIECES):
+        at_P = first + tl.arange(0, PIECES)
+        ok_RP = ok_R[:, None] & (at_P < pieces)[None, :]
+        place = r_R.to(tl.int64)[:, None] * pieces + at_P[None, :]
+        weight_RP = tl.exp2((tl.load(ends + place, ok_RP, other=float("-inf")) - safe_R[:, None]) * LOG2E)
+        sum_R += tl.sum(weight_RP, 1)
+        ok_RPD = ok_RP[:, :, None] & (d_D < size * VEC)[None, None, :]
+        value = tl.load(part + place[:, :, None] * (size * VEC) + d_D[None, None, :], ok_RPD, other=0.0)
+        acc_RD += tl.sum(value * weight_RP[:, :, None], 1)
+    sum_R = tl.where(none_R, 1.0, sum_R)
+    tl.store(lse + r_R, tl.where(none_R, top_R, top_R + tl.log(sum_R)), ok_R)
+    i_R = r_R % rows
+    head_R = r_R // rows % heads
+    b_R = r_R // rows // heads
+    place_R = (b_R.to(tl.int64) * o_b + head_R.to(tl.int64) * o_h + i_R.to(tl.int64) * o_l) * VEC
+    along_1D = d_D[None, :] if UNIT else d_D[None, :].to(tl.int64) * o_d
+    value = tl.div_rn(acc_RD, sum_R[:, None]) * keep_scale
+    ok_RD = ok_R[:, None] & (d_D < size * VEC)[None, :]
+    tl.store(out + place_R[:, None] + along_1D, to_dtype(value, out.dtype.element_ty), ok_RD)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def piece_size(programs: int, keys: int) -> int:
+    """Keys in one piece of a split: a function of the shape alone. 256, doubled while there are more than 1,024 pieces."""
+    size = 256
+    while size < keys and programs * triton.cdiv(keys, size) > 1024:
+        size *= 2
+    return size
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the schema; ``options`` are those of ``fastlm.reference.attention.forward``."""
+    out_dtype = options[-1]
+    packed = options[4] is not None
+    out = torch.zeros_like(q, dtype=out_dtype) if packed else torch.empty_like(q, dtype=out_dtype)
+    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    make = dict(dtype=torch.float32, device=q.device)
+    lse = torch.full(shape, -torch.inf, **make) if packed else torch.empty(shape, **make)
+    if q.numel() == 0:
+        return out, lse
+    if k.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    call = Call(q, k, [q, k, v, out], False, *options[:-1])
+    if call.longest_q == 0:
+        return out, lse
+    pack = not packed and call.rows <= 16
+    config = call.config("attention_decode" if pack else "attention_forward")
+    m, n = config["m"], config["n"]
+    length, heads = call.longest_q, call.heads
+    if pack:
+        length, heads = call.rows * call.group, call.kv_heads
+        m = max(16, min(m, triton.next_power_of_2(length)))
+    blocks = triton.cdiv(length, m)
+    piece, pieces = 0, 1
+    if pack:
+        piece = max(n, piece_size(call.batch * heads * blocks, call.keys))
+        pieces = triton.cdiv(call.keys + call.lead, piece)
+    part = ends = None
+    if pieces > 1:
+        part = torch.empty(*shape, pieces, q.shape[-1], **make)
+        ends = torch.empty(*shape, pieces, **make)
+    with torch.cuda.device_of(q):
+        launch(
+            _forward_kernel, (pieces * blocks * heads * call.batch,),
+            q, k, v, out, lse, part, ends, *call.pointers, *call.scalars(blocks),
+            *(s for t in (q, k, v, out) for s in call.strides(t)),
+            *((0 if packed else lse.stride(0)), lse.stride(0 if packed else 1), pieces, piece),
+            DTYPE=TL_DTYPE[q.dtype], PACK=pack, M=m, N=n, num_warps=config["num_warps"],
+            num_stages=config["num_stages"], **call.constants,
+        )  # fmt: skip
+        if part is not None:
+            rows = 1 if q.device.type != "cpu" else 16
+            launch(
+                _combine_kernel, (triton.cdiv(lse.numel(), rows),),
+                part, ends, out, lse, lse.numel(), call.heads, call.rows, q.shape[-1] // call.vec, pieces,
+                *call.strides(out), call.keep_scale,
+                VEC=call.vec, UNIT=call.unit, DIM=call.dim, ROWS=rows, PIECES=32, num_warps=4, num_stages=1,
+            )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias) of the schema; ``options`` are those of ``fastlm.reference.attention.backward``."""
+    return _attention_backward.backward(dout, dlse, q, k, v, out, lse, *options)
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor], options: tuple[Any, ...]) -> Support:
+    bias, q0, k0 = options[0], options[16], options[17]
+    for name, t in ({"q": q, "k": k, "v": v} | given).items():
+        if t.dtype not in TL_DTYPE:
+            return Support(False, f"the triton kernel takes float32, bfloat16 and float16; {name} is {t.dtype}")
+        if t.dtype != q.dtype:
+            return Support(False, f"the triton kernel takes tensors of one dtype; q is {q.dtype}, {name} {t.dtype}")
+    if q.shape[-1] > 256:
+        return Support(False, f"the triton kernel takes head sizes up to 256, not {q.shape[-1]}")
+    if bias is not None and bias.dtype not in (*TL_DTYPE, torch.bool):
+        return Support(False, f"the triton kernel takes a bias of bool, float32, bfloat16 or float16, not {bias.dtype}")
+    longest = max(q.shape[-2] if q.dim() == 4 else q.shape[0], k.shape[-2] if q.dim() == 4 else k.shape[0])
+    if longest >= LIMIT or abs(q0 - k0) >= LIMIT:
+        return Support(False, f"the triton kernel takes lengths and distances below 2**29, not {max(longest, abs(q0 - k0))}")
+    unit, vec = vectors([q, k, v, *given.values()])
+    if not unit:
+        return Support(True, "element by element: a last stride is not 1")
+    return YES if vec > 1 else Support(True, "element by element: rows are not multiples of 8 elements")
+
+
+def serves_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Support:
+    """Whether the kernel takes these dtypes, head size and positions."""
+    if options[-1] not in TL_DTYPE:
+        return Support(False, f"the triton kernel writes float32, bfloat16 and float16, not {options[-1]}")
+    return _serves(q, k, v, {}, options)
+
+
+def serves_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> Support:
+    """Whether the kernel takes these dtypes, head size and positions."""
+    return _serves(q, k, v, {"dout": dout, "out": out}, options)
