@@ -165,9 +165,11 @@ def kept_tile(seed, batch, head, query, tile, chunk0, q0, threshold, DOWN: tl.co
     c1 = tl.add(query.to(tl.uint32), (query * 0 + q0).to(tl.uint32), sanitize_overflow=False)
     if DOWN:
         c0 = tl.add(tl.arange(0, N // 8)[:, None], first, sanitize_overflow=False).to(tl.uint32)
-        return keep_down(c0, c1, head, batch, k0, k1, threshold, N, M)
-    c0 = tl.add(tl.arange(0, N // 8)[None, :], first, sanitize_overflow=False).to(tl.uint32)
-    return keep(c0, c1, head, batch, k0, k1, threshold, M, N)
+        kept = keep_down(c0, c1, head, batch, k0, k1, threshold, N, M)
+    else:
+        c0 = tl.add(tl.arange(0, N // 8)[None, :], first, sanitize_overflow=False).to(tl.uint32)
+        kept = keep(c0, c1, head, batch, k0, k1, threshold, M, N)
+    return kept
 
 
 @triton.jit
