@@ -348,6 +348,8 @@ def serves_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> Support:
     """Whether the kernel takes these dtypes, head size and positions."""
+    if q.dtype == torch.float32 and q.shape[-1] > 128:  # no tile of it compiles without spills
+        return Support(False, f"the triton kernel's backward takes float32 head sizes up to 128, not {q.shape[-1]}")
     return _serves(q, k, v, {"dout": dout, "out": out}, options)
 
 
@@ -395,7 +397,7 @@ def _recorded(
     ) as recorded:
         forward(q, k, v, *options, dtype)
     cases = list(recorded)
-    if rows > 16:
+    if rows > 16 and (dtype != torch.float32 or size <= 128):
         with recording(
             arch, f"{direction} {name} backward", bytes_moved=2 * moved + q.numel() * q.element_size(),
             flops=flops * 5 // 2, tensor_cores=cores, thorough=thorough,
@@ -414,5 +416,6 @@ def offline_cases() -> list[OfflineCase]:
             for size in (64, 128, 256):
                 cases += _recorded(arch, dtype, size, causal=True, p=0.1, thorough=brief or size != 128)
                 cases += _recorded(arch, dtype, size, bias="hqk", thorough=True)
-                cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief or size != 128)
+                if size == 128:
+                    cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
     return cases
