@@ -39,7 +39,7 @@ _STRIDES = "q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d g_b g_h g_l g_d l_b 
 _INTS = f"{CALL_INTS} {_STRIDES} x_b x_h x_l x_d y_b y_h y_l y_d s_b s_h s_q s_k n_h reduce reduce_h"
 
 
-@triton.jit(do_not_specialize="rows size g_b g_h g_l g_d o_b o_h o_l o_d l_b l_h heads blocks".split())
+@triton.jit(do_not_specialize=["rows", "size", "g_b", "g_h", "g_l", "g_d", "o_b", "o_h", "o_l", "o_d", "l_b", "l_h", "heads", "blocks"])
 def _delta_kernel(
     dout, out, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
     VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,
@@ -150,9 +150,7 @@ def _keys_kernel(
     c = unit * LOG2E
     last_j = tl.minimum(n0 + N, len_k) - 1
     edge = (n0 < 0) | (n0 + N > len_k)
-    first, count, whole0, whole = tiles(
-        tl.maximum(n0, 0), last_j, -base, right, left, len_q, 0, edge, RIGHT, LEFT, M
-    )
+    first, count, whole0, whole = tiles(tl.maximum(n0, 0), last_j, -base, right, left, len_q, 0, edge, RIGHT, LEFT, M)
     if n0 >= len_k:
         count = 0
         whole = 0
@@ -304,7 +302,9 @@ def _queries_kernel(
     if sums is not None:
         tl.store(sums + (b64 * heads + head) * rows + i_M, db_M, ok_M)
     d_1D = tl.arange(0, DIM)[None, :]
-    x_MD = (b64 * x_b + head64 * x_h + (start64 + i_M)[:, None] * x_l) * VEC + (d_1D if UNIT else d_1D.to(tl.int64) * x_d)
+    x_MD = (b64 * x_b + head64 * x_h + (start64 + i_M)[:, None] * x_l) * VEC + (
+        d_1D if UNIT else d_1D.to(tl.int64) * x_d
+    )
     tl.store(dq + x_MD, to_dtype(dq_MD * scale, dq.dtype.element_ty), ok_M[:, None] & (d_1D < size * VEC))
 
 
@@ -377,8 +377,10 @@ def _bias_kernel(
     tl.store(place, to_dtype(sum_MN, dbias.dtype.element_ty), ok_MN)
 
 
-@triton.jit(do_not_specialize="rows inner columns outer1 x_0 x_1 r_0 r_1".split())
-def _sum_kernel(x, out, rows, inner, columns, outer1, x_0, x_1, r_0, r_1, x_c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "inner", "columns", "outer1", "x_0", "x_1", "r_0", "r_1"])
+def _sum_kernel(
+    x, out, rows, inner, columns, outer1, x_0, x_1, r_0, r_1, x_c, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """out [outer, outer1, columns]: sums over ``rows``, where row r lies at r // inner * r_0 + r % inner * r_1; in order."""
     c_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     outer = tl.program_id(1)
@@ -456,7 +458,12 @@ def backward(
 
     def options_of(kernel: str) -> tuple[int, int, dict[str, Any]]:
         config = call.config(kernel)
-        tile = {"M": config["m"], "N": config["n"], "num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+        tile = {
+            "M": config["m"],
+            "N": config["n"],
+            "num_warps": config["num_warps"],
+            "num_stages": config["num_stages"],
+        }
         return config["m"], config["n"], constants | tile
 
     with torch.cuda.device_of(q):

@@ -233,7 +233,13 @@ class Call:
             *(bias_strides, slope_stride, q0 - k0, min(window_left, LIMIT * 2 - 1), min(right, LIMIT * 2 - 1)),
             *(head0, q0, k0 // 8, self.lead, threshold_of(p)),
         )
-        self._floats = (scale, 1.0 if natural else scale, scale / softcap if softcap > 0 else 0.0, softcap, keep_scale(p))
+        self._floats = (
+            scale,
+            1.0 if natural else scale,
+            scale / softcap if softcap > 0 else 0.0,
+            softcap,
+            keep_scale(p),
+        )
         self.keep_scale = keep_scale(p)
         kind = -1
         if bias is not None:
@@ -256,9 +262,7 @@ class Call:
     def config(self, kernel: str) -> dict[str, Any]:
         """The table's choice."""
         dtype = table.DTYPE_NAME[self.q.dtype]
-        return table.config(
-            kernel, arch=arch_of(self.q.device), dtype=dtype, size=self.dim, features=self.features
-        )
+        return table.config(kernel, arch=arch_of(self.q.device), dtype=dtype, size=self.dim, features=self.features)
 
     def strides(self, t: Tensor) -> tuple[int, int, int, int]:
         """Batch, head, row (in units of VEC) and column stride; of packed [T, H, D] the batch stride is 0."""

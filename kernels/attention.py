@@ -202,7 +202,7 @@ def _forward_kernel(
         tl.store(place, to_dtype(value, out.dtype.element_ty), ok_MD)
 
 
-@triton.jit(do_not_specialize="total heads rows size pieces o_b o_h o_l o_d".split())
+@triton.jit(do_not_specialize=["total", "heads", "rows", "size", "pieces", "o_b", "o_h", "o_l", "o_d"])
 def _combine_kernel(
     part, ends, out, lse, total, heads, rows, size, pieces, o_b, o_h, o_l, o_d, keep_scale,
     VEC: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
@@ -253,9 +253,7 @@ def piece_size(programs: int, keys: int) -> int:
     return size
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of the schema; ``options`` are those of ``fastlm.reference.attention.forward``."""
     out_dtype = options[-1]
     packed = options[4] is not None
@@ -330,7 +328,9 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor], options: 
         return Support(False, f"the triton kernel takes a bias of bool, float32, bfloat16 or float16, not {bias.dtype}")
     longest = max(q.shape[-2] if q.dim() == 4 else q.shape[0], k.shape[-2] if q.dim() == 4 else k.shape[0])
     if longest >= LIMIT or abs(q0 - k0) >= LIMIT:
-        return Support(False, f"the triton kernel takes lengths and distances below 2**29, not {max(longest, abs(q0 - k0))}")
+        return Support(
+            False, f"the triton kernel takes lengths and distances below 2**29, not {max(longest, abs(q0 - k0))}"
+        )
     unit, vec = vectors([q, k, v, *given.values()])
     if not unit:
         return Support(True, "element by element: a last stride is not 1")
