@@ -102,6 +102,7 @@ def test_decoding_in_pieces_equals_the_reference():
     torch.testing.assert_close(lse, expected_lse)
 
 
+@pytest.mark.slow
 def test_decoding_in_pieces_in_bfloat16_obeys_the_rule():
     case = Case(heads=32, kv_heads=16, queries=1, keys=1100, head_size=64, dtype=BF16, causal=True, valid=(1100, 530))
     broken = _broken(case)
