@@ -39,7 +39,24 @@ _STRIDES = "q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d g_b g_h g_l g_d l_b 
 _INTS = f"{CALL_INTS} {_STRIDES} x_b x_h x_l x_d y_b y_h y_l y_d s_b s_h s_q s_k n_h reduce reduce_h"
 
 
-@triton.jit(do_not_specialize=["rows", "size", "g_b", "g_h", "g_l", "g_d", "o_b", "o_h", "o_l", "o_d", "l_b", "l_h", "heads", "blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "size",
+        "g_b",
+        "g_h",
+        "g_l",
+        "g_d",
+        "o_b",
+        "o_h",
+        "o_l",
+        "o_d",
+        "l_b",
+        "l_h",
+        "heads",
+        "blocks",
+    ]
+)
 def _delta_kernel(
     dout, out, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
     VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,

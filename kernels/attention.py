@@ -259,7 +259,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     packed = options[4] is not None
     out = torch.zeros_like(q, dtype=out_dtype) if packed else torch.empty_like(q, dtype=out_dtype)
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    make = dict(dtype=torch.float32, device=q.device)
+    make: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     lse = torch.full(shape, -torch.inf, **make) if packed else torch.empty(shape, **make)
     if q.numel() == 0:
         return out, lse
