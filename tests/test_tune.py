@@ -109,16 +109,17 @@ def test_a_gain_within_the_noise_keeps_the_standing_configuration_and_time_is_li
 
 def test_measured_rules_are_compiled_offline_and_ordered_narrow_first(path):
     rules = json.loads(path.read_text())
+    own = [name for name in rules if name.startswith("dropout_add_norm")]
     base = {"arch": 90, "dtype": ["bf16"], "features": ["dropout", "layer"], "exact": True, "measured": ON}
     for size in (2048, 768, 4096):
         config = {"elements": 4096, "num_warps": 8, "num_stages": 1}
-        for name in rules:
+        for name in own:
             rules[name] = tune.with_rule(rules[name], base | {"size": size, "config": config})
     path.write_text(tune.text_of(rules))
     table.forget()
     assert [r["size"] for r in table.rules("dropout_add_norm_forward")[:3]] == [768, 2048, 4096]
     names = [case.name for case in kernel.offline_cases()]
-    assert table.unreached() == []
+    assert [rule for rule in table.unreached() if rule.startswith("dropout_add_norm")] == []
     assert any("x768 bf16 measured p=0.1" in name for name in names)
 
 
