@@ -9,7 +9,6 @@ special rules stand above general ones and the last one fits everything. A rule 
     features  list of names that the call must have, as the op's launcher gives them ("dropout", "bias", ...); absent: any
     exact     true: the call must have no other features, as in every measured rule, which knows of no other call
     config    what the launcher reads, with ``num_warps`` and ``num_stages`` beside the kernel's own entries
-    candidates  further configurations that a tuning run compares with ``config``, compiled offline too; may be absent
     measured  null as long as the choice is planned from the static model only; else what it was measured on
 
 ``config("attention_forward", arch=90, dtype="bf16", size=128, features=frozenset({"causal"}))`` returns the dictionary

@@ -8,6 +8,7 @@ import sys
 
 import fastlm
 import pytest
+import torch
 from fastlm import _native, backend
 from fastlm.bench.sources import checkout
 from fastlm.cli import doctor
@@ -55,3 +56,15 @@ def test_check_machine_gives_the_remedy(tmp_path):
     assert done.returncode == 1
     assert "apt-get install g++" in done.stderr
     assert _check(clean | {"FASTLM_NATIVE": "OFF", "PATH": str(tmp_path)}, str(tmp_path / ".venv")).stderr == ""
+
+
+def test_an_unfinished_backend_runs_only_where_it_is_forced(monkeypatch):
+    x = torch.randn(1, 1, 4, 16)
+    choice = backend.which("attention", x, x, x)
+    monkeypatch.setattr(backend.module("attention", choice.backend)[0], "UNFINISHED", "not done", raising=False)
+    other = backend.which("attention", x, x, x)
+    if choice.backend != "reference":
+        assert other.backend == "reference"
+        assert (choice.backend, "not done") in other.rejected
+    with backend.use(choice.backend):
+        assert backend.which("attention", x, x, x).backend == choice.backend
