@@ -1,7 +1,5 @@
 """`python -m fastlm`: the same command line as `fastlm`."""
 
-import sys
+from fastlm.cli.main import run
 
-from fastlm.cli.main import main
-
-sys.exit(main())
+run()

@@ -318,6 +318,9 @@ class Group(Ranks):
         dist.destroy_process_group()
 
 
+had_peers = False  # whether this process has been one of several: `cli.main.run` ends it accordingly
+
+
 def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
     """The ranks that this process belongs to; meets the others if there are any."""
     place, sizes = find(env), parse(mesh)
@@ -325,4 +328,6 @@ def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
         if math.prod(sizes.values()) > 1:
             raise InputError(f"--mesh {mesh} needs {math.prod(sizes.values())} processes, and this is one alone")
         return Ranks()
+    global had_peers
+    had_peers = True
     return Group(sizes, place, env, device)
