@@ -6,6 +6,8 @@ of resident memory, runs the contender once, and prints by how many bytes the ma
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import subprocess
 import sys
 from collections.abc import Collection
@@ -31,6 +33,7 @@ def wanted(case: Case) -> bool:
 def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[str, int | str]:
     """Bytes by name of those contenders that ``ran``, or why there is no number; fastlm's variants and ceilings apart."""
     out: dict[str, int | str] = {}
+    children = {}  # side by side: memory, not time, is measured
     for contender in case.contenders:
         if contender.kind in ("ceiling", "self") or contender.name not in ran:
             continue
@@ -49,9 +52,11 @@ def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[
             out[contender.name] = torch.cuda.max_memory_allocated() - before
             continue
         command = [sys.executable, "-m", "fastlm.bench.memory", str(suite), case.name, contender.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip().splitlines()[-1] if done.stderr else "?"]
-        out[contender.name] = int(last[0]) if last[0].isdigit() else last[0][:120]
+        children[contender.name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for name, child in children.items():
+        printed, said = (text.strip().splitlines() for text in child.communicate())
+        last = (printed or said or [f"the child process ended with status {child.returncode}"])[-1]
+        out[name] = int(last) if last.isdigit() and not child.returncode else last[:120]
     return out
 
 
@@ -68,6 +73,8 @@ def _child(suite: str, case_name: str, contender_name: str) -> int:
                 parameter.grad = None
         warm = torch.randn(64, 64) @ torch.randn(64, 64)  # thread pools and libraries, not the contender's memory
         del warm
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # what making the inputs left free would else be taken again, unseen
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         result = function()
