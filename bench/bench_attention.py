@@ -330,4 +330,20 @@ def cases(device: str) -> Iterator[Case]:
     yield _case(shape, "bfloat16", Call(causal=True), BOTH, device, {}, then="matmul")
 
 
+# By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
+SHORT = {"odd": [(2, 4, 129, 64), (2, 4, 65, 128)], "profile": [(4, 16, 4096, 128)],
+         "interpreted odd": [(1, 2, 65, 64)], "interpreted profile": [(1, 1, 128, 128)]}  # fmt: skip
+
+
+def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], Tensor]]:
+    """Calls, each returning a loss, for the sanitizer and the profiler (fastlm.bench.short)."""
+    for shape in SHORT[kind]:
+        leaves = [torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+
+        def call(leaves: list[Tensor] = leaves) -> Tensor:
+            return fastlm.ops.attention(*leaves, causal=True, dropout_p=0.1, seed=1).float().square().sum()
+
+        yield call
+
+
 test_bench = pytest_cases(cases)

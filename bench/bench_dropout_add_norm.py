@@ -180,4 +180,23 @@ def cases(device: str) -> Iterator[Case]:
     yield _case(16384, 4096, "bfloat16", 0.1, BOTH, device, {}, "matmul")
 
 
+# By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
+SHORT = {"odd": [(37, 96), (16, 1000), (5, 4096)], "profile": [(16384, 4096)],
+         "interpreted odd": [(37, 96), (5, 1000)], "interpreted profile": [(16, 4096)]}  # fmt: skip
+
+
+def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], Tensor]]:
+    """Calls, each returning a loss, for the sanitizer and the profiler (fastlm.bench.short)."""
+    for shape in SHORT[kind]:
+        leaves = [
+            torch.randn(*s, device=device).to(dtype).requires_grad_() for s in (shape, shape, shape[1:], shape[1:])
+        ]
+
+        def call(leaves: list[Tensor] = leaves) -> Tensor:
+            y, z = fastlm.ops.dropout_add_norm(*leaves, p=0.1, seed=1)
+            return y.float().square().sum() + z.float().sum()
+
+        yield call
+
+
 test_bench = pytest_cases(cases)

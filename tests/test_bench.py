@@ -408,3 +408,13 @@ def test_saves_and_time_to_quality_of_a_tiny_model(tmp_path, monkeypatch):
     assert len(again) == 5
     assert train.long(path, -1.0) == again
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in rows if r["loop"] == "fastlm")
+
+
+def test_every_op_has_short_calls_for_the_sanitizer_and_the_profiler():
+    for op in backend.ops():
+        module = load_suite(suites(ROOT)[op])
+        assert set(module.SHORT) == {f"{i}{k}" for i in ("", "interpreted ") for k in ("odd", "profile")}
+        for call in module.short("cpu", torch.float32, "interpreted odd"):
+            loss = call()
+            loss.backward()
+            assert loss.isfinite(), op
