@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -73,7 +74,8 @@ def run(
     kind = "cpu" if torch.device(device).type == "cpu" else "gpu"
     for name in names:
         module = load_suite(known[name])
-        made = {"date": data["date"], "command": "fastlm bench " + " ".join(sys.argv[1:])}
+        cap = f"FASTLM_CPU_ISA={os.environ['FASTLM_CPU_ISA']} " if os.environ.get("FASTLM_CPU_ISA") else ""
+        made = {"date": data["date"], "command": f"{cap}fastlm bench " + " ".join(sys.argv[1:])}
         made["sources"] = results.hashes(name, kind, root)
         for case in module.cases(device):
             if match not in case.name or (not seconds and not case.smoke):
