@@ -98,12 +98,16 @@ def _contender(name: str, function: Any, p: float, part: str, kind: str) -> Cont
 
     def without_dropout(i: Inputs) -> float:
         """PyTorch draws a mask of its own: the same function, uncompiled, is right without one."""
-        return _error(0.0, part)(_calls(function, i, 0.0, part)(), i)
+        # PyTorch sums the gradients of weight and bias in bfloat16: 7 to 14% off where ours are half a percent off.
+        slack = 10.0 if i.x.dtype == torch.bfloat16 else 1.0
+        return _error(0.0, part, slack)(_calls(function, i, 0.0, part)(), i)
 
-    return Contender(name, prepare, kind, check=without_dropout if kind != "ours" and p > 0 else None)
+    return Contender(name, prepare, kind, check=without_dropout if kind != "ours" else None)
 
 
-def _error(p: float, part: str) -> Callable[[Any, Inputs], float]:
+def _error(p: float, part: str, slack: float = 1.0) -> Callable[[Any, Inputs], float]:
+    """Largest error of all results; of the gradients of weight and bias, divided by ``slack``."""
+
     def error(result: Any, i: Inputs) -> float:
         wide = Inputs(*(t.detach().double() if t is not None and t.is_floating_point() else t for t in i))
         scale = 1.0
@@ -112,7 +116,8 @@ def _error(p: float, part: str) -> Callable[[Any, Inputs], float]:
         for leaf in wide[:4]:
             leaf.requires_grad_()
         expected = _calls(lambda w, _: _composed(w, w.x * scale), wide, p, part)()
-        return ratio_error(result, [e.detach() for e in expected])
+        errors = [ratio_error(got, want.detach()) for got, want in zip(result, expected, strict=True)]
+        return max(e / slack if at >= len(errors) - 2 and part == BOTH else e for at, e in enumerate(errors))
 
     return error
 
