@@ -282,6 +282,8 @@ def published(tmp_path):
             "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
                                  "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
     data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
+    data["cases"][0]["goals"] = [{"versus": "eager", "ratio": 3.0, "reached": 2.0}]
+    data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
     return data
 
 
@@ -309,7 +311,8 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
     for piece in (
         "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
         "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
-        "| dropout_add_norm 8 rows | fastlm 3 MiB |",
+        "| dropout_add_norm 8 rows | fastlm 3 MiB |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
+        f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
         "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu/{OP}-size.png)",
     ):  # fmt: skip
         assert piece in text, piece

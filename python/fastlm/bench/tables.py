@@ -66,6 +66,35 @@ def case_table(data: dict[str, Any], op: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def losses_table(data: dict[str, Any]) -> str:
+    """Markdown: each goal that is missed, and each case where a baseline or a peer is faster by more than 5%.
+
+    Beside what was reached stands what the machine allows at most: the baseline's time over the floor (bytes over copy
+    bandwidth or flops over matmul rate), where there is one.
+    """
+    lines = [
+        "| case | beside | goal | reached | of ceiling | at the floor |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for case in data["cases"]:
+        ours = results.ours_of(case)
+        if ours is None:
+            continue
+        goals = {g["versus"]: g["ratio"] for g in case["goals"]}
+        fraction = f"{case['floor_s'] / ours['median_s']:.2f}" if case["floor_s"] else ""
+        for other in case["contenders"]:
+            if other["status"] != "ok" or other is ours:
+                continue
+            reached, goal = other["median_s"] / ours["median_s"], goals.get(other["name"])
+            slower = other["kind"] in ("baseline", "peer") and reached < 0.95
+            if slower or (goal is not None and reached < goal):
+                most = f"{other['median_s'] / case['floor_s']:.2f}×" if case["floor_s"] else ""
+                wanted = "" if goal is None else f"{goal:.3g}×"
+                name = f"{case['op']} {case['name']}"
+                lines.append(f"| {name} | {other['name']} | {wanted} | {reached:.2f}× | {fraction} | {most} |")
+    return "\n".join(lines) if len(lines) > 2 else "None in this run."
+
+
 def missing_peers(data: dict[str, Any]) -> str:
     """One line for each contender that did not run, with its reason, for each peer, and for cases that time ran out on."""
     reasons: dict[str, str] = {name: text for name, text in data.get("peers", {}).items() if "beside nothing" in text}
@@ -152,6 +181,7 @@ def sections(root: Path) -> dict[str, str]:
             f"{_machine(d, [op], root)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])
         ]
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
+    text["cpu-losses"] = "\n\n".join(f"{_machine(d, [], root)}\n\n{losses_table(d)}" for d in cpu) or "Not measured."
     text["cpu-memory"] = "\n\n".join(memory_table(d) for d in cpu) or "Not measured."
     text["cpu-profile"] = "\n\n".join(profile_table(d) for d in cpu) or "Not measured."
     text["cpu-within-step"] = "\n\n".join(within_step_table(d) for d in cpu) or "Not measured."
