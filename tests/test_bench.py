@@ -117,7 +117,14 @@ OP = "dropout_add_norm"
     ("cuda", f"csrc/cuda/{OP}.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
     ("cuda", "csrc/common/philox.h", "\n// a comment\n", "\nint x;\n"),
     ("cuda", f"python/fastlm/cuda/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cuda", "csrc/cuda/launch.cuh", "\n// a comment\n", "\nint x;\n"),
     ("cuda", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("cpu", "csrc/cpu/simd.h", "\n/* a comment */\n", "\nint x;\n"),
+    ("cpu", f"csrc/cpu/entry_{OP}.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", "csrc/cpu/dispatch.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", f"python/fastlm/ops/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cpu", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("triton", "kernels/table.json", "", "\n"),
 ])  # fmt: skip
 def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file, comment, change):
     before = sources.source_hash(OP, name, copy_of_checkout)
@@ -127,6 +134,30 @@ def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file,
     assert sources.source_hash(OP, name, copy_of_checkout) == before
     path.write_text(text + change)
     assert sources.source_hash(OP, name, copy_of_checkout) != before
+
+
+def test_the_hash_of_one_op_does_not_follow_another_and_that_of_the_step_follows_all(copy_of_checkout):
+    hashes = lambda: {s: results.hashes(s, "cpu", copy_of_checkout) for s in (OP, "step", "loading")}
+    before = hashes()
+    path = copy_of_checkout / "csrc/cpu/attention_forward.cpp"
+    path.write_text(path.read_text() + "\nint x;\n")
+    after = hashes()
+    assert after[OP] == before[OP]
+    assert after["step"] != before["step"]
+    path = next(p for p in (copy_of_checkout / "python/fastlm/data").glob("*.py") if p.name != "__init__.py")
+    path.write_text(path.read_text() + "\nX = 1\n")
+    assert hashes()["loading"] != after["loading"]
+
+
+def test_the_hash_does_not_depend_on_the_version_of_python(monkeypatch):
+    """Each version adds fields to nodes of the syntax tree (3.12: type_params), which old code leaves empty."""
+    text = "def f(a, *, b=None):\n    'doc'\n    return f'{a!r:>{b}}' or None\n"
+    before = sources.stripped_python(text)
+    monkeypatch.setattr(sources.ast.FunctionDef, "_fields", (*sources.ast.FunctionDef._fields, "novelty"))
+    monkeypatch.setattr(sources.ast.FunctionDef, "novelty", [], raising=False)
+    assert sources.stripped_python(text) == before
+    assert sources.stripped_python(text.replace("b=None", "b=0")) != before
+    assert sources.stripped_python(text.replace("or None", "")) != before
 
 
 def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy_of_checkout):
