@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/attention.h"
 #include "cpu/attention_gemm.h"
+#include "cpu/keep.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
