@@ -114,7 +114,7 @@ OP = "dropout_add_norm"
 @pytest.mark.parametrize("name,file,comment,change", [
     ("triton", f"kernels/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
     ("triton", "kernels/philox.py", "\n# a comment\n", "\nX = 1\n"),
-    ("cuda", f"csrc/cuda/{OP}.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
+    ("cuda", f"csrc/cuda/{OP}_forward.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
     ("cuda", "csrc/common/philox.h", "\n// a comment\n", "\nint x;\n"),
     ("cuda", f"python/fastlm/cuda/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
     ("cuda", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
