@@ -326,7 +326,7 @@ def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
     published["sources"] = results.hashes(root, "cpu")
     results.save(root / "bench/results/cpu-x.json", published)
     assert dict(results.cpu_status(root))[OP].startswith("measured on a processor, 2026-01-02")
-    path = root / f"csrc/cpu/{OP}.cpp"
+    path = root / f"csrc/cpu/{OP}_forward.cpp"
     path.write_text(path.read_text() + "\nint x;\n")
     assert dict(results.cpu_status(root))[OP].startswith("stale: the sources are ")
     assert dict(results.cpu_status(root))["attention"] == "no committed figures"
