@@ -175,6 +175,7 @@ def bench_part(suite: str) -> Callable[[Run, float], None]:
         finally:
             found = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
             run.data["cases"] += found.get("cases", [])
+            run.data.setdefault("runs", {}).update(found.get("runs", {}))
             run.data.setdefault("profiles", {}).update(found.get("profiles", {}))
             run.data.setdefault("not_run", []).extend(found.get("not_run", []))
             if status:
@@ -340,7 +341,7 @@ def main() -> int:
         if (args.skip_tests or args.only) and run.path.exists():
             earlier = results.load(run.path)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run.data = {"schema": SCHEMA, "date": now, "machine": machine, "peers": peers.table(), "cases": [],
+    run.data = {"schema": SCHEMA, "date": now, "machine": machine, "peers": peers.table(), "runs": {}, "cases": [],
                 "gpu_tests": earlier.get("gpu_tests", {})}  # fmt: skip
     chosen = [p for p in parts(ROOT / "bench") if args.only in p.name and not (args.skip_tests and p.do is test_part)]
     try:

@@ -253,6 +253,7 @@ def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
     (["--seconds", "0"], "--seconds must be greater than 0; it is 0"),
     (["--budget", "-1"], "--budget must be greater than 0; it is -1"),
     (["--threads", "-2"], "--threads must be at least 0 (0: torch's own number); it is -2"),
+    (["--publish", "x", "--case", "float32"], "--publish takes whole suites; --case 'float32' leaves some"),
     (["--publish", "A B"], "--publish names a file: small letters, digits and '-'; it is 'A B'"),
 ])  # fmt: skip
 def test_a_bad_value_is_named(words, message, capsys):
@@ -270,9 +271,10 @@ def _case_row(rows, seconds, flops=0, **parameters):
 
 @pytest.fixture
 def published(tmp_path):
-    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x", "peers": {},
+    run = {"date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x"}
+    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "peers": {},
             "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2", "versions": {}},
-            "sources": results.hashes(ROOT, "cpu"), "not_run": ["attention z"],
+            "runs": {OP: run | {"sources": results.hashes(OP, "cpu", ROOT)}}, "not_run": ["attention z"],
             "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
             "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
                                             "ops": {"attention_forward": {"calls": 6, "seconds": 0.06}}}},
@@ -280,6 +282,8 @@ def published(tmp_path):
             "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
                                  "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
     data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
+    data["cases"][0]["goals"] = [{"versus": "eager", "ratio": 3.0, "reached": 2.0}]
+    data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
     return data
 
 
@@ -307,7 +311,8 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
     for piece in (
         "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
         "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
-        "| dropout_add_norm 8 rows | fastlm 3 MiB |",
+        "| dropout_add_norm 8 rows | fastlm 3 MiB |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
+        f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
         "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu/{OP}-size.png)",
     ):  # fmt: skip
         assert piece in text, piece
@@ -323,13 +328,38 @@ def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
     for path in (root / "bench/results").glob("cpu-*.json"):
         path.unlink()
     assert dict(results.cpu_status(root))[OP] == "no committed figures"
-    published["sources"] = results.hashes(root, "cpu")
+    published["runs"][OP]["sources"] = results.hashes(OP, "cpu", root)
     results.save(root / "bench/results/cpu-x.json", published)
     assert dict(results.cpu_status(root))[OP].startswith("measured on a processor, 2026-01-02")
     path = root / f"csrc/cpu/{OP}_forward.cpp"
     path.write_text(path.read_text() + "\nint x;\n")
-    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources are ")
+    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources have changed since; measured on ")
     assert dict(results.cpu_status(root))["attention"] == "no committed figures"
+    text = tables.sections(root)[f"cpu-{OP}"]
+    assert f"**Stale: the sources of {OP} have changed since.**" in text  # and on the page
+
+
+def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
+    other = _case_row(16, 1.0) | {"op": "attention", "name": "of old"}
+    earlier = published | {"cases": [*published["cases"], other], "not_run": ["attention z", "step x", "train y"],
+                           "profiles": {"step": {"a": 1}}}  # fmt: skip
+    run = {"date": "2026-03-01T00:00:00+00:00", "command": "fastlm bench attention", "sources": {"cpu": "0"}}
+    new = published | {"runs": {"attention": run}, "cases": [other | {"name": "new"}], "not_run": [f"{OP} q", "train y"],
+                       "profiles": {"train": {"b": 2}}}  # fmt: skip
+    both = results.merged(earlier, new)
+    assert [(c["op"], c["name"]) for c in both["cases"]] == [("attention", "new"), (OP, "8 rows"), (OP, "64 rows")]
+    assert both["runs"] == {OP: published["runs"][OP], "attention": run}
+    assert both["not_run"] == ["step x", "train y"]  # of dropout_add_norm the earlier figures stand
+    assert both["profiles"] == {"step": {"a": 1}, "train": {"b": 2}}
+    for key, value in (
+        ("device", "another"),
+        ("threads", 1),
+        ("instruction_set", "avx512"),
+        ("versions", {"torch": "1"}),
+    ):
+        moved = new | {"machine": new["machine"] | {key: value}}
+        with pytest.raises(ValueError, match=rf"^--publish: that file is of {key} .*; give another name$"):
+            results.merged(earlier, moved)
 
 
 def test_peak_memory_is_that_of_a_child_and_grows_with_what_is_held():
@@ -381,3 +411,13 @@ def test_saves_and_time_to_quality_of_a_tiny_model(tmp_path, monkeypatch):
     assert len(again) == 5
     assert train.long(path, -1.0) == again
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in rows if r["loop"] == "fastlm")
+
+
+def test_every_op_has_short_calls_for_the_sanitizer_and_the_profiler():
+    for op in backend.ops():
+        module = load_suite(suites(ROOT)[op])
+        assert set(module.SHORT) == {f"{i}{k}" for i in ("", "interpreted ") for k in ("odd", "profile")}
+        for call in module.short("cpu", torch.float32, "interpreted odd"):
+            loss = call()
+            loss.backward()
+            assert loss.isfinite(), op
