@@ -273,7 +273,7 @@ class Job:
             say(f"stopped {why}; the best weights, of step {step}, are restored")
             found = {}
         if not why.startswith("signal") and not found.get("whole"):
-            found = trainer.measure(whole=True)
+            found = {"step": trainer.step, "whole": True, **trainer.measure(whole=True)}
         counted: dict[str, float] = {}
         if not why.startswith("signal"):
             corpus = self.data[0]
