@@ -292,9 +292,7 @@ def rows(module: nn.Module, place: int, x: Tensor) -> tuple[Tensor | None, Tenso
         shape = x.shape[:-1]
         if shape not in frozen.rows:
             with torch.inference_mode(False):
-                frozen.rows[shape] = _row_numbers(
-                    frozen.ids, x, state.batch_dim, type(module).__name__, state.part
-                )
+                frozen.rows[shape] = _row_numbers(frozen.ids, x, state.batch_dim, type(module).__name__, state.part)
         offset = frozen.rows[shape]
     return _onto(seed, x.device), _onto(offset, x.device)
 

@@ -30,6 +30,10 @@ from fastlm.models.loss import IGNORE, chunk_rows
 
 __all__ = ["Cut", "Tensors", "cut"]
 
+# torch 2.13's names, and the earlier ones
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -71,7 +75,7 @@ class Cut:
 def _gather(x: Tensor, group: Any, ranks: int) -> Tensor:
     """[B, l, ...] of each rank as [B, l * ranks, ...]."""
     out = x.new_empty(ranks, *x.shape)
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    all_gather(out.flatten(0, 1), x.contiguous(), group=group)
     return out.movedim(0, 1).flatten(1, 2)
 
 
@@ -79,7 +83,7 @@ def _scatter(x: Tensor, group: Any, ranks: int) -> Tensor:
     """The ranks' sum of [B, L, ...], of which each keeps its [B, L / ranks, ...]."""
     parts = x.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts, group=group)
+    reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out
 
 
@@ -207,7 +211,7 @@ class Tensors:
         padded = part.new_zeros(max(sizes))
         padded[: part.numel()] = part.reshape(-1)
         parts = part.new_empty(self.ranks, max(sizes))
-        dist.all_gather_into_tensor(parts, padded, group=self.group)
+        all_gather(parts.view(-1), padded, group=self.group)
         out = part.new_empty(cut.shape)
         for rank, (shape, size) in enumerate(zip(shapes, sizes)):
             cut.put(out, parts[rank, :size].view(shape), rank)
@@ -258,12 +262,14 @@ class _Head(nn.Linear):
 
 
 class _Model(GPT):
+    tensors: Tensors
+
     def loss(self, x: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
-        t, device = self.head.tensors, x.device.type
+        t, device = self.tensors, x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # before it travels
         with torch.autocast(device, enabled=False):
-            x = t.gather(x)  # type: ignore[operator]
+            x = t.gather(x)
             loss: Tensor = _Loss.apply(
                 x.flatten(0, 1), self.head.weight, targets.reshape(-1), t, float(smoothing), float(z_loss)
             )
@@ -328,7 +334,7 @@ def cut(model: nn.Module, group: Any) -> Tensors:
     become(model.head, nn.Linear, _Head)
     if model.place is not None:
         become(model.place, nn.Embedding, _Places)
-    model.__class__ = type(type(model).__name__, (_Model, type(model)), {})
+    model.__class__, model.tensors = type(type(model).__name__, (_Model, type(model)), {}), tensors  # type: ignore[assignment]
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs["tokens"]
