@@ -19,11 +19,11 @@ WORKER = Path(__file__).parent / "parallel_worker.py"
 UNTIED = {"tied": False, "heads": 4, "kv_heads": 2, "width": 40, "vocab": 65}
 CASES: dict[str, dict[str, Any]] = {
     "fused with dropout": {"dropout": 0.2, "kernels": "fused", "ema": 0.9},
-    "torch": {"kernels": "torch", "smoothing": 0.1, "z_loss": 1e-3, "shape": {"vocab": 67}},
+    "torch": {"kernels": "torch"},
     "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama", "shape": UNTIED},
     "bfloat16": {"dropout": 0.2, "kernels": "fused", "dtype": "bfloat16"},
     "muon": {"dropout": 0.2, "kernels": "fused", "optimizer": "muon", "style": "llama"},
-    "recompute": {"dropout": 0.2, "kernels": "fused", "recompute": "full"},
+    "recompute": {"dropout": 0.2, "recompute": "full", "smoothing": 0.1, "z_loss": 1e-3, "shape": {"vocab": 67}},
 }
 MESHES = ["dp=2", "fsdp=2", "tp=2"]
 
