@@ -222,6 +222,8 @@ def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Lay
     for name in ("fsdp", "tp"):
         if sizes[name] > 1 and config.run.compile:
             raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if sizes["tp"] > 1 and config.model.lora_rank:
+        raise InputError("--lora-rank with --mesh tp=... is not built; leave one of them out, or use dp=...")
     if sizes["fsdp"] > 1 or sizes["tp"] > 1:
         with torch.no_grad():
             for t in [*model.parameters(), *model.buffers()]:  # one process's values, whatever each drew

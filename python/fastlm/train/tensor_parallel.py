@@ -28,7 +28,7 @@ from fastlm.data.errors import InputError
 from fastlm.models.gpt import GPT, MLP, Attention
 from fastlm.models.loss import IGNORE, chunk_rows
 
-__all__ = ["Cut", "Tensors", "cut"]
+__all__ = ["Cut", "Tensors", "cut", "cuts"]
 
 # torch 2.13's names, and the earlier ones
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -189,10 +189,9 @@ class _Loss(torch.autograd.Function):
 class Tensors:
     """What the modules of a cut model share: the group, how each parameter was cut, and how positions stand just now."""
 
-    def __init__(self, group: Any, vocab: int) -> None:
+    def __init__(self, group: Any, vocab: int, cuts: dict[str, Cut]) -> None:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.vocab = vocab
-        self.cuts: dict[str, Cut] = {}  # of the parameters that are cut
+        self.vocab, self.cuts = vocab, cuts
         self.split = True  # whether activations between the matrices hold a part of the positions
 
     def gather(self, x: Tensor) -> Tensor:
@@ -276,73 +275,79 @@ class _Model(GPT):
         return loss
 
 
-def check(heads: int, kv_heads: int, hidden: int, context: int, vocab: int, ranks: int) -> None:
-    """InputError where a model of these sizes cannot be cut over `ranks`."""
-    for flag, size in (("heads", heads), ("kv-heads", kv_heads), ("hidden", hidden), ("context", context)):
-        if size % ranks:
-            raise InputError(f"--mesh tp={ranks} must divide --{flag}, which is {size}")
-    if -(-vocab // ranks) * (ranks - 1) >= vocab:
-        raise InputError(f"--mesh tp={ranks} leaves a rank without a row of the {vocab} of the embedding (--rows)")
-
-
-def cut(model: nn.Module, group: Any) -> Tensors:
-    """Leave this rank of the group its part of `model`, the same on every rank before.
+def cuts(model: nn.Module, ranks: int) -> dict[str, Cut]:
+    """How each parameter of `model` that is cut is shared out; the others stay whole. Reads shapes alone.
 
     Raises InputError for a model that is not fastlm's GPT, one with LoRA, or one that cannot be cut evenly.
     """
     if not isinstance(model, GPT):
-        raise InputError(f"--mesh tp=... cuts fastlm's GPT and not a {type(model).__name__}; use dp or fsdp")
+        raise InputError(f"--mesh tp={ranks} cuts fastlm's GPT and not a {type(model).__name__}; use dp or fsdp")
     c = model.config
-    tensors = Tensors(group, c.vocab)
-    check(c.heads, c.kv_heads or c.heads, c.mlp_width, c.context, c.vocab, tensors.ranks)
+    sizes = {"heads": c.heads, "kv-heads": c.kv_heads or c.heads, "hidden": c.mlp_width, "context": c.context}
+    for flag, size in sizes.items():
+        if size % ranks:
+            raise InputError(f"--mesh tp={ranks} must divide --{flag}, which is {size}")
+    if -(-c.vocab // ranks) * (ranks - 1) >= c.vocab:
+        raise InputError(f"--mesh tp={ranks} leaves a rank without one of the {c.vocab} rows of the embedding (--rows)")
+    out: dict[str, Cut] = {}
 
-    def take(path: str, module: nn.Module, dim: int, sections: tuple[int, ...], names: tuple[str, ...]) -> None:
-        for name in names:
-            p = getattr(module, name)
-            if p is None:
-                continue
-            made = tensors.cuts[f"{path}.{name}"] = Cut(tuple(p.shape), dim, sections, tensors.ranks)
-            local = made.take(p.detach(), tensors.rank).clone(memory_format=torch.contiguous_format)
-            setattr(module, name, nn.Parameter(local, requires_grad=p.requires_grad))
-
-    def become(module: nn.Module, known: type, kind: type) -> None:
+    def add(path: str, module: nn.Module, known: type, dim: int, sections: tuple[int, ...]) -> None:
         if type(module) is not known:
-            raise InputError(f"--mesh tp=... cuts a plain {known.__name__} and not a {type(module).__name__}")
-        module.__class__, module.tensors = kind, tensors  # type: ignore[assignment]
+            raise InputError(f"--mesh tp={ranks} cuts a plain {known.__name__} and {path} is a {type(module).__name__}")
+        for name, p in module.named_parameters():
+            if dim == 0 or name == "weight":  # a bias behind a sum over the ranks stays whole
+                out[f"{path}.{name}"] = Cut(tuple(p.shape), dim, sections, ranks)
 
-    for path, module in list(model.named_modules()):
+    for path, module in model.named_modules():
         if isinstance(module, Attention):
             q, kv = module.heads * module.size, module.kv_heads * module.size
-            take(f"{path}.qkv", module.qkv, 0, (q, kv, kv), ("weight", "bias"))
-            take(f"{path}.out", module.out, 1, (q,), ("weight",))
-            become(module.out, nn.Linear, _Rows)
-            module.heads, module.kv_heads = module.heads // tensors.ranks, module.kv_heads // tensors.ranks
-            setattr(module, rng.FIRST_HEAD, module.heads * tensors.rank)
+            add(f"{path}.qkv", module.qkv, nn.Linear, 0, (q, kv, kv))
+            add(f"{path}.out", module.out, nn.Linear, 1, (q,))
         elif isinstance(module, MLP):
-            take(f"{path}.up", module.up, 0, (c.mlp_width,) * (2 if module.gated else 1), ("weight", "bias"))
-            take(f"{path}.down", module.down, 1, (c.mlp_width,), ("weight",))
-            become(module.down, nn.Linear, _Rows)
+            add(f"{path}.up", module.up, nn.Linear, 0, (c.mlp_width,) * (2 if module.gated else 1))
+            add(f"{path}.down", module.down, nn.Linear, 1, (c.mlp_width,))
+    add("embed", model.embed, nn.Embedding, 0, (c.vocab,))
+    if not c.tied:
+        add("head", model.head, nn.Linear, 0, (c.vocab,))
+    return out
+
+
+def cut(model: nn.Module, group: Any) -> Tensors:
+    """Leave this rank of the group its part of `model`, the same on every rank before. Errors: those of `cuts`."""
+    ranks = dist.get_world_size(group)
+    found = cuts(model, ranks)
+    assert isinstance(model, GPT)
+    tensors = Tensors(group, model.config.vocab, found)
+    modules = dict(model.named_modules())
+    for name, how in found.items():
+        path, _, field = name.rpartition(".")
+        p = getattr(modules[path], field)
+        local = how.take(p.detach(), tensors.rank).clone(memory_format=torch.contiguous_format)
+        setattr(modules[path], field, nn.Parameter(local, requires_grad=p.requires_grad))
+    if model.config.tied:
+        model.head.weight = model.embed.weight
+    kinds: dict[nn.Module, type[nn.Module]] = {model.embed: _Embedding, model.head: _Head}
+    if model.place is not None:
+        kinds[model.place] = _Places
+    for module in modules.values():
+        if isinstance(module, Attention):
+            module.heads, module.kv_heads = module.heads // ranks, module.kv_heads // ranks
+            setattr(module, rng.FIRST_HEAD, module.heads * tensors.rank)
+            kinds[module.out] = _Rows
+        elif isinstance(module, MLP):
+            kinds[module.down] = _Rows
         else:
             continue
         module.register_forward_pre_hook(lambda _, args: (tensors.gather(args[0]), *args[1:]))
-    take("embed", model.embed, 0, (c.vocab,), ("weight",))
-    become(model.embed, nn.Embedding, _Embedding)
-    if c.tied:
-        model.head.weight = model.embed.weight
-    else:
-        take("head", model.head, 0, (c.vocab,), ("weight",))
-    become(model.head, nn.Linear, _Head)
-    if model.place is not None:
-        become(model.place, nn.Embedding, _Places)
-    model.__class__, model.tensors = type(type(model).__name__, (_Model, type(model)), {}), tensors  # type: ignore[assignment]
+    kinds[model] = type(type(model).__name__, (_Model, type(model)), {})
+    for module, kind in kinds.items():
+        module.__class__, module.tensors = kind, tensors  # type: ignore[assignment]
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs["tokens"]
-        tensors.split = kwargs.get("cache") is None and tokens.shape[1] % tensors.ranks == 0
+        tensors.split = kwargs.get("cache") is None and tokens.shape[1] % ranks == 0
         if not tensors.split and torch.is_grad_enabled():
-            raise ValueError(
-                f"tp={tensors.ranks} trains on lengths that it divides; the tokens are {list(tokens.shape)}"
-            )
+            raise ValueError(f"tp={ranks} trains on lengths that it divides; the tokens are {list(tokens.shape)}")
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     return tensors
