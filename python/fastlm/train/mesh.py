@@ -115,6 +115,7 @@ class Ranks:
     size = size_of_data = 1
     size_of_mean = 1  # by what the gradients were divided when they were reduced
     device: torch.device | None = None
+    sizes: Mapping[str, int] = {}  # of the mesh, by dimension
     restarts = 0
     folder: str = ""  # of the run that a restart by torchrun goes on with
 
