@@ -152,4 +152,7 @@ def _sent(
         blocks = (8 * c.layers + 4 * again) * stream * size
         ends = 2 * stream * (4 + size) + 2 * 4 * 4 * tokens * (tp - 1) // tp  # embedding; loss and its softmax
         out["tp: activations"] = micros * (blocks + ends)
+    if config.optim.optimizer == "muon" and fsdp * tp > 1:
+        matrices = sum(p.numel() for n, p in named.items() if p.ndim == 2 and n.startswith("blocks."))
+        out["muon: whole matrices"] = 4 * matrices * (fsdp - 1) // (fsdp * tp) + 4 * matrices * (tp - 1) // tp
     return out

@@ -55,7 +55,7 @@ def plans(
     """The plans for `devices` devices of `memory` bytes, best first; and the meshes that cannot be, each with its reason.
 
     For each mesh: the largest micro-batch (--micro, or the rank's share and its halves) that fits without recomputing more
-    than asked for; if none does, with every block recomputed; if still none, the smallest. Of what fits, less recomputation
+    than asked for; if none does, with every other block or every block recomputed; if still none, the smallest. Of what fits, less recomputation
     is better, then less to send, then the plainer mesh.
     """
     if devices < 1:
@@ -88,8 +88,8 @@ def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, mem
     micros = [min(config.optim.micro, share)] if config.optim.micro else [share]
     while not config.optim.micro and micros[-1] > 1:
         micros.append(-(-micros[-1] // 2))
-    plan = None
-    for recompute in dict.fromkeys((config.run.recompute, "full")):
+    plan, order = None, ("none", "half", "full")
+    for recompute in order[order.index(config.run.recompute) :]:
         for micro in micros:
             changed = copy.deepcopy(config)
             changed.run.recompute, changed.optim.micro = recompute, micro  # type: ignore[assignment]
