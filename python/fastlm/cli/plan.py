@@ -33,10 +33,15 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def _flops(count: float) -> str:
+    unit, scale = ("TFLOP", 1e12) if count >= 1e12 else ("GFLOP", 1e9)
+    return f"{count / scale:,.1f} {unit}"
+
+
 def _table(found: list[Plan]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     names = ("mesh", "micro", "recompute", "weights", "gradients", "optimizer", "activations", "rest", "memory", "fits")
-    for name in (*names, "TFLOP a step", "sent a step"):
+    for name in (*names, "flops a step", "sent a step"):
         table.add_column(name, justify="left" if name in ("mesh", "recompute", "fits") else "right", no_wrap=True)
     for plan in found:
         parts = dict(plan.costs.parts)
@@ -47,7 +52,7 @@ def _table(found: list[Plan]) -> Table:
             plan.recompute,
             *(_size(n) for n in (*shown, sum(parts.values()), plan.costs.memory)),
             "yes" if plan.fits else "no",
-            f"{plan.flops / 1e12:,.3f}",
+            _flops(plan.flops),
             _size(plan.sent),
         )
     return table

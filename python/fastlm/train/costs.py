@@ -17,7 +17,7 @@ from fastlm.models.loss import CHUNK_ELEMENTS
 from fastlm.train import lora
 from fastlm.train.config import Config
 
-PROCESS = 600 << 20  # PyTorch, its libraries, and the pages of the corpus that were read
+PROCESS = 450 << 20  # PyTorch, its libraries, and the pages of the corpus that were read
 
 
 def _ceil(a: int, b: int) -> int:
@@ -58,10 +58,9 @@ class Costs:
         weights = matrices + c.vocab * c.width
         per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.width
 
-        local = _local(plain, tp)  # elements that tensor parallelism leaves on a rank, and
-        held = {
-            n: _ceil(p.shape[0], fsdp) * (local[n] // p.shape[0]) for n, p in named.items()
-        }  # what FSDP leaves of them
+        shapes = _shapes(plain, tp)
+        local = {n: shape.numel() for n, shape in shapes.items()}  # elements that tensor parallelism leaves on a rank,
+        held = {n: _ceil(s[0], fsdp) * s[1:].numel() for n, s in shapes.items()}  # and what FSDP leaves of them
         mine = sum(held[n] for n, p in named.items() if p.requires_grad)
         states = {"adamw": 2, "lion": 1, "muon": 1}[o.optimizer]
         states_bytes = 4 * mine * states
@@ -95,29 +94,29 @@ class Costs:
         return cls(parameters, trained, per_token * c.context, parts, sent)
 
 
-def _local(model: nn.Module, tp: int) -> dict[str, int]:
-    """Elements of each parameter on the first of `tp` ranks."""
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
+def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
+    """Shapes of the parameters on the first of `tp` ranks."""
+    shapes = {n: p.shape for n, p in model.named_parameters()}
     if tp > 1:
         from fastlm.train.tensor_parallel import cuts
 
-        for name, cut in cuts(model, tp).items():
-            sizes[name] = torch.Size(cut.local(0)).numel()
-    return sizes
+        shapes |= {name: torch.Size(cut.local(0)) for name, cut in cuts(model, tp).items()}
+    return shapes
 
 
 def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> int:
-    """Bytes that the forward of one micro-batch leaves for its backward."""
+    """Bytes that the forward of one micro-batch leaves for its backward, and what the backward of a block works in."""
     kv = (c.kv_heads or c.heads) * (c.width // c.heads)
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
     block = (8 * c.width + 4 * (c.width + kv)) + branch
+    working = _ceil(4 * (c.width + kv) + branch, tp) + (4 * c.width if tp > 1 else 0)  # gradients, and what is gathered
     if config.model.dropout and config.run.kernels == "torch":  # masks, and attention's whole matrix of weights
         block += 4 * c.width + 3 * c.heads * c.context
     whole_positions = 2 * c.width if tp > 1 else 0  # inputs of qkv and up, gathered
     block = _ceil(block - whole_positions, tp) + whole_positions
     again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]
     whole = c.layers - again + (1 if again else 0)  # blocks held whole at once: one of those computed again is
-    held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width) * size
+    held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width + working) * size
     if config.run.dtype != "float32":  # the residual stream and the norms stay float32; weights are cast once
         held += tokens * whole * _ceil(2 * c.width, tp) * 4 + _ceil(parameters, tp) * size
     return held

@@ -54,9 +54,9 @@ def plans(
 ) -> tuple[list[Plan], dict[str, str]]:
     """The plans for `devices` devices of `memory` bytes, best first; and the meshes that cannot be, each with its reason.
 
-    For each mesh: the largest micro-batch (--micro, or the rank's share and its halves) that fits without recomputing more
-    than asked for; if none does, with every other block or every block recomputed; if still none, the smallest. Of what fits, less recomputation
-    is better, then less to send, then the plainer mesh.
+    For each mesh: the largest micro-batch (--micro, or the rank's share and its halves) that fits without recomputing
+    more than asked for; if none does, with every other block or every block recomputed; if still none, the smallest. Of
+    what fits, less recomputation is better, then less to send, then the plainer mesh.
     """
     if devices < 1:
         raise InputError(f"--devices must be at least 1; it is {devices}")
