@@ -111,13 +111,26 @@ class Piece:
     tensor: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    kept: bool = True  # False where another rank holds the same and writes it into checkpoints
 
     @classmethod
     def whole(cls, t: Tensor) -> Piece:
         return cls(t, tuple(t.shape), (0,) * t.dim())
 
 
-Groups = Mapping[str, Mapping[str, Piece]]  # by file ("model", "optimizer", ...), then by the tensor's name
+# By file ("model", "optimizer", ...), then by the tensor's name; of several pieces of one tensor all but the first are
+# named NAME@1, NAME@2 ...
+Groups = Mapping[str, Mapping[str, Piece]]
+
+
+def label(name: str, pieces: list[Piece]) -> dict[str, Piece]:
+    """One tensor's pieces by the names that they have in a file."""
+    return {f"{name}@{i}" if i else name: piece for i, piece in enumerate(pieces)}
+
+
+def plain(label: str) -> str:
+    """The tensor's name."""
+    return label.partition("@")[0]
 
 
 class Stored:
@@ -131,7 +144,7 @@ class Stored:
 
         self.folder, self.kind = folder, kind
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
+        self._parts: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
         paths = [folder / f"{kind}.safetensors"] if (folder / f"{kind}.safetensors").exists() else []
         paths += sorted(folder.glob(f"{kind}.rank-*.safetensors"))
         if not paths:
@@ -142,13 +155,13 @@ class Stored:
                 boxes = json.loads((file.metadata() or {}).get("boxes", "{}"))
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                size = tuple(file.get_slice(name).get_shape())
-                shape, offset = map(tuple, boxes.get(name, (size, (0,) * len(size))))
-                self._shapes[name] = shape
-                self._parts.setdefault(name, []).append((file, offset, size))
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                size = tuple(file.get_slice(key).get_shape())
+                shape, offset = map(tuple, boxes.get(key, (size, (0,) * len(size))))
+                self._shapes[plain(key)] = shape
+                self._parts.setdefault(plain(key), []).append((file, key, offset, size))
         for name, parts in self._parts.items():
-            held = sum(math.prod(size) for _, _, size in parts)
+            held = sum(math.prod(size) for *_, size in parts)
             if held != math.prod(self._shapes[name]):
                 raise CheckpointError(
                     f"{self}: of {name} only {held} of {math.prod(self._shapes[name])} values are there"
@@ -168,19 +181,19 @@ class Stored:
         offset = (0,) * len(self._shapes[name]) if offset is None else offset
         size = self._shapes[name] if size is None else size
         out: Tensor | None = None
-        for file, at, held in self._parts[name]:
+        for file, key, at, held in self._parts[name]:
             low = tuple(max(a, b) for a, b in zip(at, offset))
             high = tuple(min(a + n, b + m) for a, n, b, m in zip(at, held, offset, size))
             if at == offset and held == size:
-                return file.get_tensor(name)
+                return file.get_tensor(key)
             if any(a >= b for a, b in zip(low, high)):
                 continue
-            part = file.get_slice(name)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at))]
+            part = file.get_slice(key)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at))]
             out = part.new_empty(size) if out is None else out
             out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
         if out is None:  # an empty box
-            file, _, _ = self._parts[name][0]
-            out = file.get_tensor(name).new_empty(size)
+            file, key, _, _ = self._parts[name][0]
+            out = file.get_tensor(key).new_empty(size)
         return out
 
     def load(self) -> dict[str, Tensor]:

@@ -210,7 +210,7 @@ class Job:
             check_tokenizer(config, tokenizer, given)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        self.costs = Costs.of(self.shape, config, self.device.type)
+        self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes)
         limit = memory_limit(self.device)
         if limit and self.costs.memory > limit:
             raise InputError(

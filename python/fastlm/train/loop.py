@@ -69,6 +69,7 @@ class Trainer:
         elif config.run.recompute != "none":
             raise InputError("--recompute needs a model with an attribute `recompute`, as fastlm's GPT has")
         self.model, self.layout = parallel.wrap(self.plain, config, self.ranks)
+        self.kernels.part = self.layout.part
         if config.run.compile:
             self.model.compile()
         self.optimizer = optim.make(self.plain, config.optim, self.layout)
@@ -155,7 +156,7 @@ class Trainer:
         total, count = self.ranks.sum(total), self.ranks.sum(count)
         grads = self.layout.grads()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
-        norm = self.layout.norm(grads) * factor
+        norm = self.layout.norm() * factor
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
         if cfg.clip:
             factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -349,7 +350,7 @@ class Trainer:
     def save(self, best: bool = False) -> None:
         groups = {"model": state.model_pieces(self.layout)} | {
             "optimizer": state.optimizer_pieces(self.layout, self.optimizer),
-            "ema": {n: self.layout.piece(n, t) for n, t in self.ema.items()},
+            "ema": state.tensor_pieces(self.layout, self.ema),
         }
         groups = {kind: {n: p for n, p in group.items() if self.layout.keeps(p)} for kind, group in groups.items()}
         groups["random"] = state.random_tensors(self.ranks.rank)
@@ -414,7 +415,7 @@ class Trainer:
     def _load_average(self, folder: Path) -> None:
         """The moving average; a run that had none yet starts it from the weights."""
         if self.ema and any(folder.glob("ema.*")):
-            state.fill({n: self.layout.piece(n, t) for n, t in self.ema.items()}, checkpoint.Stored(folder, "ema"))
+            state.fill(state.tensor_pieces(self.layout, self.ema), checkpoint.Stored(folder, "ema"))
         elif self.ema:
             self.ema = self._averages()
 
