@@ -11,42 +11,73 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 import fastlm
 from fastlm import backend
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], None]
 
 
-def _dropout_add_norm(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
+def _dropout_add_norm(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], every: bool) -> Iterator[Call]:
     for rows, columns in shapes:
         x, residual, weight, bias = (
             torch.randn(*s, device=device).to(dtype).requires_grad_()
             for s in ((rows, columns), (rows, columns), (columns,), (columns,))
         )
 
-        def call(x=x, residual=residual, weight=weight, bias=bias) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        def call(x=x, residual=residual, weight=weight, bias=bias) -> None:  # type: ignore[no-untyped-def]
             out = fastlm.ops.dropout_add_norm(x, residual, weight, bias, p=0.1, seed=1)
-            return out[0].float().square().sum() + out[1].float().sum()
+            (out[0].float().square().sum() + out[1].float().sum()).backward()
 
         yield call
 
 
-def _attention(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
+def _attention(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], every: bool) -> Iterator[Call]:
+    """Training and generation; with ``every`` also a bias and its gradient, summed over both axes, and packed sequences."""
     for batch, heads, length, size in shapes:
         q, k, v = (torch.randn(batch, heads, length, size, device=device).to(dtype).requires_grad_() for _ in range(3))
+        valid = torch.full((batch,), length, dtype=torch.int32, device=device)
+        ends = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32, device=device)
+        options: list[dict[str, Any]] = [dict(causal=True, dropout_p=0.1, seed=1)]
+        for shape in ((length, length), (length, 1), (1, length)) if every else ():
+            bias = torch.randn(1, heads, *shape, device=device).to(dtype).requires_grad_()
+            options.append(dict(bias=bias, window=(50, 20), softcap=5.0))
 
-        def call(q=q, k=k, v=v) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            out = fastlm.ops.attention(q, k, v, causal=True, dropout_p=0.1, seed=1)
-            assert isinstance(out, torch.Tensor)
-            return out.float().square().sum()
+        def train(q=q, k=k, v=v, options=options) -> None:  # type: ignore[no-untyped-def]
+            for own in options:
+                _squares(fastlm.ops.attention(q, k, v, **own)).backward()
+
+        def generate(q=q, k=k, v=v, valid=valid) -> None:  # type: ignore[no-untyped-def]
+            with torch.no_grad():
+                fastlm.ops.attention(q[:, :, :1], k, v, causal=True, seqlens_k=valid)
+
+        def pack(q=q, k=k, v=v, ends=ends) -> None:  # type: ignore[no-untyped-def]
+            tokens = (t[0].transpose(0, 1) for t in (q, k, v))
+            _squares(fastlm.ops.attention(*tokens, causal=True, cu_seqlens_q=ends, dropout_p=0.1, seed=1)).backward()
+
+        yield from (train, generate, pack) if every else (train, generate)
+
+
+def _squares(out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    assert isinstance(out, torch.Tensor)
+    return out.float().square().sum()
+
+
+def _rotary(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], every: bool) -> Iterator[Call]:
+    for batch, heads, length, size in shapes:
+        x = torch.randn(batch, heads, length, size, device=device).to(dtype).requires_grad_()
+        tables = torch.randn(2, length, size // 2, device=device).unbind()
+
+        def call(x=x, tables=tables) -> None:  # type: ignore[no-untyped-def]
+            fastlm.ops.rotary(x, *tables).float().square().sum().backward()
 
         yield call
 
 
-CALLS = {"dropout_add_norm": _dropout_add_norm, "attention": _attention}
+CALLS = {"dropout_add_norm": _dropout_add_norm, "attention": _attention, "rotary": _rotary}
 # By op: the odd shapes for the sanitizer, the real one for the profiler, the same for the interpreter.
 SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "dropout_add_norm": {
@@ -56,6 +87,10 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "attention": {
         "odd": [(2, 4, 129, 64), (2, 4, 65, 128)], "profile": [(4, 16, 4096, 128)],
         "interpreted odd": [(1, 2, 65, 64)], "interpreted profile": [(1, 1, 128, 128)],
+    },
+    "rotary": {
+        "odd": [(2, 3, 65, 64), (1, 1, 17, 40)], "profile": [(8, 16, 4096, 128)],
+        "interpreted odd": [(2, 3, 65, 64)], "interpreted profile": [(1, 2, 128, 128)],
     },
 }  # fmt: skip
 
@@ -79,8 +114,8 @@ def main() -> int:
             dtypes = [torch.float32] if args.interpret else [torch.bfloat16] + [torch.float32] * (not args.profile)
             for dtype in dtypes:
                 with backend.use(name):
-                    for call in CALLS[op](device, dtype, SHAPES[op][kind]):
-                        call().backward()
+                    for call in CALLS[op](device, dtype, SHAPES[op][kind], not args.profile):
+                        call()
             print(f"{op} {name}: ran", flush=True)
     return 0
 
