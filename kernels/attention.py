@@ -43,11 +43,6 @@ from fastlm.kernels._attention_tiles import (
 from fastlm.kernels._common import TL_DTYPE, OfflineCase, arch_of, launch, recording, to_dtype
 from torch import Tensor
 
-UNFINISHED = (
-    "the triton kernels of attention are not tested to the end yet and run only where forced "
-    "(fastlm.backend.use('triton'))"
-)
-
 _FORWARD_INTS = f"{CALL_INTS} q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d o_b o_h o_l o_d l_b l_h pieces piece"
 
 
