@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastlm.backend import YES, Support
-from fastlm.kernels import _attention_backward, table
+from fastlm.kernels import _attention_backward
 from fastlm.kernels._attention_tiles import (
     CALL_INTS,
     LIMIT,
@@ -40,7 +40,7 @@ from fastlm.kernels._attention_tiles import (
     tiles,
     vectors,
 )
-from fastlm.kernels._common import TL_DTYPE, OfflineCase, arch_of, launch, recording, to_dtype
+from fastlm.kernels._common import TL_DTYPE, arch_of, launch, to_dtype
 from torch import Tensor
 
 _FORWARD_INTS = f"{CALL_INTS} q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d o_b o_h o_l o_d l_b l_h pieces piece"
@@ -331,71 +331,3 @@ def serves_backward(
 ) -> Support:
     """Whether the kernel takes these dtypes, head size and positions."""
     return _serves(q, k, v, {"dout": dout, "out": out}, options)
-
-
-# ------------------------------------------------------------------------------------------------------- offline cases
-
-
-_TENSOR_CORES = ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel")
-
-
-def _recorded(
-    arch: int,
-    dtype: torch.dtype,
-    size: int,
-    *,
-    causal: bool = False,
-    p: float = 0.0,
-    bias: str = "",
-    rows: int = 2048,
-    thorough: bool = False,
-) -> list[OfflineCase]:
-    """Forward and backward of one call (forward alone of few rows, which decode); ``bias`` names the axes it has."""
-    batch, heads, kv_heads, keys = 4, 16, 4 if rows < 17 else 16, 2048
-
-    def drawn(heads: int, length: int) -> Tensor:
-        return torch.empty(batch, length, heads, size, dtype=dtype, device="meta").transpose(1, 2)
-
-    q, k, v = drawn(heads, rows), drawn(kv_heads, keys), drawn(kv_heads, keys)
-    lse = torch.empty(batch, heads, rows, device="meta")
-    added, shape = None, [0, 0, 0, 0]
-    if bias:
-        whole = dict(b=batch, h=heads, q=rows, k=keys)
-        shape = [whole[axis] if axis in bias else 1 for axis in "bhqk"]
-        added = torch.empty(shape, dtype=dtype, device="meta").expand(*whole.values())
-    seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
-    valid = torch.empty(batch, dtype=torch.int32, device="meta") if rows < 17 else None
-    options = (added, None, seed, None, None, None, valid, 0, 0, int(causal), -1, -1, 0.0, size**-0.5, p, 0, 0, 0)
-    kind = table.DTYPE_NAME[dtype]
-    name = f"{size} {kind}{' causal' if causal else ''}{' dropout' if p else ''}{' bias ' + bias if bias else ''}"
-    flops = 4 * batch * heads * rows * keys * size // (2 if causal else 1)
-    moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
-    cores = _TENSOR_CORES if dtype != torch.float32 else ()
-    direction = "attention" if rows > 16 else "attention decode"
-    with recording(
-        arch, f"{direction} {name}", bytes_moved=moved, flops=flops, tensor_cores=cores, thorough=thorough
-    ) as recorded:
-        forward(q, k, v, *options, dtype)
-    cases = list(recorded)
-    if rows > 16:
-        with recording(
-            arch, f"{direction} {name} backward", bytes_moved=2 * moved + q.numel() * q.element_size(),
-            flops=flops * 5 // 2, tensor_cores=cores, thorough=thorough,
-        ) as recorded:  # fmt: skip
-            backward(q, None, q, k, v, q, lse, *options, bool(bias), shape)
-        cases += recorded
-    return cases
-
-
-def offline_cases() -> list[OfflineCase]:
-    """Head sizes 64, 128 and 256 in bfloat16 and float32, causal with dropout and with a bias; decoding over a cache."""
-    cases: list[OfflineCase] = []
-    for arch in (80, 90):
-        for dtype in (torch.bfloat16, torch.float32):
-            brief = dtype == torch.float32
-            for size in (64, 128, 256):
-                cases += _recorded(arch, dtype, size, causal=True, p=0.1, thorough=brief or size != 128)
-                cases += _recorded(arch, dtype, size, bias="hqk", thorough=True)
-                if size == 128:
-                    cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
-    return cases
