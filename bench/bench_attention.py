@@ -340,10 +340,26 @@ def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], T
     for shape in SHORT[kind]:
         leaves = [torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
 
-        def call(leaves: list[Tensor] = leaves) -> Tensor:
-            return fastlm.ops.attention(*leaves, causal=True, dropout_p=0.1, seed=1).float().square().sum()
+        def train(leaves: list[Tensor] = leaves, **options: Any) -> Tensor:
+            out = fastlm.ops.attention(*leaves, **options)
+            assert isinstance(out, Tensor)
+            return out.float().square().sum()
 
-        yield call
+        def generate(leaves: list[Tensor] = leaves, batch: int = shape[0], length: int = shape[2]) -> Tensor:
+            q, k, v = (t.detach() for t in leaves)
+            valid = torch.full((batch,), length, dtype=torch.int32, device=device)
+            return train([q[:, :, :1], k, v], causal=True, seqlens_k=valid)
+
+        yield functools.partial(train, causal=True, dropout_p=0.1, seed=1)
+        yield generate
+        if "odd" in kind:  # the kernels that a plain call does not reach: a bias's gradient, packed sequences
+            _, heads, length, _ = shape
+            for rows, keys in ((length, length), (length, 1), (1, length)):
+                bias = torch.randn(1, heads, rows, keys, device=device).to(dtype).requires_grad_()
+                yield functools.partial(train, bias=bias, window=(50, 20), softcap=5.0)
+            ends = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32, device=device)
+            packed = [t.detach()[0].transpose(0, 1).requires_grad_() for t in leaves]
+            yield functools.partial(train, packed, causal=True, cu_seqlens_q=ends, dropout_p=0.1, seed=1)
 
 
 test_bench = pytest_cases(cases)

@@ -48,10 +48,9 @@ def config(**changes: Any) -> Config:
 def trainer(case: dict[str, Any], ranks: mesh.Ranks, folder: Path) -> Trainer:
     case = {k: v for k, v in case.items() if k not in ("name", "until", "from")}
     torch.manual_seed(7 + ranks.rank)  # sharding must not need equal weights to begin with
-    if ranks.rank == 0 or "dp" in getattr(ranks, "sizes", {}):
-        torch.manual_seed(7)
     style = case.pop("style", "gpt2")
-    shape = named("nano", style, vocab=64, layers=2, heads=2, width=36, context=16, dropout=case.pop("dropout", 0.0))
+    sizes = {"vocab": 64, "layers": 2, "heads": 2, "width": 36, "context": 16, **case.pop("shape", {})}
+    shape = named("nano", style, dropout=case.pop("dropout", 0.0), **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     return Trainer(config(**case), GPT(shape), Text(), folder, ranks=ranks)
 

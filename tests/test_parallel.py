@@ -16,15 +16,16 @@ from fastlm.train import checkpoint, launch, mesh
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # batch 5 over two ranks: three samples and two, with unequal numbers of targets; micro 1: the second ends with an empty one
+UNTIED = {"tied": False, "heads": 4, "kv_heads": 2, "width": 40, "vocab": 65}
 CASES: dict[str, dict[str, Any]] = {
     "fused with dropout": {"dropout": 0.2, "kernels": "fused", "ema": 0.9},
     "torch": {"kernels": "torch"},
-    "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama"},
+    "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama", "shape": UNTIED},
     "bfloat16": {"dropout": 0.2, "kernels": "fused", "dtype": "bfloat16"},
     "muon": {"dropout": 0.2, "kernels": "fused", "optimizer": "muon", "style": "llama"},
-    "recompute": {"dropout": 0.2, "kernels": "fused", "recompute": "full"},
+    "recompute": {"dropout": 0.2, "recompute": "full", "smoothing": 0.1, "z_loss": 1e-3, "shape": {"vocab": 67}},
 }
-MESHES = ["dp=2", "fsdp=2"]
+MESHES = ["dp=2", "fsdp=2", "tp=2"]
 
 
 def start(out: Path, label: str, cases: list[dict[str, Any]], processes: int) -> None:
@@ -189,7 +190,7 @@ def test_launchers_are_told_apart() -> None:
         ("dp", "'dp' in 'dp' is not"),
         ("dp=0", "'dp=0'"),
         ("xy=2", "no dimension xy"),
-        ("tp=2", "--mesh tp=2 is not built"),
+        ("cp=2", "--mesh cp=2 is not built"),
         ("pp=2", "--mesh pp=2 is not built"),
         ("dp=2,dp=2", "names dp twice"),
     ],

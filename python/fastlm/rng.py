@@ -35,6 +35,8 @@ __all__ = ["batch", "checkpoint_context", "rows", "set", "unset"]
 
 # The attribute through which a module finds its places; classes that draw define it as None: its absence is cheap.
 ATTRIBUTE = "_fastlm_places"
+# What a module that holds some of a whole's heads (tensor parallelism) says the first of them is.
+FIRST_HEAD = "_fastlm_first_head"
 # Components that wrappers put into a module's path: the seed must not depend on how the model is wrapped.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -61,6 +63,7 @@ class State:
         self.hashes = np.array([_hash(name) for name in names], dtype=np.uint64)
         self.places = [Place(self) for _ in names]
         self.batch_dim = 0
+        self.part = (0, 1)
         self.replays = 0  # checkpoint contexts entered: recomputations that know their calls
         self.frozen: Frozen | None = None
         self.ids = torch.empty(0, dtype=torch.int64)
@@ -178,7 +181,13 @@ def _int(value: Any, name: str) -> int:
 
 
 def set(
-    model: nn.Module, run_seed: int, step: int, sample_ids: Tensor | Sequence[int] | np.ndarray, *, batch_dim: int = 0
+    model: nn.Module,
+    run_seed: int,
+    step: int,
+    sample_ids: Tensor | Sequence[int] | np.ndarray,
+    *,
+    batch_dim: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> int:
     """Fixes the dropout masks of the next forward of a swapped ``model``. Call it before each one, micro-batches too.
 
@@ -188,6 +197,8 @@ def set(
         step: the number of the optimizer's step.
         sample_ids: [B] integers, the number of each sample of this forward within the global batch.
         batch_dim: the dimension of activations that counts samples; 1 for models that put positions first.
+        part: (i, n) where activations hold the i-th of n equal parts of each sample's positions (sequence parallelism);
+            a tensor without samples, the same for all, holds that part too.
 
     Returns:
         How many places draw from it: 0 for a model without dropout, or not swapped.
@@ -198,6 +209,9 @@ def set(
     run_seed, step = _int(run_seed, "run_seed"), _int(step, "step")
     if batch_dim not in (0, 1):
         raise ValueError(f"rng.set: batch_dim is {batch_dim}; it must be 0 or 1")
+    at, of = _int(part[0], "part"), _int(part[1], "part")
+    if not 0 <= at < of:
+        raise ValueError(f"rng.set: part is {part}; it must be (i, n) with 0 <= i < n")
     ids = sample_ids if isinstance(sample_ids, Tensor) else torch.as_tensor(np.asarray(sample_ids))
     if ids.is_floating_point() or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise TypeError(f"rng.set: sample_ids is {ids.dtype}; it must hold integers")
@@ -210,7 +224,7 @@ def set(
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     if device.type == "meta":
         raise ValueError("rng.set: the model is on the meta device; give it memory first, for example model.to_empty()")
-    state.batch_dim = batch_dim
+    state.batch_dim, state.part = batch_dim, (at, of)
     state.fill(run_seed, step, ids.detach(), device)
     _let_compile_count()
     return len(state.places)
@@ -272,13 +286,13 @@ def rows(module: nn.Module, place: int, x: Tensor) -> tuple[Tensor | None, Tenso
     seed, here = drawn
     state = here.state
     if torch.compiler.is_compiling() or (seed.is_cuda and torch.cuda.is_current_stream_capturing()):
-        offset = _row_numbers(state.ids, x, state.batch_dim, type(module).__name__)
+        offset = _row_numbers(state.ids, x, state.batch_dim, type(module).__name__, state.part)
     else:
         frozen = state.current()
         shape = x.shape[:-1]
         if shape not in frozen.rows:
             with torch.inference_mode(False):
-                frozen.rows[shape] = _row_numbers(frozen.ids, x, state.batch_dim, type(module).__name__)
+                frozen.rows[shape] = _row_numbers(frozen.ids, x, state.batch_dim, type(module).__name__, state.part)
         offset = frozen.rows[shape]
     return _onto(seed, x.device), _onto(offset, x.device)
 
@@ -287,17 +301,18 @@ def _onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
-def _row_numbers(ids: Tensor, x: Tensor, batch_dim: int, who: str) -> Tensor:
+def _row_numbers(ids: Tensor, x: Tensor, batch_dim: int, who: str, part: tuple[int, int] = (0, 1)) -> Tensor:
+    at, of = part
     samples, total, device = ids.shape[0], x.shape[:-1].numel(), ids.device
     if x.dim() > batch_dim + 1 and x.shape[batch_dim] == samples:
         per = total // samples
-        first = (ids * per).unsqueeze(1 - batch_dim)
+        first = (ids * (per * of) + per * at).unsqueeze(1 - batch_dim)
         return (first + torch.arange(per, device=device).unsqueeze(batch_dim)).reshape(-1)
     if x.dim() == 2 and batch_dim == 0 and total % samples == 0:  # [samples * positions, columns]
         per = total // samples
-        return (ids.unsqueeze(1) * per + torch.arange(per, device=device)).reshape(-1)
+        return (ids.unsqueeze(1) * (per * of) + per * at + torch.arange(per, device=device)).reshape(-1)
     if x.dim() >= 2 and x.shape[0 if x.dim() == 2 else batch_dim] == 1:  # one row of positions for all samples
-        return torch.arange(total, device=device)
+        return torch.arange(total * at, total * (at + 1), device=device)
     raise ValueError(
         f"fastlm.rng: {who} drops in a tensor of shape {list(x.shape)}, which does not show the {samples} samples that "
         f"rng.set was told of; give their ids to rng.set before each forward (batch_dim=1 for positions-first models)"

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
     "data": ("fastlm.cli.data", "prepare a corpus, or show what a training sample holds"),
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
+    "plan": ("fastlm.cli.plan", "what training takes of each device under every mesh, and which to take"),
     "runs": ("fastlm.cli.runs", "runs side by side"),
     "compare": ("fastlm.cli.compare", "runs in one picture, and how they differ"),
     "doctor": ("fastlm.cli.doctor", "what is installed, what runs on what, and why"),

@@ -270,6 +270,10 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.head(x)
+        return self.loss(x, targets, smoothing, z_loss)
+
+    def loss(self, x: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
+        """Summed loss of the last hidden states [B, L, C]."""
         return linear_cross_entropy(x, self.head.weight, targets, smoothing=smoothing, z_loss=z_loss)
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def attend(
     seed = offset = None
     if p > 0:
         seed, ids = rng.batch(module, place, query.shape[0], query.device)
-        offset = None if ids is None else (ids, 0, None, None)
+        offset = None if ids is None else (ids, getattr(module, rng.FIRST_HEAD, 0), None, None)
     out = ops.attention(
         query, key, value, causal=causal, bias=bias, scale=scale, softcap=softcap, dropout_p=p, seed=seed,
         offset=offset,

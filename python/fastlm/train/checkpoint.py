@@ -3,8 +3,8 @@
     RUN/checkpoints/step-00001000/   model.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
 A save copies tensors aside, and a thread writes them into a hidden folder, syncs files and folder, and renames: a folder
-that has its name is whole, and an earlier one is never touched before a later one stands. Tensors carry the plain model's
-names, whatever is wrapped around it. Nothing is pickled.
+that has its name is whole, until it is renamed again to be removed, and an earlier one is never touched before a later one
+stands. Tensors carry the plain model's names, whatever is wrapped around it. Nothing is pickled.
 
 Of several ranks each writes what it alone holds into files of its own (model.rank-00001.safetensors) in that hidden folder;
 the header says of each tensor which box of the whole it is. When every rank's files are synced, rank 0 writes the manifest
@@ -111,13 +111,26 @@ class Piece:
     tensor: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    kept: bool = True  # False where another rank holds the same and writes it into checkpoints
 
     @classmethod
     def whole(cls, t: Tensor) -> Piece:
         return cls(t, tuple(t.shape), (0,) * t.dim())
 
 
-Groups = Mapping[str, Mapping[str, Piece]]  # by file ("model", "optimizer", ...), then by the tensor's name
+# By file ("model", "optimizer", ...), then by the tensor's name; of several pieces of one tensor all but the first are
+# named NAME@1, NAME@2 ...
+Groups = Mapping[str, Mapping[str, Piece]]
+
+
+def label(name: str, pieces: list[Piece]) -> dict[str, Piece]:
+    """One tensor's pieces by the names that they have in a file."""
+    return {f"{name}@{i}" if i else name: piece for i, piece in enumerate(pieces)}
+
+
+def plain(label: str) -> str:
+    """The tensor's name."""
+    return label.partition("@")[0]
 
 
 class Stored:
@@ -131,7 +144,7 @@ class Stored:
 
         self.folder, self.kind = folder, kind
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
+        self._parts: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
         paths = [folder / f"{kind}.safetensors"] if (folder / f"{kind}.safetensors").exists() else []
         paths += sorted(folder.glob(f"{kind}.rank-*.safetensors"))
         if not paths:
@@ -142,13 +155,13 @@ class Stored:
                 boxes = json.loads((file.metadata() or {}).get("boxes", "{}"))
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                size = tuple(file.get_slice(name).get_shape())
-                shape, offset = map(tuple, boxes.get(name, (size, (0,) * len(size))))
-                self._shapes[name] = shape
-                self._parts.setdefault(name, []).append((file, offset, size))
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                size = tuple(file.get_slice(key).get_shape())
+                shape, offset = map(tuple, boxes.get(key, (size, (0,) * len(size))))
+                self._shapes[plain(key)] = shape
+                self._parts.setdefault(plain(key), []).append((file, key, offset, size))
         for name, parts in self._parts.items():
-            held = sum(math.prod(size) for _, _, size in parts)
+            held = sum(math.prod(size) for *_, size in parts)
             if held != math.prod(self._shapes[name]):
                 raise CheckpointError(
                     f"{self}: of {name} only {held} of {math.prod(self._shapes[name])} values are there"
@@ -168,19 +181,19 @@ class Stored:
         offset = (0,) * len(self._shapes[name]) if offset is None else offset
         size = self._shapes[name] if size is None else size
         out: Tensor | None = None
-        for file, at, held in self._parts[name]:
+        for file, key, at, held in self._parts[name]:
             low = tuple(max(a, b) for a, b in zip(at, offset))
             high = tuple(min(a + n, b + m) for a, n, b, m in zip(at, held, offset, size))
             if at == offset and held == size:
-                return file.get_tensor(name)
+                return file.get_tensor(key)
             if any(a >= b for a, b in zip(low, high)):
                 continue
-            part = file.get_slice(name)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at))]
+            part = file.get_slice(key)[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at))]
             out = part.new_empty(size) if out is None else out
             out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))] = part
         if out is None:  # an empty box
-            file, _, _ = self._parts[name][0]
-            out = file.get_tensor(name).new_empty(size)
+            file, key, _, _ = self._parts[name][0]
+            out = file.get_tensor(key).new_empty(size)
         return out
 
     def load(self) -> dict[str, Tensor]:
@@ -214,15 +227,26 @@ def seal(draft: Path, folder: Path, manifest: dict[str, Any], texts: Mapping[str
         body = json.dumps(manifest, indent=1, sort_keys=True)
         file.write((body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode())
     _sync_folder(draft)
-    if folder.exists():  # the same step saved again after a resume: one of the two is whole at any instant
-        aside = folder.parent / f".draft-old-{folder.name}"
+    _name(draft, folder)
+
+
+def _name(draft: Path, folder: Path) -> None:
+    """Give a whole draft its name. One that has it (the same step saved again after a resume) is set aside before."""
+    aside = folder.parent / f".draft-old-{folder.name}"
+    if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
-        os.rename(draft, folder)
-        shutil.rmtree(aside)
-    else:
-        os.rename(draft, folder)
+    os.rename(draft, folder)
+    shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away, then its files: a kill on the way leaves no half of one under the name."""
+    gone = folder.parent / f".draft-gone-{folder.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_base(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -332,10 +356,12 @@ class Saver:
             errors = [text for _, text in told if text]
             if not errors and self.ranks.first:
                 try:
-                    seal(draft, folder, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
+                    # the best gets its name first: a step's folder that stands refers to a best one that stands
+                    named = folder.parent / f"best-{step:08d}" if best else folder
+                    seal(draft, named, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
                     if best:
-                        self._link_best(folder, step)
-                    self._prune()
+                        self._link(named, folder)
+                    self._prune(step if best else None)
                 except (OSError, CheckpointError) as problem:
                     errors = [(problem.strerror if isinstance(problem, OSError) else "") or str(problem)]
             errors = self.ranks.gather(errors)[0]  # nobody goes on as if saved before the folder has its name
@@ -348,30 +374,26 @@ class Saver:
         except BaseException as error:  # noqa: BLE001  raised again by wait()
             self._error = error
 
-    def _link_best(self, folder: Path, step: int) -> None:
-        """best-STEP shares the files of step-STEP by hard links, so it costs no space until that one goes."""
-        draft = folder.parent / f".draft-best-{os.getpid()}"
+    def _link(self, whole: Path, folder: Path) -> None:
+        """`folder` shares the files of `whole` by hard links, so it costs no space until that one goes."""
+        draft = folder.parent / f".draft-{folder.name}"
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            try:
-                shutil.copytree(folder, draft, copy_function=os.link)
-            except (OSError, shutil.Error):
-                shutil.rmtree(draft, ignore_errors=True)
-                shutil.copytree(folder, draft)
-            target = folder.parent / f"best-{step:08d}"
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(draft, target)
-        except (OSError, shutil.Error) as error:
+            shutil.copytree(whole, draft, copy_function=os.link)
+        except (OSError, shutil.Error):  # a file system without hard links
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(f"cannot keep the best checkpoint of {self.run}: {error}") from error
-        for other, path in steps(self.run, "best"):
-            if other != step:
-                shutil.rmtree(path, ignore_errors=True)
+            try:
+                shutil.copytree(whole, draft)
+            except shutil.Error as error:
+                raise CheckpointError(f"{whole} cannot be copied: {error}") from error
+        _name(draft, folder)
 
-    def _prune(self) -> None:
-        for step, path in steps(self.run)[: -self.keep]:
-            if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(path, ignore_errors=True)
+    def _prune(self, best: int | None) -> None:
+        """Remove the checkpoints that are too old, and where there is a new best one, the best before it."""
+        old = [s for s in steps(self.run, "best") if best is not None and s[0] != best]
+        old += [s for s in steps(self.run)[: -self.keep] if not (self.keep_every and s[0] % self.keep_every == 0)]
+        for _, path in old:
+            _remove(path)
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what went wrong with it."""
@@ -385,7 +407,7 @@ class Saver:
 
 def clean(run: Path) -> None:
     """Remove what a killed save left behind; a checkpoint that was being replaced by its like gets its name back."""
-    for old in (run / "checkpoints").glob(".draft-old-step-*"):
+    for old in (run / "checkpoints").glob(".draft-old-*"):
         place = old.with_name(old.name.removeprefix(".draft-old-"))
         if not place.exists():
             os.rename(old, place)

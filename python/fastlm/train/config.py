@@ -176,7 +176,8 @@ class RunConfig:
     recompute: Literal["none", "half", "full"] = "none"
     """Activation checkpointing: compute every other (half) or every (full) block again in the backward."""
     mesh: str = ""
-    """Processes by dimension: dp=2 (the model on each), fsdp=4 (cut over four), dp=2,fsdp=2 (both); "": dp over all."""
+    """Processes by dimension: dp=2 (the model on each), fsdp=4 (parameters cut over four), tp=2 (matrices and positions
+    cut over two), and products of them such as dp=2,fsdp=2; "": dp over all."""
     nproc: int = 0
     """Processes to start on this machine; 0: as many as the mesh has, else one for each GPU, else one."""
     eval_every: int = 500

@@ -90,14 +90,9 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
             {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
         ],
     }
-    draft = folder / ".config.draft"
-    try:
-        if body["tokenizer"]["kind"] != "bytes":
-            (folder / "tokenizer.json").write_text(export.tokenizer_json(body["tokenizer"]), encoding="utf-8")
-        draft.write_text(json.dumps(body, indent=1))
-        os.replace(draft, folder / "config.json")
-    except OSError as error:
-        raise InputError(f"cannot write {folder / 'config.json'}: {error.strerror}") from error
+    if body["tokenizer"]["kind"] != "bytes":
+        report.write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
+    report.write_text(folder / "config.json", json.dumps(body, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts
@@ -215,7 +210,7 @@ class Job:
             check_tokenizer(config, tokenizer, given)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        self.costs = Costs.of(self.shape, config, self.device.type)
+        self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes)
         limit = memory_limit(self.device)
         if limit and self.costs.memory > limit:
             raise InputError(
@@ -278,7 +273,7 @@ class Job:
             say(f"stopped {why}; the best weights, of step {step}, are restored")
             found = {}
         if not why.startswith("signal") and not found.get("whole"):
-            found = trainer.measure(whole=True)
+            found = {"step": trainer.step, "whole": True, **trainer.measure(whole=True)}
         counted: dict[str, float] = {}
         if not why.startswith("signal"):
             corpus = self.data[0]
@@ -287,7 +282,7 @@ class Job:
             counted = self.ranks.share(counted)
             text = self.sample(self.config.run.sample)
             if self.ranks.first:
-                (self.folder / "sample.txt").write_text(text)
+                report.write_text(self.folder / "sample.txt", text)
             say(f"\na sample:\n{text}\n")
             say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
             for name in self.named:

@@ -16,6 +16,7 @@ class Kernels:
     def __init__(self, model: nn.Module, kind: str) -> None:
         self.table: Any = None
         self._model, self._rng = model, None
+        self.part = (0, 1)  # which of how many parts of the positions this rank's activations hold
         if kind == "fused":
             import fastlm
 
@@ -27,4 +28,4 @@ class Kernels:
     def place(self, seed: int, step: int, ids: Any) -> None:
         """Before a forward: the run's seed, the step, and the numbers of the samples it reads."""
         if self._rng is not None:
-            self._rng.set(self._model, seed, step, torch.as_tensor(ids))
+            self._rng.set(self._model, seed, step, torch.as_tensor(ids), part=self.part)

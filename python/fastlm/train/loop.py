@@ -69,6 +69,7 @@ class Trainer:
         elif config.run.recompute != "none":
             raise InputError("--recompute needs a model with an attribute `recompute`, as fastlm's GPT has")
         self.model, self.layout = parallel.wrap(self.plain, config, self.ranks)
+        self.kernels.part = self.layout.part
         if config.run.compile:
             self.model.compile()
         self.optimizer = optim.make(self.plain, config.optim, self.layout)
@@ -88,7 +89,9 @@ class Trainer:
         self.skipped: list[tuple[int, int]] = []
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
-        self.stop = ""
+        self.stop = self.asked = (
+            ""  # why to stop: by the run's own reasons, which all ranks find alike, and by a signal
+        )
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
@@ -104,10 +107,8 @@ class Trainer:
             self._load_ahead()
             self._clock = time.perf_counter()
             try:
-                while self.step < self.config.optim.steps:
-                    self.stop = self.ranks.agree(self.stop)
-                    if self.stop:
-                        break
+                # what the ranks agreed on decides, and is never written back: a signal may come at any point of this
+                while not (why := self.ranks.agree(self.stop or self.asked)) and self.step < self.config.optim.steps:
                     self.train_step()
                     last = self.step == self.config.optim.steps
                     improved = False
@@ -120,14 +121,14 @@ class Trainer:
                     if run.patience and self.waited >= run.patience:
                         self.stop = f"early: no better validation loss in {self.waited} evaluations"
                 self.flush(force=True)
-                if self.stop and self.last_saved != self.step and not self.bad_in_row:
+                if why and self.last_saved != self.step and not self.bad_in_row:
                     self.save()
                 self.saver.wait()
             finally:
                 self.loader.close()
                 for callback in self.callbacks:
                     callback.end(self)
-        return self.stop or "all steps done"
+        return why or "all steps done"
 
     def train_step(self) -> None:
         cfg = self.config.optim
@@ -155,7 +156,7 @@ class Trainer:
         total, count = self.ranks.sum(total), self.ranks.sum(count)
         grads = self.layout.grads()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
-        norm = self.layout.norm(grads) * factor
+        norm = self.layout.norm() * factor
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
         if cfg.clip:
             factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -349,7 +350,7 @@ class Trainer:
     def save(self, best: bool = False) -> None:
         groups = {"model": state.model_pieces(self.layout)} | {
             "optimizer": state.optimizer_pieces(self.layout, self.optimizer),
-            "ema": {n: self.layout.piece(n, t) for n, t in self.ema.items()},
+            "ema": state.tensor_pieces(self.layout, self.ema),
         }
         groups = {kind: {n: p for n, p in group.items() if self.layout.keeps(p)} for kind, group in groups.items()}
         groups["random"] = state.random_tensors(self.ranks.rank)
@@ -414,7 +415,7 @@ class Trainer:
     def _load_average(self, folder: Path) -> None:
         """The moving average; a run that had none yet starts it from the weights."""
         if self.ema and any(folder.glob("ema.*")):
-            state.fill({n: self.layout.piece(n, t) for n, t in self.ema.items()}, checkpoint.Stored(folder, "ema"))
+            state.fill(state.tensor_pieces(self.layout, self.ema), checkpoint.Stored(folder, "ema"))
         elif self.ema:
             self.ema = self._averages()
 
@@ -423,9 +424,9 @@ class Trainer:
         """SIGINT and SIGTERM end the loop after the step, with a checkpoint; a second one ends the process at once."""
 
         def ask(number: int, frame: object) -> None:
-            if self.stop.startswith("signal"):
+            if self.asked:
                 os._exit(128 + number)
-            self.stop = f"signal {signal.Signals(number).name}"
+            self.asked = f"signal {signal.Signals(number).name}"
             warn(f"{signal.Signals(number).name}: saving after this step; once more to exit at once")
 
         old = {}

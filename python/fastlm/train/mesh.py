@@ -29,8 +29,8 @@ from fastlm.train.callbacks import warn
 from fastlm.train.machine import pick_device
 
 T = TypeVar("T")
-BUILT = ("dp", "fsdp")  # dimensions of a mesh, outermost first
-PLANNED = ("tp", "pp", "cp", "ep")
+BUILT = ("dp", "fsdp", "tp")  # dimensions of a mesh, outermost first
+PLANNED = ("pp", "cp", "ep")
 BEAT, SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a rank counts as lost
 TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
 
@@ -48,7 +48,7 @@ def parse(text: str) -> dict[str, int]:
             raise InputError(f"--mesh must be sizes by dimension, such as dp=2,fsdp=2; {word!r} in {text!r} is not")
         name = match[1]
         if name in PLANNED:
-            raise InputError(f"--mesh {word} is not built: this version knows {' and '.join(BUILT)}")
+            raise InputError(f"--mesh {word} is not built: this version knows {', '.join(BUILT)}")
         if name not in BUILT:
             raise InputError(f"--mesh {word}: there is no dimension {name}; it must be one of {', '.join(BUILT)}")
         if name in sizes:
@@ -115,6 +115,7 @@ class Ranks:
     size = size_of_data = 1
     size_of_mean = 1  # by what the gradients were divided when they were reduced
     device: torch.device | None = None
+    sizes: Mapping[str, int] = {}  # of the mesh, by dimension
     restarts = 0
     folder: str = ""  # of the run that a restart by torchrun goes on with
 
@@ -154,7 +155,9 @@ class Ranks:
 
 
 class Group(Ranks):
-    """This process among several. `mesh` holds its dimensions dp and fsdp, each at least 1."""
+    """This process among several. `mesh` holds its dimensions dp, fsdp and tp, each at least 1.
+
+    Ranks that differ in tp alone read the same samples; `data_rank` counts those that do not."""
 
     def __init__(self, sizes: Mapping[str, int], place: Place, env: Mapping[str, str], device: str) -> None:
         import torch.distributed as dist
@@ -203,13 +206,18 @@ class Group(Ranks):
         shape = tuple(sizes.get(name, 1) for name in BUILT)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=BUILT)
         self.sizes = dict(zip(BUILT, shape))
-        self.size_of_data = self.size_of_mean = shape[0] * shape[1]
-        self.data_rank = self.rank
+        together = self.sizes["tp"]
+        self.size_of_data = self.size_of_mean = self.size // together
+        self.data_rank = self.rank // together
+        self._data: Any = None  # the group of this rank and those that read other samples
+        for at in range(together if together > 1 else 0):
+            group = dist.new_group(list(range(at, self.size, together)))
+            self._data = group if self.rank % together == at else self._data
 
     def sum(self, t: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        dist.all_reduce(t)
+        dist.all_reduce(t, group=self._data)
         return t
 
     def agree(self, stop: str) -> str:

@@ -170,7 +170,7 @@ def make(model: nn.Module, config: OptimConfig, layout: Layout) -> Several:
         modules = dict(model.named_modules())
         for n, p in matrices:
             owner = modules.get(n.rsplit(".", 2)[0])
-            groups[_parts(n, layout.piece(n, p).shape[0], owner)].append(p)
+            groups[_parts(n, layout.shape(n)[0], owner)].append(p)
         parts.append(
             Muon(
                 [{"params": ps, "parts": cut, "peak": config.muon_lr} for cut, ps in groups.items()],
@@ -199,9 +199,11 @@ def make(model: nn.Module, config: OptimConfig, layout: Layout) -> Several:
 def _parts(name: str, rows: int, owner: nn.Module | None) -> tuple[int, ...]:
     """How a fused projection's rows divide into matrices of their own."""
     if name.endswith("qkv.weight") and hasattr(owner, "kv_heads"):
-        size = int(owner.size)  # type: ignore[union-attr,arg-type]
-        q, kv = int(owner.heads) * size, int(owner.kv_heads) * size  # type: ignore[union-attr,arg-type]
-        return (q, kv, kv)
+        heads, kv_heads = int(owner.heads), int(owner.kv_heads)  # type: ignore[union-attr,arg-type]
+        size = rows // (
+            heads + 2 * kv_heads
+        )  # a rank of tp=N knows its own heads alone: the proportions are the whole's
+        return (heads * size, kv_heads * size, kv_heads * size)
     if name.endswith("up.weight") and getattr(owner, "gated", False):
         return (rows // 2, rows // 2)
     return ()

@@ -8,8 +8,8 @@ knows of a mesh; the plain model's names and shapes stay.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +19,91 @@ from fastlm.train.checkpoint import Piece
 from fastlm.train.config import Config
 from fastlm.train.mesh import Group, Ranks
 
+if TYPE_CHECKING:
+    from fastlm.train.tensor_parallel import Cut, Tensors
+
 __all__ = ["Layout", "Ranks", "wrap"]
 
 
 class Layout:
-    """A model whole on every rank: what DDP and one process have."""
+    """A model whole on every rank, or cut by tensor parallelism alone: what DDP and one process have."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self.model, self.ranks = model, ranks
+    def __init__(self, model: nn.Module, ranks: Ranks, tensors: Tensors | None = None) -> None:
+        self.model, self.ranks, self.tensors = model, ranks, tensors
+        self.cuts: Mapping[str, Cut] = {} if tensors is None else tensors.cuts
+        self.part = (0, 1) if tensors is None else (tensors.rank, tensors.ranks)  # of the positions
         self.params: dict[str, Tensor] = dict(model.named_parameters())
-        self.writes = ranks.first  # whether this rank's shards go into checkpoints; another's are the same
+        self._local = {n: tuple(p.shape) for n, p in self.params.items()}  # as tensor parallelism leaves them
+        self.writes = ranks.data_rank == 0  # whether this rank's shards go into checkpoints; another's are the same
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each trainable parameter of the plain model as the local tensor that an optimizer may change."""
         return ((n, p) for n, p in self.params.items() if p.requires_grad)
 
     def grads(self) -> list[Tensor]:
-        """The gradients of this step, local, in the places where the optimizer looks for them."""
+        """The gradients of this step, complete, in the places where the optimizer looks for them. Called once a step."""
+        if self.tensors is not None:
+            self.tensors.complete([p.grad for n, p in self.params.items() if p.grad is not None and n not in self.cuts])
         return [p.grad for p in self.params.values() if p.grad is not None]
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def norm(self, grads: list[Tensor]) -> Tensor:
+    def norm(self) -> Tensor:
         """The norm of the whole gradient, the same on every rank."""
-        return torch.nn.utils.get_total_norm(grads)
+        grads = [p.grad for n, p in self.params.items() if p.grad is not None and (self.part[0] == 0 or n in self.cuts)]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=self.ranks.device)
+        groups = self._norm_groups()
+        if not groups:
+            return norm
+        square = norm.square()
+        for group in groups:
+            torch.distributed.all_reduce(square, group=group)
+        return square.sqrt()
 
-    def piece(self, name: str, t: Tensor) -> Piece:
-        """The box of the whole that `t` is, a tensor cut as the parameter `name`."""
-        return Piece.whole(t)
+    def _norm_groups(self) -> list[Any]:
+        """Groups over which squares are summed: of ranks that hold different parts."""
+        return [] if self.tensors is None else [self.tensors.group]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return self.cuts[name].shape if name in self.cuts else self._local[name]
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        """First and last + 1 of the rows that are held of what tensor parallelism leaves of a parameter."""
+        return 0, self._local[name][0]
+
+    def pieces(self, name: str, t: Tensor) -> list[Piece]:
+        """The boxes of the whole that `t` consists of, a tensor cut as the parameter `name`."""
+        cut, shape = self.cuts.get(name), self.shape(name)
+        low, high = self._rows(name)
+        rest = (0,) * (len(shape) - 1)
+        if cut is None:
+            return [Piece(t, shape, (low, *rest), kept=self.part[0] == 0)]
+        if cut.dim:
+            return [Piece(t, shape, (low, cut.held(self.part[0])[0][0], *rest[1:]))]
+        out, at = [], 0
+        for start, length in cut.held(self.part[0]):
+            a, b = max(at, low), min(at + length, high)
+            if a < b:
+                out.append(Piece(t[a - low : b - low], shape, (start + a - at, *rest)))
+            at += length
+        return out or [Piece(t, shape, (shape[0], *rest))]
 
     def keeps(self, piece: Piece) -> bool:
         """Whether this rank is the one that writes a piece into checkpoints: of equal ones the first rank's is."""
-        return self.ranks.first if tuple(piece.tensor.shape) == piece.shape else self.writes
+        return self.ranks.first if tuple(piece.tensor.shape) == piece.shape else self.writes and piece.kept
 
     def whole(self, name: str, t: Tensor) -> Tensor:
         """All ranks' pieces of `t`, a tensor cut as the parameter `name`, as one."""
-        return t
+        if name not in self.cuts:
+            return t
+        assert self.tensors is not None
+        return self.tensors.whole(self.cuts[name], t)
 
     def own(self, name: str, t: Tensor) -> Tensor:
         """This rank's piece of a whole tensor."""
-        return t
+        return self.cuts[name].take(t, self.part[0]) if name in self.cuts else t
 
     def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch; gradients are only reduced in the last one of a step."""
@@ -69,9 +113,14 @@ class Layout:
 class Replicated(Layout):
     """DistributedDataParallel: the model whole on every rank, gradients averaged."""
 
-    def __init__(self, model: nn.Module, ranks: Group) -> None:
-        super().__init__(model, ranks)
-        self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    def __init__(self, model: nn.Module, ranks: Group, tensors: Tensors | None) -> None:
+        super().__init__(model, ranks, tensors)
+        self.wrapped = nn.parallel.DistributedDataParallel(
+            model,
+            process_group=ranks.mesh["dp"].get_group(),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if micro else self.wrapped.no_sync()
@@ -84,15 +133,10 @@ class Sharded(Layout):
     the very numbers that autocast would make of them; all others, and every gradient's sum, in float32.
     """
 
-    def __init__(self, model: nn.Module, ranks: Group, config: Config) -> None:
-        import torch.distributed as dist
+    def __init__(self, model: nn.Module, ranks: Group, config: Config, tensors: Tensors | None) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        tensors = [*model.parameters(), *model.buffers()]
-        with torch.no_grad():
-            for t in tensors:  # one process's values, whatever each drew
-                dist.broadcast(t, src=0)
-        self._cut = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        local = {n: tuple(p.shape) for n, p in model.named_parameters()}
         mesh = ranks.mesh["dp", "fsdp"] if ranks.sizes["dp"] > 1 else ranks.mesh["fsdp"]
         narrow: dict[str, Any] = {}
         if config.run.dtype != "float32":
@@ -107,16 +151,17 @@ class Sharded(Layout):
                         fully_shard(part, mesh=mesh, **narrow)
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        super().__init__(model, ranks)
+        super().__init__(model, ranks, tensors)
+        self._local = local
         self._group = ranks.mesh["fsdp"].get_group()
         self._parts, self._at = ranks.sizes["fsdp"], ranks.mesh.get_local_rank("fsdp")
         self.writes = ranks.mesh.get_local_rank("dp") == 0
         self._sharded = dict(model.named_parameters())
         self.params = {}
         for name, p in self._sharded.items():
-            local = nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad)  # type: ignore[attr-defined]
-            assert local.data_ptr() == p.to_local().data_ptr()  # type: ignore[attr-defined]
-            self.params[name] = local
+            own = nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad)  # type: ignore[attr-defined]
+            assert own.data_ptr() == p.to_local().data_ptr()  # type: ignore[attr-defined]
+            self.params[name] = own
 
     def grads(self) -> list[Tensor]:
         for name, p in self._sharded.items():
@@ -128,33 +173,29 @@ class Sharded(Layout):
         for p in self.params.values():
             p.grad = None
 
-    def norm(self, grads: list[Tensor]) -> Tensor:
-        import torch.distributed as dist
-
-        square = torch.nn.utils.get_total_norm(grads).square()
-        dist.all_reduce(square, group=self._group)
-        return square.sqrt()
+    def _norm_groups(self) -> list[Any]:
+        return [self._group, *super()._norm_groups()]
 
     def _start(self, rows: int, at: int) -> int:
         return min(-(-rows // self._parts) * at, rows)
 
-    def piece(self, name: str, t: Tensor) -> Piece:
-        shape = self._cut[name]
-        return Piece(t, shape, (self._start(shape[0], self._at), *(0,) * (len(shape) - 1)))
+    def _rows(self, name: str) -> tuple[int, int]:
+        rows = self._local[name][0]
+        return self._start(rows, self._at), self._start(rows, self._at + 1)
 
     def whole(self, name: str, t: Tensor) -> Tensor:
-        import torch.distributed as dist
+        from fastlm.train.tensor_parallel import all_gather
 
-        shape = self._cut[name]
+        shape = self._local[name]
         most = -(-shape[0] // self._parts)
         padded = t.new_zeros(most, *shape[1:])
         padded[: t.shape[0]] = t
         out = t.new_empty(most * self._parts, *shape[1:])
-        dist.all_gather_into_tensor(out, padded, group=self._group)
-        return out[: shape[0]]
+        all_gather(out, padded, group=self._group)
+        return super().whole(name, out[: shape[0]])
 
     def own(self, name: str, t: Tensor) -> Tensor:
-        return t[self._start(t.shape[0], self._at) : self._start(t.shape[0], self._at + 1)]
+        return super().own(name, t)[slice(*self._rows(name))]
 
     def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(micro)  # type: ignore[operator]
@@ -176,9 +217,24 @@ def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Lay
     """The model to call in a step, and what this process holds of it."""
     if not isinstance(ranks, Group):
         return model, Layout(model, ranks)
-    if ranks.sizes["fsdp"] > 1:
-        if config.run.compile:
-            raise InputError("--compile with --mesh fsdp=... is not built; leave one of them out, or use dp=...")
-        return model, Sharded(model, ranks, config)
-    layout = Replicated(model, ranks)
+    sizes = ranks.sizes
+    tensors = None
+    for name in ("fsdp", "tp"):
+        if sizes[name] > 1 and config.run.compile:
+            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if sizes["tp"] > 1 and config.model.lora_rank:
+        raise InputError("--lora-rank with --mesh tp=... is not built; leave one of them out, or use dp=...")
+    if sizes["fsdp"] > 1 or sizes["tp"] > 1:
+        with torch.no_grad():
+            for t in [*model.parameters(), *model.buffers()]:  # one process's values, whatever each drew
+                torch.distributed.broadcast(t, src=0)
+    if sizes["tp"] > 1:
+        from fastlm.train import tensor_parallel
+
+        tensors = tensor_parallel.cut(model, ranks.mesh["tp"].get_group())
+    if sizes["fsdp"] > 1:
+        return model, Sharded(model, ranks, config, tensors)
+    if sizes["dp"] == 1 and tensors is not None:
+        return model, Layout(model, ranks, tensors)
+    layout = Replicated(model, ranks, tensors)
     return layout.wrapped, layout

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.train.checkpoint import CheckpointError, Piece, Stored
+from fastlm.train.checkpoint import CheckpointError, Piece, Stored, label, plain
 from fastlm.train.optim import Several
 from fastlm.train.parallel import Layout, Ranks
 
@@ -26,10 +26,17 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def model_pieces(layout: Layout) -> dict[str, Piece]:
     """Parameters and persistent buffers by name, tied ones once; without those that LoRA keeps apart."""
-    out = {name: layout.piece(name, p.detach()) for name, p in layout.params.items()}
+    out = tensor_pieces(layout, layout.params)
     out.update({n: Piece.whole(b) for n, b in _buffers(layout.model).items()})
     apart: frozenset[str] = getattr(layout.model, "saved_apart", frozenset())  # type: ignore[assignment]
-    return {name: piece for name, piece in out.items() if name not in apart}
+    return {name: piece for name, piece in out.items() if plain(name) not in apart}
+
+
+def tensor_pieces(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """The pieces of tensors that are cut as the parameters of the same names."""
+    return {
+        k: piece for name, t in tensors.items() for k, piece in label(name, layout.pieces(name, t.detach())).items()
+    }
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -49,10 +56,10 @@ def _compare(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, 
 
 def fill(pieces: Mapping[str, Piece], stored: Stored) -> None:
     """Read the pieces out of stored tensors of the same names; CheckpointError where they are of another model."""
-    _compare({n: p.shape for n, p in pieces.items()}, {n: stored.shape(n) for n in stored.names()}, stored)
+    _compare({plain(n): p.shape for n, p in pieces.items()}, {n: stored.shape(n) for n in stored.names()}, stored)
     with torch.no_grad():
         for name, piece in pieces.items():
-            piece.tensor.copy_(stored.read(name, piece.offset, tuple(piece.tensor.shape)))
+            piece.tensor.copy_(stored.read(plain(name), piece.offset, tuple(piece.tensor.shape)))
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
@@ -65,14 +72,13 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -
 
 
 def optimizer_pieces(layout: Layout, optimizer: Several) -> dict[str, Piece]:
-    names = {id(p): n for n, p in layout.params.items()}
-    out = {}
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
+    states = optimizer.state
+    out: dict[str, Piece] = {}
+    for name, p in layout.params.items():
+        for key, value in sorted(states.get(p, {}).items()):  # in one order, whatever order a resume read them in
             if isinstance(value, Tensor):
-                name = names[id(p)]
                 cut = value.shape == p.shape and value.dim() > 0
-                out[f"{name}/{key}"] = layout.piece(name, value) if cut else Piece.whole(value)
+                out |= label(f"{name}/{key}", layout.pieces(name, value) if cut else [Piece.whole(value)])
     return out
 
 
@@ -83,9 +89,10 @@ def load_optimizer(layout: Layout, optimizer: Several, stored: Stored) -> None:
     for full in stored.names():
         name, key = full.rsplit("/", 1)
         p = layout.params[name]
-        piece = layout.piece(name, p)
-        if stored.shape(full) == piece.shape and p.dim() > 0:
-            value = stored.read(full, piece.offset, tuple(p.shape)).to(p.device)
+        if stored.shape(full) == layout.shape(name) and p.dim() > 0:
+            value = torch.empty_like(p.detach())
+            for piece in layout.pieces(name, value):
+                piece.tensor.copy_(stored.read(full, piece.offset, tuple(piece.tensor.shape)))
         else:
             value = stored.read(full).to(p.device if key != "step" or p.is_cuda else "cpu")
         held[id(p)].state[p][key] = value

@@ -1,0 +1,162 @@
+"""`fastlm plan`: its memory estimate is held against what real jobs take, its choice against what can be."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastlm.cli import main as cli
+from fastlm.data import InputError
+from fastlm.models.gpt import GPT, named
+from fastlm.train import launch, mesh
+from fastlm.train.config import Config
+from fastlm.train.costs import Costs
+from fastlm.train.plan import plans
+
+# A first job that is small, then one that is large: what the second adds to the process's peak is what was estimated,
+# whatever the process itself takes.
+SCRIPT = """
+import gc, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from fastlm.models.gpt import GPT, named
+from fastlm.train import machine, mesh
+from fastlm.train.costs import Costs
+from fastlm.train.loop import Trainer
+from parallel_worker import config
+
+class Text:
+    content = "text"
+    def batch(self, ids):
+        tokens = torch.randint(256, (len(ids), 257))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+which, out = sys.argv[2], Path(sys.argv[3])
+torch.set_num_threads(1)
+ranks, found = mesh.start(which, "cpu"), []
+for number, case in enumerate(json.loads(sys.argv[4])):
+    machine.spare_page_faults()
+    shape = named("nano", case.pop("style", "llama"), layers=3, width=256, context=256, dropout=case.pop("dropout", 0.0))
+    made = config(mesh=which, steps=2, **case)
+    folder = out / str(number)
+    if ranks.first:
+        folder.mkdir()
+    trainer = Trainer(made, GPT(shape), Text(), folder, ranks=ranks)
+    trainer.fit()
+    del trainer
+    gc.collect()
+    costs = Costs.of(shape, made, "cpu", ranks.sizes)
+    found.append((machine.peak_memory(torch.device("cpu")), costs.memory))
+(out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+ranks.close()
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[list[int]]]:
+    """Of each rank, of each case: (peak so far, estimate)."""
+    processes = math.prod(mesh.parse(which).values())
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(Path(__file__).parent), which, str(tmp_path), json.dumps(cases)]
+    assert launch.run(command, processes, 1) == 0
+    return [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(processes)]
+
+
+@pytest.mark.parametrize("which", ["tp=1", "tp=2", pytest.param("fsdp=2", marks=pytest.mark.slow)])
+def test_the_estimate_of_memory_is_what_a_job_takes(which: str, tmp_path: Path) -> None:
+    for (small, estimate), (large, more) in measure(which, tmp_path, {"batch": 2}, {"batch": 16}):
+        assert 0.7 < (more - estimate) / (large - small) < 1.3
+        assert 0.9 < more / large < 1.4
+        assert 0.9 < estimate / small < 1.4
+
+
+def test_a_mesh_shares_out_what_one_process_holds() -> None:
+    shape, config = named("small", vocab=256), Config()
+    one = Costs.of(shape, config, "cuda")
+    assert one.sent == {}
+    dp = Costs.of(shape, config, "cuda", {"dp": 2})
+    assert {k: dp.parts[k] for k in ("weights", "gradients", "optimizer")} == {
+        k: one.parts[k] for k in ("weights", "gradients", "optimizer")
+    }
+    assert dp.sent == {"dp: gradients": 4 * one.parameters}  # a ring of two sends as much as it sums
+    fsdp = Costs.of(shape, config, "cuda", {"fsdp": 4})
+    assert fsdp.parts["weights"] == pytest.approx(one.parts["weights"] / 4, rel=1e-3)
+    assert fsdp.sent["fsdp: gradients"] == 4 * one.parameters * 3 // 4
+    tp = Costs.of(shape, config, "cuda", {"tp": 2})
+    whole = 4 * sum(p.numel() for n, p in GPT(shape).named_parameters() if "norm" in n or n.endswith("place.weight"))
+    bias = 4 * sum(p.numel() for n, p in GPT(shape).named_parameters() if n.endswith(("out.bias", "down.bias")))
+    assert tp.parts["weights"] - whole - bias == (one.parts["weights"] - whole - bias) / 2
+    assert tp.parts["activations"] < 0.75 * one.parts["activations"]
+    both = Costs.of(shape, config, "cuda", {"fsdp": 2, "tp": 2})
+    assert both.parts["weights"] < 0.55 * tp.parts["weights"]
+
+
+def test_the_plan_taken_fits_and_the_impossible_is_named() -> None:
+    config = Config()
+    config.optim.batch, config.run.dtype = 6, "bfloat16"
+    shape = named("1B", "llama", vocab=32000)
+    found, refused = plans(shape, config, 8, 24 << 30, "cuda")
+    assert set(refused) == {"dp=8", "fsdp=8", "dp=2,fsdp=4", "dp=4,fsdp=2"}
+    assert all("--batch 6 has no sample for each of 8 ranks" in why for why in refused.values())
+    assert found[0].fits
+    assert {p.mesh for p in found} == {
+        "tp=8",
+        "dp=2,tp=4",
+        "fsdp=2,tp=4",
+        "dp=4,tp=2",
+        "fsdp=4,tp=2",
+        "dp=2,fsdp=2,tp=2",
+    }
+    for plan in found:
+        assert plan.fits == (plan.costs.memory <= 24 << 30)
+    order = ["none", "half", "full"]
+    assert order.index(found[0].recompute) == min(order.index(p.recompute) for p in found if p.fits)
+    found, refused = plans(named("nano", heads=3, width=96), Config(), 2, 8 << 30, "cpu")
+    assert refused == {"tp=2": "--mesh tp=2 must divide --heads, which is 3"}
+    assert [p.mesh for p in found] == ["dp=2", "fsdp=2"]
+    assert not plans(named("7B"), Config(), 1, 8 << 30, "cuda")[0][0].fits
+
+
+def test_the_command_prints_every_mesh_and_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--devices", "4", "--device", "cuda", "--memory", "80", "--size", "124M", "--batch", "32"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("dp=2,tp=2", "fsdp=4", "activations", "take: fastlm train --mesh dp=4"))
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["take"].startswith("--mesh dp=4 --micro 8")
+    assert {p["mesh"] for p in found["plans"]} == {"dp=4", "dp=2,fsdp=2", "fsdp=4", "dp=2,tp=2", "fsdp=2,tp=2", "tp=4"}
+    assert (
+        cli.main(["plan", "--devices", "2", "--device", "cuda", "--memory", "8", "--size", "7B", "--batch", "2"]) == 1
+    )
+    assert "nothing fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--devices", "0"], "--devices must be at least 1; it is 0"),
+        (["--memory", "-1"], "--memory must be GiB"),
+        (["--devices", "3", "--batch", "2"], "--batch 2 has no sample for each of 3 ranks"),
+        (["--tokenizer", "chars"], "give --rows"),
+        (["--init", "somewhere"], "fastlm plan reads no model"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_plans_are_of_one_device_or_more() -> None:
+    with pytest.raises(InputError, match="--devices"):
+        plans(named("nano"), Config(), 0, 1 << 30, "cpu")
