@@ -91,6 +91,18 @@ def test_compare_finds_regressions_beyond_the_noise_and_forgives_a_slower_machin
     assert main(["--compare", old, _result(tmp_path / "slower.json", 1.5, 2.0), "--threshold", "0.6"]) == 0
 
 
+@pytest.mark.parametrize("kind,status,code", [
+    ("baseline", "failed", 1), ("baseline", "wrong", 1), ("baseline", "missing", 0), ("peer", "failed", 0)])  # fmt: skip
+def test_a_smoke_pass_fails_with_a_baseline_that_fails_or_is_wrong(kind, status, code, monkeypatch, capsys):
+    from fastlm.bench import __main__ as command
+
+    contender = {"name": "eager", "kind": kind, "status": status, "reason": "a reason"}
+    data = {"cases": [{"op": OP, "name": "case", "contenders": [contender]}]}
+    monkeypatch.setattr(command, "run", lambda *arguments: data)
+    assert main(["--smoke"]) == code
+    assert (f"{OP} case, eager: {status}, a reason" in capsys.readouterr().err) == bool(code)
+
+
 def test_bad_command_lines_are_told(tmp_path, capsys):
     assert main(["nonsense"]) == 2
     assert "suite is 'nonsense'; it must be one of" in capsys.readouterr().err

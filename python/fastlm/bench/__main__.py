@@ -201,6 +201,11 @@ def main(argv: list[str] | None = None) -> int:
     names = args.suite or list(known)
     if args.smoke:
         data = run(names, args.device, 0.0, args.case, False, None)
+        bad = [f"{c['op']} {c['name']}, {t['name']}: {t['status']}, {t['reason']}" for c in data["cases"]
+               for t in c["contenders"] if t["kind"] == "baseline" and t["status"] in ("failed", "wrong")]  # fmt: skip
+        if bad:
+            print("\nfastlm bench: a baseline did not run or gave wrong values: " + "; ".join(bad), file=sys.stderr)
+            return 1
         print(f"\n{len(data['cases'])} cases ran and gave right values")
         return 0
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
