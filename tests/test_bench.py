@@ -194,6 +194,32 @@ def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy
     assert states()[OP, "triton"].startswith("stale: verified on NVIDIA X")
 
 
+def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, published):
+    root = copy_of_checkout
+    for path in results.gpu_files(root):
+        path.unlink()
+    entry = {"hash": "0" * 16, "passed": 3, "failed": 0, "skipped": 0}
+    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [],
+                        "cases": [*published["cases"], _case_row(16, 1.0) | {"op": "attention", "name": "unproven"},
+                                  _case_row(16, 1.0) | {"op": "step", "name": "of both"}]}  # fmt: skip
+
+    def table(attention):
+        tests = {OP: {"triton": entry}, "attention": {"triton": entry | attention}}
+        results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": tests})
+        return tables.sections(root)["gpu-table"]
+
+    for outcome in ({"failed": 1}, {"skipped": 1}, {"passed": 0}):
+        text = table(outcome)
+        assert f"| {OP} 8 rows |" in text
+        assert f"**Stale: the sources of {OP} have changed since.**" in text
+        assert "unproven" not in text
+        assert "of both" not in text
+    assert "unproven" in table({})
+    assert "of both" in table({})
+    results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": {}})
+    assert "Not yet run on a GPU" in tables.sections(root)["gpu-table"]
+
+
 def test_tables_in_readme_and_docs_are_those_of_the_committed_results():
     assert tables.stale(ROOT) == [], "run `fastlm bench --tables` and commit what it writes"
 
