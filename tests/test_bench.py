@@ -322,12 +322,21 @@ def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
     (["--seconds", "0"], "--seconds must be greater than 0; it is 0"),
     (["--budget", "-1"], "--budget must be greater than 0; it is -1"),
     (["--threads", "-2"], "--threads must be at least 0 (0: torch's own number); it is -2"),
+    (["--threshold", "-1"], "--threshold must be at least 0; it is -1"),
+    (["--device", "gpu"], "--device must be cpu, cuda or cuda:<number>; it is 'gpu'"),
+    (["--case", "none such"], "--case must be part of a case's name, such as '"),
     (["--publish", "x", "--case", "float32"], "--publish takes whole suites; --case 'float32' leaves some"),
     (["--publish", "A B"], "--publish names a file: small letters, digits and '-'; it is 'A B'"),
 ])  # fmt: skip
 def test_a_bad_value_is_named(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert main(["--device", "cuda"]) == 2
+    assert "--device cuda: PyTorch finds no CUDA device here" in capsys.readouterr().err
 
 
 def _case_row(rows, seconds, flops=0, **parameters):

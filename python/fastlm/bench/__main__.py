@@ -157,6 +157,12 @@ def main(argv: list[str] | None = None) -> int:
         for flag, value in (("seconds", args.seconds), ("budget", args.budget)):
             if not value > 0:
                 raise ValueError(f"--{flag} must be greater than 0; it is {value:g}")
+        if not args.threshold >= 0:
+            raise ValueError(f"--threshold must be at least 0; it is {args.threshold:g}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+            raise ValueError(f"--device must be cpu, cuda or cuda:<number>; it is {args.device!r}")
+        if args.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: PyTorch finds no CUDA device here")
         if args.publish and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", args.publish):
             raise ValueError(f"--publish names a file: small letters, digits and '-'; it is {args.publish!r}")
         if args.publish and args.case:
@@ -186,6 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.suite:
             if name not in known:
                 raise ValueError(f"suite is {name!r}; it must be one of {', '.join(known)}")
+        if args.case and not args.long:
+            there = [c.name for name in args.suite or known for c in load_suite(known[name]).cases(args.device)]
+            if not any(args.case in name for name in there):
+                raise ValueError(f"--case must be part of a case's name, such as {there[0]!r}; it is {args.case!r}")
         if args.threads:
             torch.set_num_threads(args.threads)
         published = None
