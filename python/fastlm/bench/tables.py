@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -166,45 +166,46 @@ def sections(root: Path) -> dict[str, str]:
     state = "\n".join(
         ["| op | backend | state |", "| --- | --- | --- |"] + [f"| {o} | {b} | {s} |" for o, b, s in status]
     )
-    gpu = [results.proven(results.load(p)) for p in results.gpu_files(root)]
-    verified = [data for data in gpu if data["cases"]]
+    gpu = {p.stem: results.proven(results.load(p)) for p in results.gpu_files(root)}
+    verified = {stem: data for stem, data in gpu.items() if data["cases"]}
     text = {"gpu-status": state}
     if verified:
-        text["gpu-table"] = "\n\n".join(f"{_machine(d, d['runs'], root)}\n\n{case_table(d)}" for d in verified)
+        text["gpu-table"] = "\n\n".join(f"{_machine(d, d['runs'], root)}\n\n{case_table(d)}" for d in verified.values())
     else:
         text["gpu-table"] = (
             "Not yet run on a GPU: the GPU kernels are compiled and interpreted in the tests, never timed."
         )
-    cpu = [results.load(p) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
+    files = {p.stem: results.load(p) for p in sorted((root / "bench/results").glob("cpu-*.json"))}
+    cpu = list(files.values())
+
+    def of_each(table: Callable[[dict[str, Any]], str]) -> str:
+        """A table for each file that has something to say, under the machine that it is of."""
+        parts = [f"{_machine(d, [], root)}\n\n{table(d)}" for d in cpu if table(d) != "Not measured."]
+        return "\n\n".join(parts) or "Not measured."
+
     for op in (*backend.ops(), "step", "train", "loading"):
         parts = [
             f"{_machine(d, [op], root)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])
         ]
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
-    text["cpu-losses"] = "\n\n".join(f"{_machine(d, [], root)}\n\n{losses_table(d)}" for d in cpu) or "Not measured."
-    text["cpu-memory"] = "\n\n".join(memory_table(d) for d in cpu) or "Not measured."
-    text["cpu-profile"] = "\n\n".join(profile_table(d) for d in cpu) or "Not measured."
-    text["cpu-within-step"] = "\n\n".join(within_step_table(d) for d in cpu) or "Not measured."
-    text["cpu-trainer"] = "\n\n".join(trainer_table(d) for d in cpu) or "Not measured."
-    text["cpu-pictures"] = _pictures("cpu", cpu)
-    text["gpu-pictures"] = _pictures("gpu", verified)
-    text["cpu-missing"] = "\n".join(missing_peers(d) for d in cpu) or "None."
+    text["cpu-losses"] = of_each(losses_table)
+    text["cpu-memory"] = of_each(memory_table)
+    text["cpu-profile"] = of_each(profile_table)
+    text["cpu-within-step"] = of_each(within_step_table)
+    text["cpu-trainer"] = of_each(trainer_table)
+    text["cpu-pictures"] = _pictures(files)
+    text["gpu-pictures"] = _pictures(verified)
+    text["cpu-missing"] = "\n".join(dict.fromkeys("\n".join(missing_peers(d) for d in cpu).splitlines())) or "None."
     return text
 
 
-def _pictures(kind: str, runs: list[dict[str, Any]]) -> str:
-    """Links to the pictures that ``write`` draws beside docs/benchmarks.md."""
+def _pictures(runs: dict[str, dict[str, Any]]) -> str:
+    """Links to the pictures that ``write`` draws under docs/, by result file."""
     from fastlm.bench import pictures
 
-    names = [name for data in runs for name in pictures.names(data)]
-    return (
-        "\n".join(f"![{name.removesuffix('.png')}]({folder_of(kind)}/{name})" for name in names) or "No pictures yet."
-    )
-
-
-def folder_of(kind: str) -> str:
-    """The folder under docs/ of the pictures of a kind of machine."""
-    return f"bench-{kind}"
+    names = [(stem, name) for stem, data in runs.items() for name in pictures.names(data)]
+    links = [f"![{name.removesuffix('.png')}](bench-{stem}/{name})" for stem, name in names]
+    return "\n".join(links) or "No pictures yet."
 
 
 def filled(text: str, generated: dict[str, str]) -> str:
@@ -231,7 +232,9 @@ def write(root: Path) -> list[Path]:
     for kind in ("cpu", "gpu"):
         for file in sorted((root / "bench/results").glob(f"{kind}-*.json")):
             data = results.load(file)
-            changed += pictures.draw(data if kind == "cpu" else results.proven(data), root / "docs" / folder_of(kind))
+            changed += pictures.draw(
+                data if kind == "cpu" else results.proven(data), root / "docs" / f"bench-{file.stem}"
+            )
     return changed
 
 
