@@ -91,6 +91,18 @@ def test_compare_finds_regressions_beyond_the_noise_and_forgives_a_slower_machin
     assert main(["--compare", old, _result(tmp_path / "slower.json", 1.5, 2.0), "--threshold", "0.6"]) == 0
 
 
+@pytest.mark.parametrize("kind,status,code", [
+    ("baseline", "failed", 1), ("baseline", "wrong", 1), ("baseline", "missing", 0), ("peer", "failed", 0)])  # fmt: skip
+def test_a_smoke_pass_fails_with_a_baseline_that_fails_or_is_wrong(kind, status, code, monkeypatch, capsys):
+    from fastlm.bench import __main__ as command
+
+    contender = {"name": "eager", "kind": kind, "status": status, "reason": "a reason"}
+    data = {"cases": [{"op": OP, "name": "case", "contenders": [contender]}]}
+    monkeypatch.setattr(command, "run", lambda *arguments: data)
+    assert main(["--smoke"]) == code
+    assert (f"{OP} case, eager: {status}, a reason" in capsys.readouterr().err) == bool(code)
+
+
 def test_bad_command_lines_are_told(tmp_path, capsys):
     assert main(["nonsense"]) == 2
     assert "suite is 'nonsense'; it must be one of" in capsys.readouterr().err
@@ -117,7 +129,14 @@ OP = "dropout_add_norm"
     ("cuda", f"csrc/cuda/{OP}_forward.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
     ("cuda", "csrc/common/philox.h", "\n// a comment\n", "\nint x;\n"),
     ("cuda", f"python/fastlm/cuda/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cuda", "csrc/cuda/launch.cuh", "\n// a comment\n", "\nint x;\n"),
     ("cuda", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("cpu", "csrc/cpu/simd.h", "\n/* a comment */\n", "\nint x;\n"),
+    ("cpu", f"csrc/cpu/entry_{OP}.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", "csrc/cpu/dispatch.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", f"python/fastlm/ops/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cpu", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("triton", "kernels/table.json", "", "\n"),
 ])  # fmt: skip
 def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file, comment, change):
     before = sources.source_hash(OP, name, copy_of_checkout)
@@ -127,6 +146,30 @@ def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file,
     assert sources.source_hash(OP, name, copy_of_checkout) == before
     path.write_text(text + change)
     assert sources.source_hash(OP, name, copy_of_checkout) != before
+
+
+def test_the_hash_of_one_op_does_not_follow_another_and_that_of_the_step_follows_all(copy_of_checkout):
+    hashes = lambda: {s: results.hashes(s, "cpu", copy_of_checkout) for s in (OP, "step", "loading")}
+    before = hashes()
+    path = copy_of_checkout / "csrc/cpu/attention_forward.cpp"
+    path.write_text(path.read_text() + "\nint x;\n")
+    after = hashes()
+    assert after[OP] == before[OP]
+    assert after["step"] != before["step"]
+    path = next(p for p in (copy_of_checkout / "python/fastlm/data").glob("*.py") if p.name != "__init__.py")
+    path.write_text(path.read_text() + "\nX = 1\n")
+    assert hashes()["loading"] != after["loading"]
+
+
+def test_the_hash_does_not_depend_on_the_version_of_python(monkeypatch):
+    """Each version adds fields to nodes of the syntax tree (3.12: type_params), which old code leaves empty."""
+    text = "def f(a, *, b=None):\n    'doc'\n    return f'{a!r:>{b}}' or None\n"
+    before = sources.stripped_python(text)
+    monkeypatch.setattr(sources.ast.FunctionDef, "_fields", (*sources.ast.FunctionDef._fields, "novelty"))
+    monkeypatch.setattr(sources.ast.FunctionDef, "novelty", [], raising=False)
+    assert sources.stripped_python(text) == before
+    assert sources.stripped_python(text.replace("b=None", "b=0")) != before
+    assert sources.stripped_python(text.replace("or None", "")) != before
 
 
 def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy_of_checkout):
@@ -149,6 +192,32 @@ def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy
         assert states()[OP, "triton"].startswith("not verified")
     write(passed=5, hash="0" * 16)
     assert states()[OP, "triton"].startswith("stale: verified on NVIDIA X")
+
+
+def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, published):
+    root = copy_of_checkout
+    for path in results.gpu_files(root):
+        path.unlink()
+    entry = {"hash": "0" * 16, "passed": 3, "failed": 0, "skipped": 0}
+    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [],
+                        "cases": [*published["cases"], _case_row(16, 1.0) | {"op": "attention", "name": "unproven"},
+                                  _case_row(16, 1.0) | {"op": "step", "name": "of both"}]}  # fmt: skip
+
+    def table(attention):
+        tests = {OP: {"triton": entry}, "attention": {"triton": entry | attention}}
+        results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": tests})
+        return tables.sections(root)["gpu-table"]
+
+    for outcome in ({"failed": 1}, {"skipped": 1}, {"passed": 0}):
+        text = table(outcome)
+        assert f"| {OP} 8 rows |" in text
+        assert f"**Stale: the sources of {OP} have changed since.**" in text
+        assert "unproven" not in text
+        assert "of both" not in text
+    assert "unproven" in table({})
+    assert "of both" in table({})
+    results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": {}})
+    assert "Not yet run on a GPU" in tables.sections(root)["gpu-table"]
 
 
 def test_tables_in_readme_and_docs_are_those_of_the_committed_results():

@@ -36,8 +36,8 @@ def _resident() -> int:
 
 
 def wanted(case: Case) -> bool:
-    """Whether the peak of this case says something of training: it has a backward in it."""
-    return case.setting in ("alone", "step") and case.parameters.get("part") != "forward"
+    """Whether the peak of this case says something of training: an op alone with its backward, or a training step."""
+    return case.op == "step" or (case.setting == "alone" and case.parameters.get("part") == "forward+backward")
 
 
 def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[str, int | str]:

@@ -164,6 +164,20 @@ def gpu_files(root: Path | None = None) -> list[Path]:
     return sorted(((root or sources.checkout()) / "bench/results").glob("gpu-*.json"))
 
 
+def proven(data: dict[str, Any]) -> dict[str, Any]:
+    """A GPU file's cases of those ops alone whose tests all passed in that run, on some backend; of the step if all did."""
+    tests = data.get("gpu_tests", {})
+    good = {
+        op
+        for op, by_backend in tests.items()
+        if any(e["passed"] and not e["failed"] and not e["skipped"] for e in by_backend.values())
+    }
+    if good and good == tests.keys():
+        good |= {"step", "train", "loading"}
+    runs = {name: run for name, run in data.get("runs", {}).items() if name in good}
+    return data | {"cases": [case for case in data["cases"] if case["op"] in good], "runs": runs}
+
+
 def status(root: Path | None = None) -> list[tuple[str, str, str]]:
     """(op, backend, state) for each op's GPU backends: verified on which device at which hash, stale, or never run.
 
