@@ -74,10 +74,11 @@ def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[lis
     "which", ["tp=1", "tp=2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=2", "pp=2"))]
 )
 def test_the_estimate_of_memory_is_what_a_job_takes(which: str, tmp_path: Path) -> None:
-    for (small, estimate), (large, more) in measure(which, tmp_path, {"batch": 2}, {"batch": 16}):
-        assert 0.7 < (more - estimate) / (large - small) < 1.3
-        assert 0.9 < more / large < 1.4
-        assert 0.9 < estimate / small < 1.4
+    found = measure(which, tmp_path, {"batch": 2}, {"batch": 16})
+    (small, estimate), (large, more) = max(found, key=lambda rank: rank[1][0])  # the fullest rank is what is estimated
+    assert 0.7 < (more - estimate) / (large - small) < 1.3
+    assert 0.9 < more / large < 1.4
+    assert 0.9 < estimate / small < 1.4
 
 
 def test_a_mesh_shares_out_what_one_process_holds() -> None:
