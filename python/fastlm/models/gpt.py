@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from fastlm.models.loss import linear_cross_entropy
 
@@ -202,6 +202,7 @@ class GPT(nn.Module):
         self.recompute = (
             "none"  # "full": each block's activations are computed again in the backward; "half": every other
         )
+        self.contexts = noop_context_fn  # around a block that is recomputed, and its recomputation
         self.embed = nn.Embedding(c.vocab, c.width)
         self.place = nn.Embedding(c.context, c.width) if c.position == "learned" else None
         self.drop = nn.Dropout(c.dropout)
@@ -258,7 +259,7 @@ class GPT(nn.Module):
         rope = self.rope(positions)
         for i, block in enumerate(self.blocks):
             if self.training and (self.recompute == "full" or (self.recompute == "half" and i % 2 == 0)):
-                x = checkpoint(block, x, rope, None, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, mask, use_reentrant=False, context_fn=self.contexts)
             else:
                 x = block(x, rope, cache, mask)
         if cache is not None:
