@@ -72,6 +72,15 @@ def offline_cases() -> list[OfflineCase]:
                 cases += _recorded(arch, dtype, size, bias="hqk", thorough=True)
                 if size == 128:
                     cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
+    dtypes = {name: dtype for dtype, name in table.DTYPE_NAME.items()}
+    for kernel in CANDIDATES:  # what --tune measured, by the calls that it was measured on
+        for rule in table.rules(kernel):
+            if rule.get("exact"):
+                p, bias = 0.1 if "dropout" in rule["features"] else 0.0, "hqk" if "bias" in rule["features"] else ""
+                cases += _recorded(
+                    rule["arch"], dtypes[rule["dtype"][0]], rule["size"], causal=True, p=p, bias=bias,
+                    rows=1 if kernel == "attention_decode" else 2048, thorough=True,
+                )  # fmt: skip
     return cases
 
 
