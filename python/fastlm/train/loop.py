@@ -89,9 +89,8 @@ class Trainer:
         self.skipped: list[tuple[int, int]] = []
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
-        self.stop = self.asked = (
-            ""  # why to stop: by the run's own reasons, which all ranks find alike, and by a signal
-        )
+        self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
+        self.asked = ""  # the same, by a signal
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
