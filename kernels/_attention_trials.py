@@ -62,7 +62,7 @@ def _recorded(
 
 
 def offline_cases() -> list[OfflineCase]:
-    """Head sizes 64, 128 and 256 in bfloat16 and float32, causal with dropout and with a bias; decoding over a cache."""
+    """Head sizes 64, 128 and 256 in bfloat16 and float32: causal with dropout, with a bias, at 128 plain; decoding."""
     cases: list[OfflineCase] = []
     for arch in (80, 90):
         for dtype in (torch.bfloat16, torch.float32):
@@ -71,7 +71,17 @@ def offline_cases() -> list[OfflineCase]:
                 cases += _recorded(arch, dtype, size, causal=True, p=0.1, thorough=brief or size != 128)
                 cases += _recorded(arch, dtype, size, bias="hqk", thorough=True)
                 if size == 128:
+                    cases += _recorded(arch, dtype, size, causal=True, thorough=True)
                     cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
+    dtypes = {name: dtype for dtype, name in table.DTYPE_NAME.items()}
+    for kernel in CANDIDATES:  # what --tune measured, by the calls that it was measured on
+        for rule in table.rules(kernel):
+            if rule.get("exact"):
+                p, bias = 0.1 if "dropout" in rule["features"] else 0.0, "hqk" if "bias" in rule["features"] else ""
+                cases += _recorded(
+                    rule["arch"], dtypes[rule["dtype"][0]], rule["size"], causal=True, p=p, bias=bias,
+                    rows=1 if kernel == "attention_decode" else 2048, thorough=True,
+                )  # fmt: skip
     return cases
 
 

@@ -55,6 +55,11 @@ def trainer(case: dict[str, Any], ranks: mesh.Ranks, folder: Path) -> Trainer:
     return Trainer(config(**case), GPT(shape), Text(), folder, ranks=ranks)
 
 
+def everywhere(ranks: mesh.Ranks, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this rank holds, and what only other stages of a pipeline do."""
+    return {n: t for other in ranks.gather(held) for n, t in other.items()} | held
+
+
 def run(case: dict[str, Any], ranks: mesh.Ranks, out: Path) -> dict[str, Any]:
     made = trainer(case, ranks, out / case["name"])
     if "from" in case:
@@ -81,6 +86,7 @@ def run(case: dict[str, Any], ranks: mesh.Ranks, out: Path) -> dict[str, Any]:
     made.saver.wait()
     weights = {n: made.layout.whole(n, p.detach()) for n, p in made.layout.params.items()}
     ema = {n: made.layout.whole(n, t) for n, t in made.ema.items()}
+    grads, weights, ema = (everywhere(ranks, held) for held in (grads, weights, ema))
     torch.save({"grads": grads, "weights": weights, "ema": ema}, out / f"{case['name']}-{ranks.rank}.pt")
     rows = [json.loads(line) for line in (out / case["name"] / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,9 +183,11 @@ def test_ranks_killed_at_any_moment_go_on_as_if_never_killed(begin: Begin, which
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [["--standalone"], ["--master-port", "0"]])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_torchrun_starts_lost_ranks_again_and_the_run_goes_on(begin: Begin, how: list[str], lost: int) -> None:
+@pytest.mark.parametrize("lost, alone", [(0, True), (1, False)])
+def test_torchrun_starts_lost_ranks_again_and_the_run_goes_on(begin: Begin, lost: int, alone: bool) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        how = ["--standalone"] if alone else ["--master-port", str(s.getsockname()[1])]
     torchrun = ["torch.distributed.run", *how, "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
     job = begin(*torchrun, *TRAIN, "--steps", "150", "--save-every", "5")
     job.until_step(23)

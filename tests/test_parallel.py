@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fastlm.data import InputError
-from fastlm.train import checkpoint, launch, mesh
+from fastlm.train import checkpoint, launch, mesh, pipeline
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # batch 5 over two ranks: three samples and two, with unequal numbers of targets; micro 1: the second ends with an empty one
@@ -23,9 +23,16 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama", "shape": UNTIED},
     "bfloat16": {"dropout": 0.2, "kernels": "fused", "dtype": "bfloat16"},
     "muon": {"dropout": 0.2, "kernels": "fused", "optimizer": "muon", "style": "llama"},
-    "recompute": {"dropout": 0.2, "recompute": "full", "smoothing": 0.1, "z_loss": 1e-3, "shape": {"vocab": 67}},
+    "recompute": {
+        "dropout": 0.2,
+        "recompute": "full",
+        "micro": 2,
+        "smoothing": 0.1,
+        "z_loss": 1e-3,
+        "shape": {"vocab": 67},
+    },
 }
-MESHES = ["dp=2", "fsdp=2", "tp=2"]
+MESHES = ["dp=2", "fsdp=2", "tp=2", "pp=2"]
 
 
 def start(out: Path, label: str, cases: list[dict[str, Any]], processes: int) -> None:
@@ -158,12 +165,43 @@ def test_one_flipped_byte_in_any_rank_s_file_is_refused_by_name(out: Path) -> No
     checkpoint.verify(folder)
 
 
+FOUR = ["dp=2,fsdp=2", "dp=2,tp=2", "fsdp=2,tp=2", "pp=2,dp=2", "pp=2,tp=2"]
+
+
 @pytest.mark.slow
-def test_four_processes_in_hybrid_shards(tmp_path: Path) -> None:
+def test_four_processes_in_every_combination(tmp_path: Path) -> None:
     start(tmp_path, "one", named_cases("one"), 1)
-    start(tmp_path, "dp=2,fsdp=2", named_cases("dp=2,fsdp=2", "dp=2,fsdp=2"), 4)
-    for name in CASES:
-        test_losses_and_gradients_are_those_of_one_process(tmp_path, "dp=2,fsdp=2", name)
+    for which in FOUR:
+        start(tmp_path, which, named_cases(which, which), 4)
+        for name in CASES:
+            test_losses_and_gradients_are_those_of_one_process(tmp_path, which, name)
+    cases = [{"name": f"on one {which} half", "from": f"{which} half", **CASES["fused with dropout"]} for which in FOUR]
+    start(tmp_path, "on one", cases, 1)  # and one process goes on from what each of them saved
+    whole = Outcome(tmp_path, "one", "fused with dropout")
+    for which in FOUR:
+        result = json.loads((tmp_path / "on one.json").read_text())[f"on one {which} half"]
+        assert result["losses"] == pytest.approx(whole.losses[2:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_three_stages_with_blocks_left_over(tmp_path: Path) -> None:
+    case = {"dropout": 0.2, "kernels": "fused", "micro": 1, "recompute": "half", "shape": {"layers": 4}}
+    start(tmp_path, "one", [{"name": "one long", **case}], 1)
+    start(tmp_path, "pp=3", [{"name": "pp=3 long", "mesh": "pp=3", **case}], 3)
+    one, ours = Outcome(tmp_path, "one", "long"), Outcome(tmp_path, "pp=3", "long")
+    agree(ours.grads, one.grads, torch.float32)
+    assert ours.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+def test_stages_take_turns_with_few_micro_batches_in_flight() -> None:
+    for stages, micros in ((2, 5), (4, 3), (3, 8)):
+        for stage in range(stages):
+            order = list(pipeline.schedule(stage, stages, micros))
+            assert [i for what, i in order if what == "forward"] == list(range(micros))
+            assert [i for what, i in order if what == "backward"] == list(range(micros))
+            flying = [sum(1 if w == "forward" else -1 for w, _ in order[: n + 1]) for n in range(len(order))]
+            assert max(flying) == min(stages - stage, micros)
+            assert min(flying) == 0
 
 
 # ------------------------------------------------------------------------------------------------- who a process is
@@ -191,7 +229,7 @@ def test_launchers_are_told_apart() -> None:
         ("dp=0", "'dp=0'"),
         ("xy=2", "no dimension xy"),
         ("cp=2", "--mesh cp=2 is not built"),
-        ("pp=2", "--mesh pp=2 is not built"),
+        ("ep=2", "--mesh ep=2 is not built"),
         ("dp=2,dp=2", "names dp twice"),
     ],
 )

@@ -41,7 +41,7 @@ def _flops(count: float) -> str:
 def _table(found: list[Plan]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     names = ("mesh", "micro", "recompute", "weights", "gradients", "optimizer", "activations", "rest", "memory", "fits")
-    for name in (*names, "flops a step", "sent a step"):
+    for name in (*names, "flops a step", "idle", "sent a step"):
         table.add_column(name, justify="left" if name in ("mesh", "recompute", "fits") else "right", no_wrap=True)
     for plan in found:
         parts = dict(plan.costs.parts)
@@ -53,6 +53,7 @@ def _table(found: list[Plan]) -> Table:
             *(_size(n) for n in (*shown, sum(parts.values()), plan.costs.memory)),
             "yes" if plan.fits else "no",
             _flops(plan.flops),
+            f"{plan.idle:.0%}",
             _size(plan.sent),
         )
     return table
@@ -98,7 +99,14 @@ def plan(
     best = found[0] if found[0].fits else None
     if as_json:
         rows = [
-            {"mesh": p.mesh, "micro": p.micro, "recompute": p.recompute, "fits": p.fits, "flops": p.flops}
+            {
+                "mesh": p.mesh,
+                "micro": p.micro,
+                "recompute": p.recompute,
+                "fits": p.fits,
+                "flops": p.flops,
+                "idle": p.idle,
+            }
             | {"memory": p.costs.parts, "sent": p.costs.sent}
             for p in found
         ]

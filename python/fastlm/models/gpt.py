@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from fastlm.models.loss import linear_cross_entropy
 
@@ -171,14 +172,9 @@ class Block(nn.Module):
         self.norm1, self.attn, self.drop1 = make_norm(c), Attention(c, layer), nn.Dropout(c.dropout)
         self.norm2, self.mlp, self.drop2 = make_norm(c), MLP(c), nn.Dropout(c.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.drop1(self.attn(self.norm1(x), rope, cache, mask))
+    def forward(self, x: Tensor, *around: Any) -> Tensor:
+        """`around`: rope, cache and mask, as Attention takes them."""
+        x = x + self.drop1(self.attn(self.norm1(x), *around))
         x = x + self.drop2(self.mlp(self.norm2(x)))
         return x
 
@@ -206,6 +202,7 @@ class GPT(nn.Module):
         self.recompute = (
             "none"  # "full": each block's activations are computed again in the backward; "half": every other
         )
+        self.contexts = noop_context_fn  # around a block that is recomputed, and its recomputation
         self.embed = nn.Embedding(c.vocab, c.width)
         self.place = nn.Embedding(c.context, c.width) if c.position == "learned" else None
         self.drop = nn.Dropout(c.dropout)
@@ -262,7 +259,7 @@ class GPT(nn.Module):
         rope = self.rope(positions)
         for i, block in enumerate(self.blocks):
             if self.training and (self.recompute == "full" or (self.recompute == "half" and i % 2 == 0)):
-                x = checkpoint(block, x, rope, None, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, mask, use_reentrant=False, context_fn=self.contexts)
             else:
                 x = block(x, rope, cache, mask)
         if cache is not None:

@@ -1,13 +1,13 @@
 """What a model and its training take, counted before anything is allocated: parameters, flops, bytes by part and by link.
 
-All of it is of one rank of a mesh: `sizes` gives the mesh's dimensions (dp, fsdp, tp), those left out being 1. Of ranks
+All of it is of one rank of a mesh: `sizes` gives the mesh's dimensions (pp, dp, fsdp, tp), those left out being 1. Of ranks
 that hold different amounts it is the one that holds most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -42,12 +42,11 @@ class Costs:
     @classmethod
     def of(cls, model: GPTConfig, config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None) -> Costs:
         """Raises InputError where tensor parallelism cannot cut the model."""
-        c, o, sizes = model, config.optim, sizes or {}
-        dp, fsdp, tp = (sizes.get(name, 1) for name in ("dp", "fsdp", "tp"))
+        c, m = model, config.model
+        mesh = _Mesh(**(sizes or {}))
         with torch.device("meta"):
             plain = GPT(c)
             parameters = sum(p.numel() for p in plain.parameters())
-            m = config.model
             if m.lora_rank:
                 lora.apply(plain, m.lora_rank, m.lora_alpha, m.lora_targets)
         named = dict(plain.named_parameters())
@@ -57,41 +56,75 @@ class Costs:
         # are trained; attention's two products, causal: half
         weights = matrices + c.vocab * c.width
         per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.width
-
-        shapes = _shapes(plain, tp)
-        local = {n: shape.numel() for n, shape in shapes.items()}  # elements that tensor parallelism leaves on a rank,
-        held = {n: _ceil(s[0], fsdp) * s[1:].numel() for n, s in shapes.items()}  # and what FSDP leaves of them
-        mine = sum(held[n] for n, p in named.items() if p.requires_grad)
-        states = {"adamw": 2, "lion": 1, "muon": 1}[o.optimizer]
-        states_bytes = 4 * mine * states
-        if o.optimizer == "muon":  # what is no matrix of a block has AdamW's two
-            is_matrix = {n for n, p in named.items() if p.ndim == 2 and n.startswith("blocks")}
-            states_bytes += 4 * sum(held[n] for n, p in named.items() if p.requires_grad and n not in is_matrix)
-        size = 4 if config.run.dtype == "float32" else 2
-        share = _ceil(o.batch, dp * fsdp)
-        micro = min(o.micro or share, share)
-        tokens = micro * c.context
-        parts = {
-            "weights": 4 * sum(held.values()),
-            "gradients": 4 * mine,
-            "optimizer": states_bytes,
-            "average of weights": 4 * mine if o.ema else 0,
-            "activations": _activations(c, config, tokens, tp, parameters, size),
-            "logits of one chunk": min(tokens * _ceil(c.vocab, tp), max(CHUNK_ELEMENTS, 16 * c.vocab)) * 4 * 3,
-        }
-        if (
-            fsdp > 1
-        ):  # what is gathered: all that is in no block for the whole step, and two blocks (one comes, one works)
-            block = sum(n for name, n in local.items() if name.startswith("blocks.0."))
-            outside = sum(n for name, n in local.items() if not name.startswith("blocks."))
-            parts["gathered weights"] = 2 * block * size + 4 * outside
-            # gradients of accumulated micro-batches stay whole until the last; else those of one block and of the rest
-            parts["gradients"] += 4 * (sum(local.values()) if micro < share else block + outside)
-        if device == "cpu":
-            parts["copies that a checkpoint is written from"] = 4 * mine * (2 if o.ema else 1) + states_bytes
-            parts["process"] = PROCESS
-        sent = _sent(c, config, local, named, (dp, fsdp, tp), tokens, _ceil(share, micro), size)
+        shapes = _shapes(plain, mesh.tp)
+        ranks = []
+        for stage in range(mesh.pp):
+            blocks = [i for i in range(c.layers) if i * mesh.pp // c.layers == stage]
+            own = {n: p for n, p in named.items() if _on(n, stage, mesh.pp, blocks)}
+            ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, mesh, stage, device))
+        parts, sent = max(ranks, key=lambda rank: sum(rank[0].values()))
         return cls(parameters, trained, per_token * c.context, parts, sent)
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    pp: int = 1
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+
+
+def _on(name: str, stage: int, stages: int, blocks: list[int]) -> bool:
+    """Whether a stage with these blocks holds a parameter; the last one has a copy of a tied embedding."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) in blocks
+    if name == "embed.weight" and stage == stages - 1:
+        return True
+    return stage == (0 if name.startswith(("embed.", "place.")) else stages - 1)
+
+
+def _rank(
+    c: GPTConfig,
+    config: Config,
+    named: Mapping[str, nn.Parameter],
+    shapes: Mapping[str, torch.Size],
+    mesh: _Mesh,
+    stage: int,
+    device: str,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes held and bytes sent by a rank of a stage that has the blocks of `c` and the parameters `named`."""
+    o, fsdp = config.optim, mesh.fsdp
+    local = {n: shapes[n].numel() for n in named}  # elements that tensor parallelism leaves on a rank,
+    held = {n: _ceil(shapes[n][0], fsdp) * shapes[n][1:].numel() for n in named}  # and what FSDP leaves of them
+    mine = sum(held[n] for n, p in named.items() if p.requires_grad)
+    states_bytes = 4 * mine * {"adamw": 2, "lion": 1, "muon": 1}[o.optimizer]
+    if o.optimizer == "muon":  # what is no matrix of a block has AdamW's two
+        is_matrix = {n for n, p in named.items() if p.ndim == 2 and n.startswith("blocks")}
+        states_bytes += 4 * sum(held[n] for n, p in named.items() if p.requires_grad and n not in is_matrix)
+    size = 4 if config.run.dtype == "float32" else 2
+    share = _ceil(o.batch, mesh.dp * fsdp)
+    micro = min(o.micro or share, share)
+    micros, tokens = _ceil(share, micro), micro * c.context
+    last = stage == mesh.pp - 1
+    kept, working = _activations(c, config, tokens, mesh.tp, sum(local.values()), size)
+    parts = {
+        "weights": 4 * sum(held.values()),
+        "gradients": 4 * mine,
+        "optimizer": states_bytes,
+        "average of weights": 4 * mine if o.ema else 0,
+        "activations": kept * min(mesh.pp - stage, micros) + working,
+        "logits of one chunk": min(tokens * _ceil(c.vocab, mesh.tp), max(CHUNK_ELEMENTS, 16 * c.vocab)) * 12 * last,
+    }
+    if fsdp > 1:  # gathered: what is in no block for the whole step, and two blocks (one comes, one works)
+        block = sum(n for name, n in local.items() if name.startswith("blocks.0."))
+        outside = sum(n for name, n in local.items() if not name.startswith("blocks."))
+        parts["gathered weights"] = 2 * block * size + 4 * outside
+        # gradients of accumulated micro-batches stay whole until the last; else those of one block and of the rest
+        parts["gradients"] += 4 * (sum(local.values()) if micro < share else block + outside)
+    if device == "cpu":
+        parts["copies that a checkpoint is written from"] = 4 * mine * (2 if o.ema else 1) + states_bytes
+        parts["process"] = PROCESS
+    return parts, _sent(c, config, local, named, mesh, stage, tokens, micros, size)
 
 
 def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
@@ -104,8 +137,10 @@ def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
     return shapes
 
 
-def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> int:
-    """Bytes that the forward of one micro-batch leaves for its backward, and what the backward of a block works in."""
+def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> tuple[int, int]:
+    """Bytes that the forward of one micro-batch leaves for its backward; and in which backwards work.
+
+    `parameters` counts those of the rank."""
     kv = (c.kv_heads or c.heads) * (c.width // c.heads)
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
     block = (8 * c.width + 4 * (c.width + kv)) + branch
@@ -116,10 +151,12 @@ def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters:
     block = _ceil(block - whole_positions, tp) + whole_positions
     again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]
     whole = c.layers - again + (1 if again else 0)  # blocks held whole at once: one of those computed again is
-    held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width + working) * size
+    held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width) * size
+    work = tokens * working * size
     if config.run.dtype != "float32":  # the residual stream and the norms stay float32; weights are cast once
-        held += tokens * whole * _ceil(2 * c.width, tp) * 4 + _ceil(parameters, tp) * size
-    return held
+        held += tokens * whole * _ceil(2 * c.width, tp) * 4
+        work += parameters * size
+    return held, work
 
 
 def _sent(
@@ -127,13 +164,14 @@ def _sent(
     config: Config,
     local: Mapping[str, int],
     named: Mapping[str, nn.Parameter],
-    sizes: tuple[int, int, int],
+    mesh: _Mesh,
+    stage: int,
     tokens: int,
     micros: int,
     size: int,
 ) -> dict[str, int]:
     """Bytes by purpose, for rings: a gather or a sum shared out sends (n - 1)/n of the whole, a sum for all twice that."""
-    dp, fsdp, tp = sizes
+    dp, fsdp, tp = mesh.dp, mesh.fsdp, mesh.tp
     trained = sum(n for name, n in local.items() if named[name].requires_grad)
     out = {}
     if dp > 1:
@@ -144,6 +182,9 @@ def _sent(
         rest = sum(local.values()) - linear - once
         out["fsdp: weights"] = micros * (fsdp - 1) * (2 * (linear * size + rest * 4) + once * 4) // fsdp
         out["fsdp: gradients"] = (fsdp - 1) * 4 * trained // fsdp
+    if mesh.pp > 1:  # hidden states to the next stage, their gradients to the one before
+        ways = (stage > 0) + (stage < mesh.pp - 1)
+        out["pp: activations"] = micros * tokens * c.width * 4 * ways // tp
     if tp > 1:
         again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]
         stream = tokens * c.width * (tp - 1) // tp

@@ -89,9 +89,8 @@ class Trainer:
         self.skipped: list[tuple[int, int]] = []
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
-        self.stop = self.asked = (
-            ""  # why to stop: by the run's own reasons, which all ranks find alike, and by a signal
-        )
+        self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
+        self.asked = ""  # the same, by a signal
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
@@ -139,17 +138,21 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
         number = self.micro_batches(size)
-        for i in range(number):
-            ids, batch = next(self.loader)
-            empty = not len(ids)
-            if empty:  # the other ranks wait for this one's collectives: a sample that counts nothing stands in
-                ids = np.array([self.consumed])
-                batch = self.data.batch(ids)
-            batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
-            self.kernels.place(self.config.run.seed, self.step, ids)
+        ahead: dict[int, Tensor] = {}  # losses whose backward is to come
+        for what, i in self.layout.schedule(number):
             with self.layout.last(i == number - 1), self.autocast():
+                if what == "backward":
+                    ahead.pop(i).backward()
+                    continue
+                ids, batch = next(self.loader)
+                empty = not len(ids)
+                if empty:  # the other ranks wait for this one's collectives: a sample that counts nothing stands in
+                    ids = np.array([self.consumed])
+                    batch = self.data.batch(ids)
+                batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
+                self.kernels.place(self.config.run.seed, self.step, ids)
                 loss, tokens = self.loss(self.model, *batch)
-                (loss * (unit * self.scale) * (0.0 if empty else 1.0)).backward()
+                ahead[i] = loss * (unit * self.scale) * (0.0 if empty else 1.0)
             if not empty:
                 total += loss.detach()
                 count += tokens
@@ -389,7 +392,7 @@ class Trainer:
                 f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
                 f"--other-data goes on with them all the same"
             )
-        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"))
+        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
         state.load_optimizer(self.layout, self.optimizer, checkpoint.Stored(folder, "optimizer"))
         if not state.load_random(checkpoint.Stored(folder, "random"), self.ranks.rank):
             state.seed_all(self.config.run.seed + saved["step"], self.ranks.rank)
@@ -406,7 +409,7 @@ class Trainer:
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint alone, such as the best."""
         checkpoint.verify(folder)
-        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"))
+        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
         self._load_average(folder)
 
     def _averages(self) -> dict[str, Tensor]:
@@ -415,7 +418,9 @@ class Trainer:
     def _load_average(self, folder: Path) -> None:
         """The moving average; a run that had none yet starts it from the weights."""
         if self.ema and any(folder.glob("ema.*")):
-            state.fill(state.tensor_pieces(self.layout, self.ema), checkpoint.Stored(folder, "ema"))
+            state.fill(
+                state.tensor_pieces(self.layout, self.ema), checkpoint.Stored(folder, "ema"), self.layout.elsewhere
+            )
         elif self.ema:
             self.ema = self._averages()
 

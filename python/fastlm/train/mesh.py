@@ -29,8 +29,8 @@ from fastlm.train.callbacks import warn
 from fastlm.train.machine import pick_device
 
 T = TypeVar("T")
-BUILT = ("dp", "fsdp", "tp")  # dimensions of a mesh, outermost first
-PLANNED = ("pp", "cp", "ep")
+BUILT = ("pp", "dp", "fsdp", "tp")  # dimensions of a mesh, outermost first
+PLANNED = ("cp", "ep")
 BEAT, SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a rank counts as lost
 TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
 
@@ -155,9 +155,9 @@ class Ranks:
 
 
 class Group(Ranks):
-    """This process among several. `mesh` holds its dimensions dp, fsdp and tp, each at least 1.
+    """This process among several. `mesh` holds its dimensions pp, dp, fsdp and tp, each at least 1.
 
-    Ranks that differ in tp alone read the same samples; `data_rank` counts those that do not."""
+    Ranks that differ in pp and tp alone read the same samples; `data_rank` counts those that do not."""
 
     def __init__(self, sizes: Mapping[str, int], place: Place, env: Mapping[str, str], device: str) -> None:
         import torch.distributed as dist
@@ -207,9 +207,12 @@ class Group(Ranks):
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=BUILT)
         self.sizes = dict(zip(BUILT, shape))
         together = self.sizes["tp"]
-        self.size_of_data = self.size_of_mean = self.size // together
-        self.data_rank = self.rank // together
-        self._data: Any = None  # the group of this rank and those that read other samples
+        self.size_of_data = self.size_of_mean = self.sizes["dp"] * self.sizes["fsdp"]
+        self.data_rank = self.rank // together % self.size_of_data
+        self._counts = (
+            self.rank // (together * self.size_of_data) == self.sizes["pp"] - 1
+        )  # the last stage has the loss
+        self._data: Any = None  # the group of this rank and those that differ from it in more than tp
         for at in range(together if together > 1 else 0):
             group = dist.new_group(list(range(at, self.size, together)))
             self._data = group if self.rank % together == at else self._data
@@ -217,6 +220,7 @@ class Group(Ranks):
     def sum(self, t: Tensor) -> Tensor:
         import torch.distributed as dist
 
+        t = t if self._counts else torch.zeros_like(t)
         dist.all_reduce(t, group=self._data)
         return t
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ class Layout:
         self.params: dict[str, Tensor] = dict(model.named_parameters())
         self._local = {n: tuple(p.shape) for n, p in self.params.items()}  # as tensor parallelism leaves them
         self.writes = ranks.data_rank == 0  # whether this rank's shards go into checkpoints; another's are the same
+        self.elsewhere: frozenset[str] = frozenset()  # parameters that other stages of a pipeline hold
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each trainable parameter of the plain model as the local tensor that an optimizer may change."""
@@ -51,7 +53,7 @@ class Layout:
 
     def norm(self) -> Tensor:
         """The norm of the whole gradient, the same on every rank."""
-        grads = [p.grad for n, p in self.params.items() if p.grad is not None and (self.part[0] == 0 or n in self.cuts)]
+        grads = [p.grad for n, p in self.params.items() if p.grad is not None and self._counted(n)]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=self.ranks.device)
         groups = self._norm_groups()
         if not groups:
@@ -64,6 +66,10 @@ class Layout:
     def _norm_groups(self) -> list[Any]:
         """Groups over which squares are summed: of ranks that hold different parts."""
         return [] if self.tensors is None else [self.tensors.group]
+
+    def _counted(self, name: str) -> bool:
+        """Whether this rank's part of a parameter is not another's too, of those over which squares are summed."""
+        return self.part[0] == 0 or name in self.cuts
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole parameter."""
@@ -92,7 +98,12 @@ class Layout:
 
     def keeps(self, piece: Piece) -> bool:
         """Whether this rank is the one that writes a piece into checkpoints: of equal ones the first rank's is."""
-        return self.ranks.first if tuple(piece.tensor.shape) == piece.shape else self.writes and piece.kept
+        whole = tuple(piece.tensor.shape) == piece.shape
+        return piece.kept and (self.ranks.data_rank == self.part[0] == 0 if whole else self.writes)
+
+    def scalar(self, name: str, t: Tensor) -> Piece:
+        """A value that the optimizer keeps of the whole parameter `name`."""
+        return Piece.whole(t)
 
     def whole(self, name: str, t: Tensor) -> Tensor:
         """All ranks' pieces of `t`, a tensor cut as the parameter `name`, as one."""
@@ -109,6 +120,12 @@ class Layout:
         """Around a micro-batch; gradients are only reduced in the last one of a step."""
         return contextlib.nullcontext()
 
+    def schedule(self, micros: int) -> Iterator[tuple[str, int]]:
+        """("forward" | "backward", number of the micro-batch) in the order of a step."""
+        for i in range(micros):
+            yield "forward", i
+            yield "backward", i
+
 
 class Replicated(Layout):
     """DistributedDataParallel: the model whole on every rank, gradients averaged."""
@@ -124,6 +141,53 @@ class Replicated(Layout):
 
     def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if micro else self.wrapped.no_sync()
+
+
+class Staged(Layout):
+    """A stage of a pipeline. Of tied matrices the last stage holds a copy that the same gradients keep the same."""
+
+    def __init__(self, model: nn.Module, ranks: Group, tensors: Tensors | None) -> None:
+        from fastlm.train import pipeline
+
+        names = frozenset(n for n, _ in model.named_parameters())
+        self.pipe = pipeline.cut(model, ranks, tensors)
+        super().__init__(model, ranks, tensors)
+        self._copy = "" if "head.weight" in names or not self.pipe.last else "embed.weight"
+        self.params = {self._copy if n == "head.weight" and self._copy else n: p for n, p in self.params.items()}
+        self._local = {n: tuple(p.shape) for n, p in self.params.items()}
+        self._tied = "head.weight" not in names and (self.pipe.first or self.pipe.last)
+        self.elsewhere = names - self.params.keys()
+        self._mean = (ranks.mesh["dp"].get_group(), ranks.sizes["dp"])
+
+    def schedule(self, micros: int) -> Iterator[tuple[str, int]]:
+        from fastlm.train import pipeline
+
+        return pipeline.schedule(self.pipe.stage, self.pipe.stages, micros)
+
+    def grads(self) -> list[Tensor]:
+        self.pipe.finish()
+        group, ranks = self._mean
+        found = [p.grad for p in self.params.values() if p.grad is not None]
+        if self._tied:
+            torch.distributed.all_reduce(self.params["embed.weight"].grad, group=self.pipe.ends)
+        if ranks > 1 and found:
+            flat = torch.cat([g.reshape(-1) for g in found])
+            torch.distributed.all_reduce(flat, group=group)
+            for g, mean in zip(found, (flat / ranks).split([g.numel() for g in found])):
+                g.copy_(mean.view(g.shape))
+        return super().grads()
+
+    def _norm_groups(self) -> list[Any]:
+        return [self.pipe.group, *super()._norm_groups()]
+
+    def _counted(self, name: str) -> bool:
+        return super()._counted(name) and name != self._copy
+
+    def pieces(self, name: str, t: Tensor) -> list[Piece]:
+        return [replace(p, kept=p.kept and name != self._copy) for p in super().pieces(name, t)]
+
+    def scalar(self, name: str, t: Tensor) -> Piece:
+        return replace(Piece.whole(t), kept=name != self._copy)
 
 
 class Sharded(Layout):
@@ -219,12 +283,14 @@ def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Lay
         return model, Layout(model, ranks)
     sizes = ranks.sizes
     tensors = None
-    for name in ("fsdp", "tp"):
+    for name in ("fsdp", "tp", "pp"):
         if sizes[name] > 1 and config.run.compile:
             raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
-    if sizes["tp"] > 1 and config.model.lora_rank:
-        raise InputError("--lora-rank with --mesh tp=... is not built; leave one of them out, or use dp=...")
-    if sizes["fsdp"] > 1 or sizes["tp"] > 1:
+        if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
+            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if sizes["pp"] > 1 and sizes["fsdp"] > 1:
+        raise InputError("--mesh pp=... with fsdp=... is not built; use pp with dp and tp")
+    if sizes["fsdp"] > 1 or sizes["tp"] > 1 or sizes["pp"] > 1:
         with torch.no_grad():
             for t in [*model.parameters(), *model.buffers()]:  # one process's values, whatever each drew
                 torch.distributed.broadcast(t, src=0)
@@ -234,6 +300,8 @@ def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Lay
         tensors = tensor_parallel.cut(model, ranks.mesh["tp"].get_group())
     if sizes["fsdp"] > 1:
         return model, Sharded(model, ranks, config, tensors)
+    if sizes["pp"] > 1:
+        return model, Staged(model, ranks, tensors)
     if sizes["dp"] == 1 and tensors is not None:
         return model, Layout(model, ranks, tensors)
     layout = Replicated(model, ranks, tensors)

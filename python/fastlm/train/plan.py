@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Plan:
     recompute: str
     costs: Costs
     flops: float  # of one rank in a step, recomputation counted
+    idle: float  # part of the step in which a stage of a pipeline has nothing to do
     fits: bool
 
     @property
@@ -54,9 +56,8 @@ def plans(
 ) -> tuple[list[Plan], dict[str, str]]:
     """The plans for `devices` devices of `memory` bytes, best first; and the meshes that cannot be, each with its reason.
 
-    For each mesh: the largest micro-batch (--micro, or the rank's share and its halves) that fits without recomputing
-    more than asked for; if none does, with every other block or every block recomputed; if still none, the smallest. Of
-    what fits, less recomputation is better, then less to send, then the plainer mesh.
+    Of each mesh the best micro-batch (--micro, or the rank's share and its halves) and recomputation (--recompute, or more)
+    are taken. Best is what fits; of that, what computes and idles least; then what sends least, in the fewest pieces.
     """
     if devices < 1:
         raise InputError(f"--devices must be at least 1; it is {devices}")
@@ -67,39 +68,46 @@ def plans(
         if data > config.optim.batch:
             refused[mesh] = f"--batch {config.optim.batch} has no sample for each of {data} ranks"
             continue
-        for name in ("fsdp", "tp"):
+        if sizes["pp"] > shape.layers:
+            refused[mesh] = f"pp={sizes['pp']} needs a block for each stage; --layers is {shape.layers}"
+        for name in ("fsdp", "tp", "pp"):
             if sizes[name] > 1 and config.run.compile:
                 refused[mesh] = f"--compile with {name} is not built"
-        if sizes["tp"] > 1 and config.model.lora_rank:
-            refused[mesh] = "--lora-rank with tp is not built"
+            if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
+                refused[mesh] = f"--lora-rank with {name} is not built"
+        if sizes["pp"] > 1 and sizes["fsdp"] > 1:
+            refused[mesh] = "pp with fsdp is not built"
         if mesh in refused:
             continue
         try:
             found.append(_fit(shape, config, sizes, mesh, memory, device))
         except InputError as error:
             refused[mesh] = str(error)
-    order = ("none", "half", "full")
-    found.sort(key=lambda p: (not p.fits, order.index(p.recompute) if p.fits else p.costs.memory, p.sent, len(p.mesh)))
+    found.sort(key=lambda plan: (*_worth(plan), len(plan.mesh)))
     return found, refused
 
 
+def _worth(plan: Plan) -> tuple[float, ...]:
+    """Smaller is better."""
+    if not plan.fits:
+        return (1, plan.costs.memory, 0, 0)
+    return (0, plan.flops / (1 - plan.idle), plan.sent, -plan.micro)
+
+
 def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, memory: int, device: str) -> Plan:
-    share = -(-config.optim.batch // (sizes["dp"] * sizes["fsdp"]))
+    share, order = -(-config.optim.batch // (sizes["dp"] * sizes["fsdp"])), ("none", "half", "full")
     micros = [min(config.optim.micro, share)] if config.optim.micro else [share]
     while not config.optim.micro and micros[-1] > 1:
         micros.append(-(-micros[-1] // 2))
-    plan, order = None, ("none", "half", "full")
+    found = []
     for recompute in order[order.index(config.run.recompute) :]:
         for micro in micros:
             changed = copy.deepcopy(config)
             changed.run.recompute, changed.optim.micro = recompute, micro  # type: ignore[assignment]
             costs = Costs.of(shape, changed, device, sizes)
             again = {"none": 0.0, "half": 1 / 2, "full": 1.0}[recompute] / 3  # a forward is a third of a step
-            flops = (
-                costs.flops_per_sample * config.optim.batch / (sizes["dp"] * sizes["fsdp"] * sizes["tp"]) * (1 + again)
-            )
-            plan = Plan(mesh, sizes, micro, recompute, costs, flops, costs.memory <= memory)
-            if plan.fits:
-                return plan
-    assert plan is not None
-    return plan
+            flops = costs.flops_per_sample * config.optim.batch / math.prod(sizes.values()) * (1 + again)
+            ahead = sizes["pp"] - 1  # micro-batches that a stage waits while the pipeline fills and empties
+            idle = ahead / (-(-share // micro) + ahead)
+            found.append(Plan(mesh, sizes, micro, recompute, costs, flops, idle, costs.memory <= memory))
+    return min(found, key=_worth)

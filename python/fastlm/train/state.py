@@ -54,9 +54,12 @@ def _compare(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, 
             raise CheckpointError(f"{where}: {name} is {list(given[name])}, the model needs {list(shape)}")
 
 
-def fill(pieces: Mapping[str, Piece], stored: Stored) -> None:
-    """Read the pieces out of stored tensors of the same names; CheckpointError where they are of another model."""
-    _compare({plain(n): p.shape for n, p in pieces.items()}, {n: stored.shape(n) for n in stored.names()}, stored)
+def fill(pieces: Mapping[str, Piece], stored: Stored, elsewhere: frozenset[str] = frozenset()) -> None:
+    """Read the pieces out of stored tensors of the same names; CheckpointError where they are of another model.
+
+    `elsewhere` are names of tensors that other stages hold."""
+    given = {n: stored.shape(n) for n in stored.names() if n not in elsewhere}
+    _compare({plain(n): p.shape for n, p in pieces.items()}, given, stored)
     with torch.no_grad():
         for name, piece in pieces.items():
             piece.tensor.copy_(stored.read(plain(name), piece.offset, tuple(piece.tensor.shape)))
@@ -78,7 +81,7 @@ def optimizer_pieces(layout: Layout, optimizer: Several) -> dict[str, Piece]:
         for key, value in sorted(states.get(p, {}).items()):  # in one order, whatever order a resume read them in
             if isinstance(value, Tensor):
                 cut = value.shape == p.shape and value.dim() > 0
-                out |= label(f"{name}/{key}", layout.pieces(name, value) if cut else [Piece.whole(value)])
+                out |= label(f"{name}/{key}", layout.pieces(name, value) if cut else [layout.scalar(name, value)])
     return out
 
 
@@ -88,6 +91,8 @@ def load_optimizer(layout: Layout, optimizer: Several, stored: Stored) -> None:
         part.state.clear()
     for full in stored.names():
         name, key = full.rsplit("/", 1)
+        if name in layout.elsewhere:
+            continue
         p = layout.params[name]
         if stored.shape(full) == layout.shape(name) and p.dim() > 0:
             value = torch.empty_like(p.detach())
