@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fastlm.train import checkpoint, mesh
+from fastlm.train import checkpoint, job, mesh
 from fastlm.train.callbacks import read_metrics
+from test_train import tiny
 
 SMALL = """
     book.txt --name a --layers 1 --heads 2 --width 32 --context 16 --batch 4 --dropout 0.1 --eval-every 0
@@ -94,13 +95,13 @@ def losses() -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_lost_rank_ends_the_others_in_seconds_and_says_so(begin: Begin, lost: int) -> None:
-    job = begin(*TRAIN, "--steps", "1000000", "--nproc", "2", "--save-every", "5")
-    job.until_step(12)
-    job.ranks[lost].kill()
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2", "--save-every", "5")
+    started.until_step(12)
+    started.ranks[lost].kill()
     start = time.monotonic()
-    assert job.end() == 1
+    assert started.end() == 1
     assert time.monotonic() - start < 45  # a fraction of a second on an idle machine
-    said = job.said()
+    said = started.said()
     assert f"rank {lost} of 2 was ended by SIGKILL" in said
     assert "--resume" in said
     assert "Traceback" not in said
@@ -108,11 +109,11 @@ def test_a_lost_rank_ends_the_others_in_seconds_and_says_so(begin: Begin, lost: 
 
 
 def test_a_signal_to_several_ranks_saves_one_step_and_goes_on_from_it(begin: Begin) -> None:
-    job = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
-    job.until_step(10)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 128 + signal.SIGTERM, job.said()
-    assert "Traceback" not in job.said()
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started.until_step(10)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == 128 + signal.SIGTERM, started.said()
+    assert "Traceback" not in started.said()
     (found,) = checkpoint.steps(RUN)
     checkpoint.verify(found[1])
     assert (found[1] / "random.rank-00001.safetensors").is_file()
@@ -125,12 +126,31 @@ def test_a_signal_to_several_ranks_saves_one_step_and_goes_on_from_it(begin: Beg
     assert [step for step, _ in losses()] == list(range(1, found[0] + 4))
 
 
+class Slow(mesh.Ranks):
+    """While the ranks agree at the third step, a signal comes: too late for this agreement."""
+
+    calls = 0
+
+    def agree(self, stop: str) -> str:
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop
+
+
+def test_a_signal_while_the_ranks_agree_is_not_lost() -> None:
+    made = job.start(tiny(name="a", steps=1000), ("book.txt",), ranks=Slow())
+    assert made.trainer.fit() == "signal SIGTERM"
+    assert made.trainer.step == 3
+    assert checkpoint.newest(RUN).name == "step-00000003"
+
+
 @pytest.mark.slow
 def test_a_rank_asked_alone_has_all_of_them_save(begin: Begin) -> None:
-    job = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
-    job.until_step(10)
-    job.ranks[1].send_signal(signal.SIGTERM)
-    assert job.end() == 128 + signal.SIGTERM, job.said()
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started.until_step(10)
+    started.ranks[1].send_signal(signal.SIGTERM)
+    assert started.end() == 128 + signal.SIGTERM, started.said()
     ((step, folder),) = checkpoint.steps(RUN)
     checkpoint.verify(folder)
     assert losses()[-1][0] == step
@@ -138,21 +158,21 @@ def test_a_rank_asked_alone_has_all_of_them_save(begin: Begin) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_falls_silent_is_missed(begin: Begin) -> None:
-    job = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
-    job.until_step(10)
-    job.ranks[1].suspend()
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started.until_step(10)
+    started.ranks[1].suspend()
     start = time.monotonic()
-    assert job.end(mesh.SILENT + 60) == 1
+    assert started.end(mesh.SILENT + 60) == 1
     assert time.monotonic() - start >= mesh.SILENT - 2
-    assert "rank 1 has shown no sign of life" in job.said()
+    assert "rank 1 has shown no sign of life" in started.said()
 
 
 @pytest.mark.slow
 def test_ranks_go_with_their_launcher(begin: Begin) -> None:
-    job = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
-    job.until_step(10)
-    job.process.kill()
-    job.end()
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started.until_step(10)
+    started.process.kill()
+    started.end()
     ((step, folder),) = checkpoint.steps(RUN)  # the kernel asks them to stop, and they save
     checkpoint.verify(folder)
     assert losses()[-1][0] == step
@@ -161,22 +181,22 @@ def test_ranks_go_with_their_launcher(begin: Begin) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["dp=2", "fsdp=2"])
 def test_ranks_killed_at_any_moment_go_on_as_if_never_killed(begin: Begin, which: str, tmp_path: Path) -> None:
-    words = [*TRAIN, "--mesh", which, "--steps", "60", "--save-every", "3"]
+    words = [*TRAIN, "--mesh", which, "--steps", "150", "--save-every", "3"]
     assert (whole := begin(*words)).end() == 0, whole.said()
     expected, last = losses(), checkpoint.newest(RUN)
     files = {p.name: p.read_bytes() for p in last.glob("*.safetensors")}
     assert len(files) > 2
     RUN.rename("runs/whole")
     for step in (0, 17, 40):
-        job = begin(*words) if step == 0 else begin("fastlm", "train", "--resume", "runs/a")
-        job.until_step(step)
+        started = begin(*words) if step == 0 else begin("fastlm", "train", "--resume", "runs/a")
+        started.until_step(step)
         for rank in (1, 0) if step else (0, 1):
-            job.ranks[rank].kill()
-        assert job.end() == 1
+            started.ranks[rank].kill()
+        assert started.end() == 1
         for _, folder in checkpoint.steps(RUN):
             checkpoint.verify(folder)
-    job = begin("fastlm", "train", "--resume", "runs/a")
-    assert job.end() == 0, job.said()
+    started = begin("fastlm", "train", "--resume", "runs/a")
+    assert started.end() == 0, started.said()
     assert losses() == expected
     for name, raw in files.items():
         assert (checkpoint.newest(RUN) / name).read_bytes() == raw, name
@@ -189,14 +209,14 @@ def test_torchrun_starts_lost_ranks_again_and_the_run_goes_on(begin: Begin, lost
         s.bind(("127.0.0.1", 0))
         how = ["--standalone"] if alone else ["--master-port", str(s.getsockname()[1])]
     torchrun = ["torch.distributed.run", *how, "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
-    job = begin(*torchrun, *TRAIN, "--steps", "150", "--save-every", "5")
-    job.until_step(23)
+    started = begin(*torchrun, *TRAIN, "--steps", "400", "--save-every", "5")
+    started.until_step(23)
     before = losses()
-    job.ranks[lost].kill()
-    assert job.process.wait(240) == 0, job.said()
-    said = job.said()
+    started.ranks[lost].kill()
+    assert started.process.wait(240) == 0, started.said()
+    said = started.said()
     assert "going on from step" in said
-    assert [step for step, _ in losses()] == list(range(1, 151))
+    assert [step for step, _ in losses()] == list(range(1, 401))
     assert losses()[:20] == before[:20]
     assert [p.name for p in Path("runs").iterdir()] == ["a"]
     assert os.stat(RUN / "result.json").st_size
@@ -206,6 +226,6 @@ def test_torchrun_starts_lost_ranks_again_and_the_run_goes_on(begin: Begin, lost
 def test_torchrun_gives_up_after_its_restarts(begin: Begin) -> None:
     """A fault that comes back each time ends the job with the reason, and not in a hang."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
-    job = begin(*torchrun, "fastlm", "train", "missing.txt", *SMALL[1:])
-    assert job.end() == 1
-    assert job.said().count("missing.txt does not exist") >= 2
+    started = begin(*torchrun, "fastlm", "train", "missing.txt", *SMALL[1:])
+    assert started.end() == 1
+    assert started.said().count("missing.txt does not exist") >= 2
