@@ -1,16 +1,23 @@
 """attention beside F.scaled_dot_product_attention as PyTorch picks it, each SDPA backend, FlexAttention and peers.
 
-TFLOP/s by the field's convention: 4*B*H*L^2*D, halved when causal, the backward 2.5 times the forward.
+TFLOP/s by the field's convention: 4*B*H*L^2*D, halved when causal, the backward 2.5 times the forward. Bytes: q, k, v and
+a mask in, the output out; in the backward all of these and the output's gradient in, three gradients out.
+
+Results are compared with float64 on the last head, since no head sees another. A case with dropout checks our own
+with its mask; PyTorch and its peers draw masks of their own, so their function is checked without dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import fastlm
 import torch
 import torch.nn.functional as F
+from fastlm.bench import peers
 from fastlm.bench.harness import Case, Contender, Goal, Missing, Prepared, pytest_cases, ratio_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +34,7 @@ class Inputs(NamedTuple):
     dout: Tensor
     mask: Tensor | None
     seed: Tensor
+    matrix: Tensor | None = None  # of the projection behind the op, [H*D, H*D]
 
 
 class Shape(NamedTuple):
@@ -36,7 +44,7 @@ class Shape(NamedTuple):
     d: int
 
 
-def _inputs(shape: Shape, dtype: str, device: str, grad: bool, mask: str):
+def _inputs(shape: Shape, dtype: str, device: str, grad: bool, mask: str, then: str):
     def make(seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +58,11 @@ def _inputs(shape: Shape, dtype: str, device: str, grad: bool, mask: str):
             attend = (torch.arange(shape.l) < shape.l * 3 // 4).expand(1, 1, shape.l, shape.l)
         leaves = [normal().requires_grad_(grad) for _ in range(3)]
         attend = attend.to(device) if attend is not None else None
-        return Inputs(*leaves, normal(), attend, torch.tensor(seed + 1, device=device))
+        matrix = None
+        if then:
+            width = shape.h * shape.d
+            matrix = (torch.randn(width, width, generator=generator) / width**0.5).to(device, DTYPES[dtype])
+        return Inputs(*leaves, normal(), attend, torch.tensor(seed + 1, device=device), matrix)
 
     return make
 
@@ -62,142 +74,163 @@ class Call(NamedTuple):
     mask: str = ""
 
 
-def _ours(i: Inputs, call: Call) -> Tensor:
-    return fastlm.ops.attention(
-        i.q, i.k, i.v, causal=call.causal, bias=i.mask, dropout_p=call.p, seed=i.seed if call.p else None,
-        window=(call.window, 0) if call.window else None,
+# A way to compute it takes inputs and a call, prepares once what its users prepare once (masks, compilation), and returns
+# the function of q, k and v that is timed.
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Way = Callable[[Inputs, Call], Function]
+
+
+def _ours(i: Inputs, call: Call) -> Function:
+    return lambda q, k, v: fastlm.ops.attention(
+        q, k, v, causal=call.causal, bias=i.mask if call.mask else None, dropout_p=call.p,
+        seed=i.seed if call.p else None, window=(call.window, 0) if call.window else None,
     )  # fmt: skip
 
 
-def _ours_plain(i: Inputs, call: Call) -> Tensor:
-    """Our own without the dropout, mask or window of the case: what those cost."""
-    return fastlm.ops.attention(i.q, i.k, i.v, causal=call.causal)
+def _sdpa(i: Inputs, call: Call) -> Function:
+    mask = i.mask if call.mask else None
+    if call.window:
+        at = torch.arange(i.q.shape[2], device=i.q.device)
+        behind = at[:, None] - at[None, :]
+        mask = (behind >= 0) & (behind <= call.window)
+    causal = call.causal and mask is None
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, call.p, is_causal=causal)
 
 
-def _window_mask(i: Inputs, call: Call) -> Tensor | None:
-    if not call.window:
-        return i.mask
-    at = torch.arange(i.q.shape[2], device=i.q.device)
-    behind = at[:, None] - at[None, :]
-    return (behind >= 0) & (behind <= call.window)
+def _sdpa_backend(which: SDPBackend) -> Way:
+    def way(i: Inputs, call: Call) -> Function:
+        function = _sdpa(i, call)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(which):
+                return function(q, k, v)
+
+        return run
+
+    return way
 
 
-def _sdpa(i: Inputs, call: Call) -> Tensor:
-    mask = _window_mask(i, call)
-    return F.scaled_dot_product_attention(i.q, i.k, i.v, mask, call.p, is_causal=call.causal and mask is None)
-
-
-def _sdpa_backend(which: SDPBackend):
-    def run(i: Inputs, call: Call) -> Tensor:
-        if i.q.device.type == "cpu":
-            raise Missing("the CPU has one fused SDPA backend, which SDPA picks by itself")
-        with sdpa_kernel(which):
-            return _sdpa(i, call)
-
-    return run
-
-
-def _flex(i: Inputs, call: Call) -> Tensor:
+def _flex(i: Inputs, call: Call) -> Function:
     if call.p:
         raise Missing("FlexAttention has no dropout")
     if i.q.device.type == "cpu" and i.q.requires_grad:
         raise Missing("FlexAttention has no backward on a CPU")
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    rows = i.q.shape[2]
-    block = None
+    rules = []
+    if call.causal:
+        rules.append(lambda b, h, q, k: q >= k)
     if call.window:
-        block = create_block_mask(lambda b, h, q, k: (q >= k) & (q - k <= call.window), None, None, rows, rows,
-                                  device=i.q.device.type)  # fmt: skip
-    elif call.causal:
-        block = create_block_mask(lambda b, h, q, k: q >= k, None, None, rows, rows, device=i.q.device.type)
-    elif i.mask is not None:
-        dense = i.mask[0, 0]
-        block = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, rows, rows, device=i.q.device.type)
-    return _compiled_flex()(i.q, i.k, i.v, block_mask=block)
+        rules.append(lambda b, h, q, k: q - k <= call.window)
+    if call.mask:
+        dense = i.mask[0, 0].contiguous()
+        rules.append(lambda b, h, q, k: dense[q, k])
+    block = None
+    if rules:
+        both = lambda b, h, q, k: functools.reduce(operator.and_, (rule(b, h, q, k) for rule in rules))
+        block = create_block_mask(both, None, None, i.q.shape[2], i.k.shape[2], device=i.q.device.type)
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block)
 
 
-_FLEX: list[Any] = []
-
-
-def _compiled_flex() -> Any:
-    if not _FLEX:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _FLEX.append(torch.compile(flex_attention))
-    return _FLEX[0]
-
-
-def _flash_attn(i: Inputs, call: Call) -> Tensor:
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError as error:
-        raise Missing(f"flash-attn is not installed here: {error}") from error
-    if i.mask is not None:
+def _flash_attn(i: Inputs, call: Call) -> Function:
+    flash = peers.load("flash-attn", "flash_attn")
+    if call.mask:
         raise Missing("flash-attn takes no mask")
-    q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
     window = (call.window, 0) if call.window else (-1, -1)
-    return flash_attn_func(q, k, v, call.p, causal=call.causal, window_size=window).transpose(1, 2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flash.flash_attn_func(q, k, v, call.p, causal=call.causal, window_size=window).transpose(1, 2)
+
+    return run
 
 
-def _xformers(i: Inputs, call: Call) -> Tensor:
-    try:
-        import xformers.ops as xops
-    except ImportError as error:
-        raise Missing(f"xformers is not installed here: {error}") from error
-    if i.mask is not None or call.window:
+def _xformers(i: Inputs, call: Call) -> Function:
+    xops = peers.load("xformers", "xformers.ops")
+    if call.mask or call.window:
         raise Missing("this case's mask is not laid out as xformers needs it")
     bias = xops.LowerTriangularMask() if call.causal else None
-    q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
-    return xops.memory_efficient_attention(q, k, v, bias, call.p).transpose(1, 2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return xops.memory_efficient_attention(q, k, v, bias, call.p).transpose(1, 2)
+
+    return run
 
 
-def _contender(name: str, function: Any, call: Call, part: str, kind: str, checked: bool = True) -> Contender:
-    def prepare(i: Inputs) -> Prepared:
-        if name == "flex":  # the mask is prepared once, as its users do
-            function(i, call)
+def _calls(way: Way, i: Inputs, call: Call, part: str) -> Prepared:
+    """What is timed: the output, and the gradients of q, k and v; in front of a projection where inputs have its matrix."""
+    function, leaves = way(i, call), (i.q, i.k, i.v)
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return function(i, call)
+    def project(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(out.shape[0] * out.shape[2], -1) @ i.matrix
 
-        def both() -> Any:
-            out = function(i, call)
-            return out, *torch.autograd.grad(out, (i.q, i.k, i.v), i.dout)
+    def forward() -> Any:
+        with torch.no_grad():
+            out = function(*leaves)
+            if i.matrix is not None:
+                project(out)
+            return (out,)
 
-        return forward if part == FORWARD else both
+    def both() -> Any:
+        out = function(*leaves)
+        if i.matrix is None:
+            return out, *torch.autograd.grad(out, leaves, i.dout)
+        return out, *torch.autograd.grad(project(out), leaves, i.dout.transpose(1, 2).reshape(-1, len(i.matrix)))
 
-    return Contender(name, prepare, kind, checked and call.p == 0)
+    return forward if part == FORWARD else both
 
 
-def _error(call: Call, part: str):
+def _contender(name: str, way: Way, call: Call, part: str, kind: str) -> Contender:
+    def without_dropout(i: Inputs) -> float:
+        calm = call._replace(p=0.0)
+        return _error(calm, part)(_calls(way, i, calm, part)(), i)
+
+    own_mask = name != "fastlm" and (call.p > 0 or kind == "self")  # a variant of our own is checked as itself
+    return Contender(name, lambda i: _calls(way, i, call, part), kind, check=without_dropout if own_mask else None)
+
+
+def _error(call: Call, part: str) -> Callable[[Any, Inputs], float]:
+    """Largest error of the output, and of the gradients, on the last head: no head sees another."""
+
     def error(result: Any, i: Inputs) -> float:
+        dout, head = i.dout.double(), i.q.shape[1] - 1
+        if i.matrix is not None:
+            flat = dout.transpose(1, 2).reshape(-1, len(i.matrix)) @ i.matrix.double().T
+            dout = flat.view(dout.shape[0], dout.shape[2], head + 1, -1).transpose(1, 2)
+        leaves = [t.detach()[:, head:].double().requires_grad_(part != FORWARD) for t in (i.q, i.k, i.v)]
+        offset = (torch.arange(i.q.shape[0], device=i.q.device), head, 0, 0) if call.p else None
         with fastlm.backend.use("reference"):
-            wide = Inputs(*(t.detach().double() if t is not None and t.is_floating_point() else t for t in i))
-            leaves = [t.requires_grad_() for t in wide[:3]]
-            out = _ours(wide, call)
-            expected = [out.detach()]
-            if part != FORWARD:
-                expected += torch.autograd.grad(out, leaves, wide.dout)
-        return ratio_error(result, expected)
+            out = fastlm.ops.attention(
+                *leaves, causal=call.causal, bias=i.mask if call.mask else None, dropout_p=call.p,
+                seed=i.seed if call.p else None, window=(call.window, 0) if call.window else None, offset=offset,
+            )  # fmt: skip
+            grads = torch.autograd.grad(out, leaves, dout[:, head:]) if part != FORWARD else ()
+        return ratio_error([t[:, head:] for t in result], [out.detach(), *grads])
 
     return error
 
 
 def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: dict[str, float],
-          smoke: bool = False) -> Case:  # fmt: skip
-    flops = 4 * shape.b * shape.h * shape.l**2 * shape.d
-    if call.causal:
-        flops //= 2
-    if call.window:
-        flops = 4 * shape.b * shape.h * shape.l * min(call.window + 1, shape.l) * shape.d
-    if part == BOTH:
-        flops = int(flops * 3.5)
+          smoke: bool = False, then: str = "") -> Case:  # fmt: skip
+    b, h, l, d = shape
+    pairs = l * min(call.window + 1, l) if call.window else l**2 // (2 if call.causal else 1)
+    item = DTYPES[dtype].itemsize
+    tensor, mask = b * h * l * d * item, l * l if call.mask else 0  # the mask is one byte an element, for all heads
+    passes = 1 if part == FORWARD else 3.5
+    flops = int(passes * 4 * b * h * d * pairs)
+    nbytes = 4 * tensor + mask if part == FORWARD else 12 * tensor + 2 * mask
+    if then:  # the projection's input, matrix and output; its backward is the input's gradient alone
+        times = 1 if part == FORWARD else 2
+        flops += times * 2 * b * l * (h * d) ** 2
+        nbytes += times * (2 * tensor + (h * d) ** 2 * item)
     contenders = [_contender("fastlm", _ours, call, part, "ours")]
     if call.p or call.mask or call.window:
-        contenders.append(_contender("fastlm plain", _ours_plain, call, part, "self", checked=False))
+        plain = Call(causal=call.causal)  # our own without the dropout, mask or window of the case: what those cost
+        contenders.append(_contender("fastlm plain", _ours, plain, part, "self"))
     contenders.append(_contender("sdpa", _sdpa, call, part, "baseline"))
-    if device != "cpu":
+    if device != "cpu":  # a CPU has one fused backend, which SDPA picks by itself
         for name, which in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
                             ("sdpa efficient", SDPBackend.EFFICIENT_ATTENTION)):  # fmt: skip
             contenders.append(_contender(name, _sdpa_backend(which), call, part, "baseline"))
@@ -206,12 +239,12 @@ def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: d
     contenders.append(_contender("xformers", _xformers, call, part, "peer"))
     words = [f"{'x'.join(map(str, shape))} {dtype}", "causal" if call.causal else "full"]
     words += [w for w in (f"p={call.p:g}" if call.p else "", f"window={call.window}" if call.window else "",
-                          f"mask={call.mask}" if call.mask else "", part) if w]  # fmt: skip
-    small = shape.b * shape.h * shape.l**2 <= 2**26  # float64 scores of the check must fit
+                          f"mask={call.mask}" if call.mask else "", part, f"then {then}" if then else "") if w]  # fmt: skip
     return Case(
-        "attention", " ".join(words), _inputs(shape, dtype, device, part == BOTH, call.mask), tuple(contenders), 0,
-        flops, dtype, device, {**shape._asdict(), **call._asdict(), "part": part}, "alone",
-        _error(call, part) if small else None, TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), smoke,
+        "attention", " ".join(words), _inputs(shape, dtype, device, part == BOTH, call.mask, then), tuple(contenders),
+        nbytes, flops, dtype, device, {**shape._asdict(), **call._asdict(), "part": part},
+        "before a matmul" if then else "alone", _error(call, part), TOLERANCE[dtype],
+        tuple(Goal(k, v) for k, v in goals.items()), smoke,
     )  # fmt: skip
 
 
@@ -227,12 +260,15 @@ def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goa
         q = normal(1, heads, 1, d)
         return Inputs(q, cache[0], cache[1], q, None, torch.tensor(seed))
 
-    def ours(i: Inputs, call: Call) -> Tensor:
-        return fastlm.ops.attention(i.q, i.k, i.v, causal=True, seqlens_k=valid)
+    def ours(i: Inputs, call: Call) -> Function:
+        return lambda q, k, v: fastlm.ops.attention(q, k, v, causal=True, seqlens_k=valid)
 
-    def sdpa(i: Inputs, call: Call) -> Tensor:
-        k, v = i.k[:, :, :length], i.v[:, :, :length]
-        return F.scaled_dot_product_attention(i.q, k, v, enable_gqa=heads != kv_heads)
+    def sdpa(i: Inputs, call: Call) -> Function:
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
+
+    def error(result: Any, i: Inputs) -> float:
+        with fastlm.backend.use("reference"):
+            return ratio_error(result, [fastlm.ops.attention(*(t.double() for t in i[:3]))])
 
     call = Call()
     contenders = (
@@ -243,7 +279,7 @@ def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goa
         "attention", f"decode 1x{heads}/{kv_heads}x{length}x{d} {dtype}", make, contenders,
         2 * kv_heads * length * d * DTYPES[dtype].itemsize, 4 * heads * length * d, dtype, device,
         {"heads": heads, "kv_heads": kv_heads, "l": length, "d": d, "part": FORWARD}, "alone",
-        _error(call, FORWARD), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), length == 4096,
+        error, TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), length == 4096,
     )  # fmt: skip
 
 
@@ -258,6 +294,8 @@ def cases(device: str) -> Iterator[Case]:
             yield _case(gpt, dtype, causal, BOTH, device, {"sdpa": both})
             yield _case(gpt, dtype, dropped, FORWARD, device, {plain: 1 / 1.2})
             yield _case(gpt, dtype, dropped, BOTH, device, {plain: 1 / 1.2})
+            yield _case(gpt, dtype, causal, FORWARD, device, {}, then="matmul")
+            yield _case(gpt, dtype, causal, BOTH, device, {}, then="matmul")
         for dtype in ("float32", "bfloat16"):
             yield _case(gpt, dtype, Call(mask="random"), FORWARD, device, {"sdpa": 1.5, plain: 1 / 1.2})
             yield _case(gpt, dtype, Call(mask="random"), BOTH, device, {"sdpa": 1.5})
@@ -288,6 +326,40 @@ def cases(device: str) -> Iterator[Case]:
     yield _case(shape, "bfloat16", Call(causal=True, p=0.1), BOTH, device, {})
     yield _case(shape, "bfloat16", Call(causal=True, window=512), FORWARD, device, {})
     yield _case(shape, "bfloat16", Call(mask="random"), FORWARD, device, {"fastlm plain": 0.85})
+    yield _case(shape, "bfloat16", Call(causal=True), FORWARD, device, {}, then="matmul")
+    yield _case(shape, "bfloat16", Call(causal=True), BOTH, device, {}, then="matmul")
+
+
+# By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
+SHORT = {"odd": [(2, 4, 129, 64), (2, 4, 65, 128)], "profile": [(4, 16, 4096, 128)],
+         "interpreted odd": [(1, 2, 65, 64)], "interpreted profile": [(1, 1, 128, 128)]}  # fmt: skip
+
+
+def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], Tensor]]:
+    """Calls, each returning a loss, for the sanitizer and the profiler (fastlm.bench.short)."""
+    for shape in SHORT[kind]:
+        leaves = [torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+
+        def train(leaves: list[Tensor] = leaves, **options: Any) -> Tensor:
+            out = fastlm.ops.attention(*leaves, **options)
+            assert isinstance(out, Tensor)
+            return out.float().square().sum()
+
+        def generate(leaves: list[Tensor] = leaves, batch: int = shape[0], length: int = shape[2]) -> Tensor:
+            q, k, v = (t.detach() for t in leaves)
+            valid = torch.full((batch,), length, dtype=torch.int32, device=device)
+            return train([q[:, :, :1], k, v], causal=True, seqlens_k=valid)
+
+        yield functools.partial(train, causal=True, dropout_p=0.1, seed=1)
+        yield generate
+        if "odd" in kind:  # the kernels that a plain call does not reach: a bias's gradient, packed sequences
+            _, heads, length, _ = shape
+            for rows, keys in ((length, length), (length, 1), (1, length)):
+                bias = torch.randn(1, heads, rows, keys, device=device).to(dtype).requires_grad_()
+                yield functools.partial(train, bias=bias, window=(50, 20), softcap=5.0)
+            ends = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32, device=device)
+            packed = [t.detach()[0].transpose(0, 1).requires_grad_() for t in leaves]
+            yield functools.partial(train, packed, causal=True, cu_seqlens_q=ends, dropout_p=0.1, seed=1)
 
 
 test_bench = pytest_cases(cases)

@@ -6,12 +6,13 @@ implementation must move, x and residual in, z and y out; in the backward dy, dz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import fastlm
 import torch
 import torch.nn.functional as F
+from fastlm import _native
 from fastlm.bench import peers
 from fastlm.bench.harness import Case, Contender, Goal, Missing, Prepared, pytest_cases, ratio_error
 from fastlm.reference.dropout_add_norm import dropout_mask
@@ -20,6 +21,7 @@ from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+FORWARD, BOTH = "forward", "forward+backward"
 LARGE = 40e6  # elements past which a GPU's caches cannot help
 
 
@@ -31,10 +33,10 @@ class Inputs(NamedTuple):
     dy: Tensor
     dz: Tensor
     seed: Tensor
-    matrix: Tensor
+    matrix: Tensor | None  # of the matmul behind the op
 
 
-def _inputs(rows: int, columns: int, dtype: str, device: str, grad: bool):
+def _inputs(rows: int, columns: int, dtype: str, device: str, grad: bool, then: str) -> Callable[[int], Inputs]:
     def make(seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
 
@@ -44,15 +46,19 @@ def _inputs(rows: int, columns: int, dtype: str, device: str, grad: bool):
         leaves = [normal(rows, columns), normal(rows, columns), normal(columns), normal(columns)]
         return Inputs(
             *(t.requires_grad_(grad) for t in leaves), normal(rows, columns), normal(rows, columns),
-            torch.tensor(seed + 1, device=device), normal(columns, columns),
+            torch.tensor(seed + 1, device=device), normal(columns, columns) / columns**0.5 if then else None,
         )  # fmt: skip
 
     return make
 
 
-def _eager(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
-    z = i.residual + F.dropout(i.x, p)
+def _composed(i: Inputs, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    z = i.residual + dropped
     return F.layer_norm(z, z.shape[-1:], i.weight, i.bias), z
+
+
+def _eager(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
+    return _composed(i, F.dropout(i.x, p))
 
 
 def _ours(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
@@ -69,50 +75,49 @@ def _liger(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
     return liger.LigerLayerNormFunction.apply(z, i.weight, i.bias, 1e-5), z
 
 
-def _contender(name: str, function: Any, p: float, part: str, then: str, kind: str) -> Contender:
+def _calls(function: Any, i: Inputs, p: float, part: str) -> Prepared:
+    """What is timed: y, z, and all gradients; in front of a matmul where inputs have its matrix."""
+    leaves = (i.x, i.residual, i.weight, i.bias)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            y, z = function(i, p)
+            return (y, z) if i.matrix is None else (y, z, y @ i.matrix)
+
+    def both() -> Any:
+        y, z = function(i, p)
+        last = y if i.matrix is None else y @ i.matrix
+        return y, z, *(() if i.matrix is None else (last,)), *torch.autograd.grad((last, z), leaves, (i.dy, i.dz))
+
+    return forward if part == FORWARD else both
+
+
+def _contender(name: str, function: Any, p: float, part: str, kind: str) -> Contender:
     def prepare(i: Inputs) -> Prepared:
-        f = torch.compile(function) if name == "torch.compile" else function
-        leaves = (i.x, i.residual, i.weight, i.bias)
-
-        def forward() -> Any:
-            with torch.no_grad():
-                y, z = f(i, p)
-                return (y @ i.matrix, z) if then == "matmul" else (y, z)
-
-        def both() -> Any:
-            y, z = f(i, p)
-            if then == "matmul":
-                return y, z, *torch.autograd.grad((y @ i.matrix, z), leaves, (i.dy, i.dz))
-            return y, z, *torch.autograd.grad((y, z), leaves, (i.dy, i.dz))
-
-        return forward if part == "forward" else both
+        return _calls(torch.compile(function) if name == "torch.compile" else function, i, p, part)
 
     def without_dropout(i: Inputs) -> float:
         """PyTorch draws a mask of its own: the same function, uncompiled, is right without one."""
-        with torch.set_grad_enabled(part != "forward"):
-            y, z = function(i, 0.0)
-        grads = (
-            () if part == "forward" else torch.autograd.grad((y, z), (i.x, i.residual, i.weight, i.bias), (i.dy, i.dz))
-        )
-        return _error(0.0, part)((y, z, *grads), i)
+        # PyTorch sums the gradients of weight and bias in bfloat16: 7 to 14% off where ours are half a percent off.
+        slack = 10.0 if i.x.dtype == torch.bfloat16 else 1.0
+        return _error(0.0, part, slack)(_calls(function, i, 0.0, part)(), i)
 
-    own_mask = kind != "ours" and p > 0
-    return Contender(name, prepare, kind, then == "", without_dropout if own_mask else None)
+    return Contender(name, prepare, kind, check=without_dropout if kind != "ours" else None)
 
 
-def _error(p: float, part: str):
+def _error(p: float, part: str, slack: float = 1.0) -> Callable[[Any, Inputs], float]:
+    """Largest error of all results; of the gradients of weight and bias, divided by ``slack``."""
+
     def error(result: Any, i: Inputs) -> float:
-        wide = Inputs(*(t.detach().double() if t.is_floating_point() else t for t in i))
-        leaves = [t.requires_grad_() for t in wide[:4]]
+        wide = Inputs(*(t.detach().double() if t is not None and t.is_floating_point() else t for t in i))
         scale = 1.0
         if p > 0:
             scale = dropout_mask(*i.x.shape, i.seed, None, p).double() * keep_scale(p)
-        z = wide.residual + wide.x * scale
-        y = F.layer_norm(z, z.shape[-1:], wide.weight, wide.bias)
-        expected = [y, z]
-        if part != "forward":
-            expected += torch.autograd.grad((y, z), leaves, (wide.dy, wide.dz))
-        return ratio_error(result, [e.detach() for e in expected])
+        for leaf in wide[:4]:
+            leaf.requires_grad_()
+        expected = _calls(lambda w, _: _composed(w, w.x * scale), wide, p, part)()
+        errors = [ratio_error(got, want.detach()) for got, want in zip(result, expected, strict=True)]
+        return max(e / slack if at >= len(errors) - 2 and part == BOTH else e for at, e in enumerate(errors))
 
     return error
 
@@ -131,46 +136,47 @@ def _copy(nbytes: int) -> Contender:
 def _case(rows: int, columns: int, dtype: str, p: float, part: str, device: str, goals: dict[str, float],
           then: str = "", compiled: bool = False, smoke: bool = False) -> Case:  # fmt: skip
     item = torch.empty((), dtype=DTYPES[dtype]).element_size()
-    tensors = 4 if part == "forward" else 4 + 4 + (1 if p > 0 else 0)  # backward: dy, dz, z in; dx (and dresidual) out
+    tensors = 4 if part == FORWARD else 4 + 4 + (1 if p > 0 else 0)  # backward: dy, dz, z in; dx (and dresidual) out
     nbytes = tensors * rows * columns * item
     # About 12 an element forward and 20 backward (kernels/dropout_add_norm.py); the matmul behind it computes 2 * columns
-    # an element forward and twice that backward, and its bytes are those of its matrix, y again and the product.
-    flops = (12 if part == "forward" else 32) * rows * columns
+    # an element forward and the same for its input's gradient, and its bytes are those of its matrix, y and the product.
+    flops = (12 if part == FORWARD else 32) * rows * columns
     if then:
-        flops += (2 if part == "forward" else 6) * rows * columns**2
-        nbytes += (1 if part == "forward" else 3) * (2 * rows * columns + columns**2) * item
+        flops += (2 if part == FORWARD else 4) * rows * columns**2
+        nbytes += (1 if part == FORWARD else 2) * (2 * rows * columns + columns**2) * item
     contenders = [
-        _contender("fastlm", _ours, p, part, then, "ours"),
-        _contender("eager", _eager, p, part, then, "baseline"),
-        _contender("liger-kernel", _liger, p, part, then, "peer"),
-        _copy(nbytes),
+        _contender("fastlm", _ours, p, part, "ours"),
+        _contender("eager", _eager, p, part, "baseline"),
+        _contender("liger-kernel", _liger, p, part, "peer"),
+        *(() if then else (_copy(nbytes),)),
     ]
     if compiled:
-        contenders.insert(2, _contender("torch.compile", _eager, p, part, then, "baseline"))
+        contenders.insert(2, _contender("torch.compile", _eager, p, part, "baseline"))
     suffix = " then matmul" if then else ""
     return Case(
         "dropout_add_norm", f"{rows}x{columns} {dtype} p={p:g} {part}{suffix}",
-        _inputs(rows, columns, dtype, device, part != "forward"), tuple(contenders), nbytes, flops, dtype, device,
+        _inputs(rows, columns, dtype, device, part != FORWARD, then), tuple(contenders), nbytes, flops, dtype, device,
         {"rows": rows, "columns": columns, "p": p, "part": part}, "before a matmul" if then else "alone",
-        None if then else _error(p, part), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), smoke,
+        _error(p, part), TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), smoke,
     )  # fmt: skip
-
-
-FORWARD, BOTH = "forward", "forward+backward"
 
 
 def cases(device: str) -> Iterator[Case]:
     """The goals are those of the design's table for two AVX-512 cores, and for an H200-class GPU."""
     if device == "cpu":
         copy = "copy_ of the same bytes"
-        yield _case(4096, 1024, "float32", 0.1, FORWARD, device, {"eager": 17, copy: 1 / 1.1}, compiled=True)
-        yield _case(4096, 1024, "float32", 0.1, BOTH, device, {"eager": 10}, compiled=True)
-        yield _case(4096, 1024, "bfloat16", 0.1, FORWARD, device, {"eager": 17}, compiled=True)
-        yield _case(4096, 1024, "bfloat16", 0.1, BOTH, device, {"eager": 9}, compiled=True)
-        yield _case(2048, 768, "float32", 0.1, FORWARD, device, {"eager": 17}, smoke=True)
-        yield _case(2048, 768, "float32", 0.1, BOTH, device, {"eager": 9}, smoke=True)
-        yield _case(4096, 1024, "float32", 0.0, FORWARD, device, {"eager": 1.4})
-        yield _case(4096, 1024, "float32", 0.0, BOTH, device, {"eager": 1.2})
+        # FASTLM_CPU_ISA=avx2 caps a better processor; there are goals for two cases then.
+        capped = _native._C is not None and _native._C.cpu_isa() == "avx2"
+        one, two = ({"eager": 10.0}, {"eager": 6.0}) if capped else ({"eager": 17.0, copy: 1 / 1.1}, {"eager": 10.0})
+        others = lambda ratio: {} if capped else {"eager": ratio}
+        yield _case(4096, 1024, "float32", 0.1, FORWARD, device, one, compiled=True)
+        yield _case(4096, 1024, "float32", 0.1, BOTH, device, two, compiled=True)
+        yield _case(4096, 1024, "bfloat16", 0.1, FORWARD, device, others(17), compiled=True)
+        yield _case(4096, 1024, "bfloat16", 0.1, BOTH, device, others(9), compiled=True)
+        yield _case(2048, 768, "float32", 0.1, FORWARD, device, others(17), smoke=True)
+        yield _case(2048, 768, "float32", 0.1, BOTH, device, others(9), smoke=True)
+        yield _case(4096, 1024, "float32", 0.0, FORWARD, device, others(1.4))
+        yield _case(4096, 1024, "float32", 0.0, BOTH, device, others(1.2))
         yield _case(4096, 384, "float32", 0.2, FORWARD, device, {})
         yield _case(4096, 1024, "float32", 0.1, FORWARD, device, {}, "matmul")
         yield _case(4096, 1024, "float32", 0.1, BOTH, device, {}, "matmul")
@@ -182,6 +188,25 @@ def cases(device: str) -> Iterator[Case]:
             yield _case(rows, columns, "bfloat16", 0.1, part, device, goals, compiled=True, smoke=columns == 768)
     yield _case(16384, 4096, "float32", 0.1, FORWARD, device, {}, compiled=True)
     yield _case(16384, 4096, "bfloat16", 0.1, BOTH, device, {}, "matmul")
+
+
+# By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
+SHORT = {"odd": [(37, 96), (16, 1000), (5, 4096)], "profile": [(16384, 4096)],
+         "interpreted odd": [(37, 96), (5, 1000)], "interpreted profile": [(16, 4096)]}  # fmt: skip
+
+
+def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], Tensor]]:
+    """Calls, each returning a loss, for the sanitizer and the profiler (fastlm.bench.short)."""
+    for shape in SHORT[kind]:
+        leaves = [
+            torch.randn(*s, device=device).to(dtype).requires_grad_() for s in (shape, shape, shape[1:], shape[1:])
+        ]
+
+        def call(leaves: list[Tensor] = leaves) -> Tensor:
+            y, z = fastlm.ops.dropout_add_norm(*leaves, p=0.1, seed=1)
+            return y.float().square().sum() + z.float().sum()
+
+        yield call
 
 
 test_bench = pytest_cases(cases)

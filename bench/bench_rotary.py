@@ -6,7 +6,7 @@ comes from a projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import fastlm
@@ -108,6 +108,23 @@ def cases(device: str) -> Iterator[Case]:
         for dtype in DTYPES:
             for part in (FORWARD, BOTH):
                 yield _case(shape, dtype, part, device)
+
+
+# By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
+SHORT = {"odd": [(2, 3, 65, 80), (1, 2, 17, 128)], "profile": [(4, 32, 4096, 128)],
+         "interpreted odd": [(1, 2, 65, 80)], "interpreted profile": [(1, 2, 128, 128)]}  # fmt: skip
+
+
+def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], Tensor]]:
+    """Calls, each returning a loss, for the sanitizer and the profiler (fastlm.bench.short)."""
+    for batch, heads, length, size in SHORT[kind]:
+        x = torch.randn(batch, length, heads, size, device=device).to(dtype).transpose(1, 2).requires_grad_()
+        cos, sin = torch.rand(2, length, size // 2, device=device).unbind()
+
+        def call(x: Tensor = x, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+            return fastlm.ops.rotary(x, cos, sin).float().square().sum()
+
+        yield call
 
 
 test_bench = pytest_cases(cases)

@@ -50,17 +50,18 @@ def _step(config: GPTConfig, fused: bool, dtype: str, device: str, compiled: boo
 
 
 def _wrong_by(config: GPTConfig, fused: bool, dtype: str, device: str, tokens: torch.Tensor) -> float:
-    """How far the loss of the third step, without dropout, is from PyTorch's in float32, as a fraction of what was learned.
+    """How far the losses of four steps, without dropout, are from PyTorch's in float32, as a fraction of what was learned.
 
-    Forward, backward, clipping and optimizer all go into it; a learning rate a hundred times the timed one moves the loss.
+    Forward, backward, clipping and optimizer all go into them; a learning rate ten times the timed one moves the loss.
+    PyTorch itself in bfloat16 is off by 1e-4 to 3e-4 of it here, and two orders of summation in float32 by less than 1e-6.
     """
     calm, few = replace(config, dropout=0.0), tokens[:2]
     curves = []
     for use, kind in ((fused, dtype), (False, "float32")):
-        step = _step(calm, use, kind, device, lr=1e-2)(few)
-        curves.append([step().item() for _ in range(3)])
-    learned = curves[1][0] - curves[1][2]
-    return abs(curves[0][2] - curves[1][2]) / abs(learned) if learned else float("inf")
+        step = _step(calm, use, kind, device, lr=1e-3)(few)
+        curves.append([step().item() for _ in range(4)])
+    learned = curves[1][0] - curves[1][-1]
+    return max(abs(a - b) for a, b in zip(*curves)) / learned if learned > 0 else float("inf")
 
 
 def _flops(config: GPTConfig, tokens: int) -> int:
@@ -87,7 +88,7 @@ def _case(config: GPTConfig, batch: int, dtype: str, device: str, goals: tuple[G
     name = f"{config.layers}x{config.width} context {config.context} batch {batch} dropout {config.dropout:g} {dtype}"
     return Case(
         "step", name, inputs, tuple(contenders), 28 * parameters, _flops(config, tokens), dtype, device,
-        {"tokens": tokens}, "step", goals=goals, smoke=smoke, tolerance=2e-3 if dtype == "float32" else 0.1,
+        {"tokens": tokens}, "step", goals=goals, smoke=smoke, tolerance=1e-4 if dtype == "float32" else 1e-2,
     )  # fmt: skip
 
 

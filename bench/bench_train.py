@@ -28,6 +28,7 @@ from fastlm.bench.harness import Case, Contender, Goal, Prepared, pytest_cases, 
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import Config, ModelConfig, OptimConfig, RunConfig, Trainer
 from fastlm.train import optim as optimizers
+from fastlm.train.parallel import Layout, Ranks
 from torch import Tensor
 
 LARGE = GPTConfig(layers=6, heads=6, width=384, context=256, dropout=0.2)  # 10.75 M parameters
@@ -101,7 +102,7 @@ def _bare(config: GPTConfig, batch: int, dtype: str, device: str) -> Any:
         torch.manual_seed(0)
         model = GPT(config).to(device)
         fastlm.swap(model)
-        optimizer = optimizers.make(model, OptimConfig(lr=1e-4))
+        optimizer = optimizers.make(model, OptimConfig(lr=1e-4), Layout(model, Ranks()))
         ids = [np.arange(k * batch, (k + 1) * batch) for k in range(8)]
         loaded = [tuple(t.to(device) for t in i.source.batch(n)) for n in ids]
         count = [0]

@@ -37,26 +37,10 @@ from torch import Tensor
 
 _STRIDES = "q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d g_b g_h g_l g_d l_b l_h"
 _INTS = f"{CALL_INTS} {_STRIDES} x_b x_h x_l x_d y_b y_h y_l y_d s_b s_h s_q s_k n_h reduce reduce_h"
+_DELTA_INTS = "heads rows size blocks g_b g_h g_l g_d o_b o_h o_l o_d l_b l_h"
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "size",
-        "g_b",
-        "g_h",
-        "g_l",
-        "g_d",
-        "o_b",
-        "o_h",
-        "o_l",
-        "o_d",
-        "l_b",
-        "l_h",
-        "heads",
-        "blocks",
-    ]
-)
+@triton.jit(do_not_specialize=_DELTA_INTS.split())
 def _delta_kernel(
     dout, out, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
     VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,
@@ -79,8 +63,23 @@ def _delta_kernel(
 
 
 @triton.jit
-def _gradient(x, dp, lse, delta, kept, c, keep_scale, NATURAL: tl.constexpr, DROPOUT: tl.constexpr):
-    """(kept probabilities, gradient of the scores) of a tile of either orientation."""
+def _gradient(
+    left, over, right, under, i, j, ok_i, lse, delta, tile, head_word, batch, bias, bias_q, bias_k, slope, seed, base,
+    len_k, window_left, window_right, chunk0, q0, threshold, scale, c, cap_scale, softcap, keep_scale,
+    DOWN: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """(kept probabilities, ds, ds before softcap) of a tile: scores left right^T, gradient of probabilities over under^T.
+
+    DOWN: the rows are keys: left k, over v, right q, under dout; else the rows are queries and the pairs change sides.
+    ``i``, ``lse``, ``delta`` and ``ok_i`` are shaped along the queries, ``j`` along the keys.
+    """
+    x = tl.dot(left, tl.trans(right), input_precision="ieee")
+    x, t = score(
+        x, i, j, ok_i, bias, bias_q, bias_k, slope, base, len_k, window_left, window_right,
+        scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+    )  # fmt: skip
+    dp = tl.dot(over, tl.trans(under), input_precision="ieee")
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees nothing
     if NATURAL:
         p = tl.exp2((x - lse) * LOG2E)
@@ -88,45 +87,14 @@ def _gradient(x, dp, lse, delta, kept, c, keep_scale, NATURAL: tl.constexpr, DRO
         p = tl.exp2(x * c - lse * LOG2E)
     used = p
     if DROPOUT:
+        kept = kept_tile(seed, batch, head_word, i, tile, chunk0, q0, threshold, DOWN, M, N)
         used = tl.where(kept, p, 0.0)
         dp = tl.where(kept, dp * keep_scale, 0.0)
-    return used, p * (dp - delta)
-
-
-@triton.jit
-def _keys_tiles(
-    dk, dv, db, k_ND, v_ND, q, g, lse, delta, first, count, skip_at, skip, tile, j_N, head_word, batch,
-    bias, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0, threshold,
-    q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
-    MASKED: tl.constexpr, SUMS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Adds ``count`` tiles of queries of one head to dk, dv and the sums of ds over the queries."""
-    for t in range(0, count):
-        i_M = (first + tl.where(t < skip_at, t, t + skip)) * M + tl.arange(0, M)
-        ok_M = i_M < len_q
-        q_MD = load_tile(q, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        g_MD = load_tile(g, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        lse_1M = tl.load(lse + i_M, ok_M, other=float("-inf"))[None, :]
-        delta_1M = tl.load(delta + i_M, ok_M, other=0.0)[None, :]
-        x_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
-        x_NM, t_NM = score(
-            x_NM, i_M[None, :], j_N[:, None], ok_M[None, :], bias, bias_q, bias_k, slope, base, len_k, left, right,
-            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
-        )  # fmt: skip
-        dp_NM = tl.dot(v_ND, tl.trans(g_MD), input_precision="ieee")
-        kept = 0
-        if DROPOUT:
-            kept = kept_tile(seed, batch, head_word, i_M[None, :], tile, chunk0, q0, threshold, True, M, N)
-        used_NM, ds_NM = _gradient(x_NM, dp_NM, lse_1M, delta_1M, kept, c, keep_scale, NATURAL, DROPOUT)
-        dv = tl.dot(operand(used_NM, DTYPE), g_MD, dv, input_precision="ieee")
-        if SUMS:
-            db += tl.sum(ds_NM, 1)
-        if SOFTCAP:
-            ds_NM = ds_NM * (1.0 - t_NM * t_NM)
-        dk = tl.dot(operand(ds_NM, DTYPE), q_MD, dk, input_precision="ieee")
-    return dk, dv, db
+    ds = p * (dp - delta)
+    dx = ds
+    if SOFTCAP:
+        dx = ds * (1.0 - t * t)
+    return used, dx, ds
 
 
 @triton.jit(do_not_specialize=_INTS.split())
@@ -187,18 +155,29 @@ def _keys_kernel(
             slope = tl.load(slopes + b64 * slope_b + head)
         head_word = (head0 + head).to(tl.uint32)
         db_N = tl.zeros([N], tl.float32)
-        dk_ND, dv_ND, db_N = _keys_tiles(
-            dk_ND, dv_ND, db_N, k_ND, v_ND, qh, gh, lse + row, delta + row, whole0, whole, whole, 0, tile, j_N,
-            head_word, batch, biash, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0, threshold,
-            q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
-            False, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-        )  # fmt: skip
-        dk_ND, dv_ND, db_N = _keys_tiles(
-            dk_ND, dv_ND, db_N, k_ND, v_ND, qh, gh, lse + row, delta + row, first, count - whole, whole0 - first, whole,
-            tile, j_N, head_word, batch, biash, slope, seed, base, len_q, len_k, left, right, bias_q, bias_k, chunk0, q0,
-            threshold, q_l, q_d, g_l, g_d, size, scale, c, cap_scale, softcap, keep_scale,
-            True, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-        )  # fmt: skip
+        for MASKED in tl.static_range(
+            2
+        ):  # the tiles that see all of these keys, then the others, on both sides of them
+            begin = first if MASKED else whole0
+            for t in range(0, count - whole if MASKED else whole):
+                block = begin + t
+                if MASKED:
+                    block += tl.where(t < whole0 - first, 0, whole)
+                i_M = block * M + tl.arange(0, M)
+                ok_M = i_M < len_q
+                q_MD = load_tile(qh, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+                g_MD = load_tile(gh, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+                lse_1M = tl.load(lse + row + i_M, ok_M, other=float("-inf"))[None, :]
+                delta_1M = tl.load(delta + row + i_M, ok_M, other=0.0)[None, :]
+                used_NM, dx_NM, ds_NM = _gradient(
+                    k_ND, v_ND, q_MD, g_MD, i_M[None, :], j_N[:, None], ok_M[None, :], lse_1M, delta_1M, tile, head_word,
+                    batch, biash, bias_q, bias_k, slope, seed, base, len_k, left, right, chunk0, q0, threshold, scale, c,
+                    cap_scale, softcap, keep_scale, True, MASKED, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, M, N,
+                )  # fmt: skip
+                dv_ND = tl.dot(operand(used_NM, DTYPE), g_MD, dv_ND, input_precision="ieee")
+                if sums is not None:
+                    db_N += tl.sum(ds_NM, 1)
+                dk_ND = tl.dot(operand(dx_NM, DTYPE), q_MD, dk_ND, input_precision="ieee")
         if sums is not None:
             tl.store(sums + (b64 * heads + head) * keys + j_N, tl.where(ok_N, db_N, 0.0), stored_N)
     d_1D = tl.arange(0, DIM)[None, :]
@@ -210,43 +189,6 @@ def _keys_kernel(
     dv_ND = tl.where(ok_N[:, None], dv_ND * keep_scale, 0.0)
     tl.store(dk + x_ND, to_dtype(dk_ND, dk.dtype.element_ty), ok_ND)
     tl.store(dv + y_ND, to_dtype(dv_ND, dv.dtype.element_ty), ok_ND)
-
-
-@triton.jit
-def _queries_tiles(
-    dq, db, q_MD, g_MD, lse_M, delta_M, k, v, first, count, skip_at, skip, i_M, ok_M, head_word, batch, whole_bias, s_q, s_k,
-    bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold,
-    k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
-    MASKED: tl.constexpr, SUMS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Adds ``count`` tiles of keys to dq and the sums of ds over the keys, and writes ds where the bias needs no sum."""
-    for t in range(0, count):
-        tile = first + tl.where(t < skip_at, t, t + skip)
-        j_N = tile * N - lead + tl.arange(0, N)
-        ok_N = (j_N >= 0) & (j_N < len_k)
-        k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        x_MN, t_MN = score(
-            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias, bias_q, bias_k, slope, base, len_k, left, right,
-            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
-        )  # fmt: skip
-        dp_MN = tl.dot(g_MD, tl.trans(v_ND), input_precision="ieee")
-        kept = 0
-        if DROPOUT:
-            kept = kept_tile(seed, batch, head_word, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
-        _, ds_MN = _gradient(x_MN, dp_MN, lse_M[:, None], delta_M[:, None], kept, c, keep_scale, NATURAL, DROPOUT)
-        if SUMS:
-            db += tl.sum(ds_MN, 1)
-        if whole_bias is not None:
-            place = whole_bias + i_M.to(tl.int64)[:, None] * s_q + j_N.to(tl.int64)[None, :] * s_k
-            tl.store(place, to_dtype(ds_MN, whole_bias.dtype.element_ty), ok_M[:, None] & ok_N[None, :])
-        if SOFTCAP:
-            ds_MN = ds_MN * (1.0 - t_MN * t_MN)
-        dq = tl.dot(operand(ds_MN, DTYPE), k_ND, dq, input_precision="ieee")
-    return dq, db
 
 
 @triton.jit(do_not_specialize=_INTS.split())
@@ -304,18 +246,27 @@ def _queries_kernel(
     )
     dq_MD = tl.zeros([M, DIM], tl.float32)
     db_M = tl.zeros([M], tl.float32)
-    dq_MD, db_M = _queries_tiles(
-        dq_MD, db_M, q_MD, g_MD, lse_M, delta_M, k, v, whole0, whole, whole, 0, i_M, ok_M, head_word, batch,
-        whole_bias, s_q, s_k, bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold,
-        k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
-        False, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-    )  # fmt: skip
-    dq_MD, db_M = _queries_tiles(
-        dq_MD, db_M, q_MD, g_MD, lse_M, delta_M, k, v, first, count - whole, whole0 - first, whole, i_M, ok_M, head_word,
-        batch, whole_bias, s_q, s_k, bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead,
-        threshold, k_l, k_d, v_l, v_d, size, scale, c, cap_scale, softcap, keep_scale,
-        True, sums is not None, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-    )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        begin = first if MASKED else whole0
+        for t in range(0, count - whole if MASKED else whole):
+            tile = begin + t
+            if MASKED:
+                tile += tl.where(t < whole0 - first, 0, whole)
+            j_N = tile * N - lead + tl.arange(0, N)
+            ok_N = (j_N >= 0) & (j_N < len_k)
+            k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+            v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+            _, dx_MN, ds_MN = _gradient(
+                q_MD, g_MD, k_ND, v_ND, i_M[:, None], j_N[None, :], ok_M[:, None], lse_M[:, None], delta_M[:, None], tile,
+                head_word, batch, bias, bias_q, bias_k, slope, seed, base, len_k, left, right, chunk0, q0, threshold,
+                scale, c, cap_scale, softcap, keep_scale, False, MASKED, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, M, N,
+            )  # fmt: skip
+            if sums is not None:
+                db_M += tl.sum(ds_MN, 1)
+            if whole_bias is not None:
+                place = whole_bias + i_M.to(tl.int64)[:, None] * s_q + j_N.to(tl.int64)[None, :] * s_k
+                tl.store(place, to_dtype(ds_MN, whole_bias.dtype.element_ty), ok_M[:, None] & ok_N[None, :])
+            dq_MD = tl.dot(operand(dx_MN, DTYPE), k_ND, dq_MD, input_precision="ieee")
     if sums is not None:
         tl.store(sums + (b64 * heads + head) * rows + i_M, db_M, ok_M)
     d_1D = tl.arange(0, DIM)[None, :]
@@ -373,20 +324,14 @@ def _bias_kernel(
             slope = tl.load(slopes + b64 * slope_b + head)
         q_MD = load_tile(qh, i_M, ok_M, q_l, q_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
         k_ND = load_tile(kh, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        x_MN, _ = score(
-            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias + (b64 * bias_b + head64 * bias_h), bias_q, bias_k,
-            slope, here, len_k, left, right, scale, cap_scale, softcap, True, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
-        )  # fmt: skip
         g_MD = load_tile(gh, i_M, ok_M, g_l, g_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
         v_ND = load_tile(vh, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        dp_MN = tl.dot(g_MD, tl.trans(v_ND), input_precision="ieee")
-        kept = 0
-        if DROPOUT:
-            batch = batch_word(batch_ids, b)
-            head_word = (head0 + head).to(tl.uint32)
-            kept = kept_tile(seed, batch, head_word, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
-        _, ds_MN = _gradient(x_MN, dp_MN, lse_M[:, None], delta_M[:, None], kept, c, keep_scale, NATURAL, DROPOUT)
+        _, _, ds_MN = _gradient(
+            q_MD, g_MD, k_ND, v_ND, i_M[:, None], j_N[None, :], ok_M[:, None], lse_M[:, None], delta_M[:, None], tile,
+            (head0 + head).to(tl.uint32), batch_word(batch_ids, b), bias + (b64 * bias_b + head64 * bias_h), bias_q, bias_k,
+            slope, seed, here, len_k, left, right, chunk0, q0, threshold, scale, c, cap_scale, softcap, keep_scale,
+            False, True, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, M, N,
+        )  # fmt: skip
         sum_MN += ds_MN
     place = dbias + to_b.to(tl.int64) * s_b + to_h.to(tl.int64) * s_h
     place = place + i_M.to(tl.int64)[:, None] * s_q + j_N.to(tl.int64)[None, :] * s_k

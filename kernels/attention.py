@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastlm.backend import YES, Support
-from fastlm.kernels import _attention_backward, table
+from fastlm.kernels import _attention_backward
 from fastlm.kernels._attention_tiles import (
     CALL_INTS,
     LIMIT,
@@ -40,54 +40,10 @@ from fastlm.kernels._attention_tiles import (
     tiles,
     vectors,
 )
-from fastlm.kernels._common import TL_DTYPE, OfflineCase, arch_of, launch, recording, to_dtype
+from fastlm.kernels._common import TL_DTYPE, arch_of, launch, to_dtype
 from torch import Tensor
 
-UNFINISHED = (
-    "the triton kernels of attention are not tested to the end yet and run only where forced "
-    "(fastlm.backend.use('triton'))"
-)
-
 _FORWARD_INTS = f"{CALL_INTS} q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d o_b o_h o_l o_d l_b l_h pieces piece"
-
-
-@triton.jit
-def _forward_tiles(
-    acc, m, l, q_MD, k, v, first, count, skip_at, skip, i_M, head_M, batch, ok_M,
-    bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d, size,
-    scale, c, cap_scale, softcap,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
-    DIM: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Takes ``count`` tiles into the running sums; after ``skip_at`` of them, ``skip`` are left out."""
-    for t in range(0, count):
-        tile = first + tl.where(t < skip_at, t, t + skip)
-        j_N = tile * N - lead + tl.arange(0, N)
-        ok_N = (j_N >= 0) & (j_N < len_k)
-        k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        x_MN, _ = score(
-            x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias, bias_q, bias_k, slope, base, len_k, left, right,
-            scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
-        )  # fmt: skip
-        new = tl.maximum(m, tl.max(x_MN, 1))
-        if NATURAL:  # differences first: scores may be huge
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            p_MN = tl.exp2((x_MN - safe[:, None]) * LOG2E)
-            alpha = tl.exp2((m - safe) * LOG2E)
-        else:  # one multiply-add a score
-            safe = tl.where(new == float("-inf"), 0.0, new * c)
-            p_MN = tl.exp2(x_MN * c - safe[:, None])
-            alpha = tl.exp2(tl.where(m == float("-inf"), m, m * c) - safe)
-        l = l * alpha + tl.sum(p_MN, 1)
-        m = new
-        if DROPOUT:
-            kept = kept_tile(seed, batch, head_M, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
-            p_MN = tl.where(kept, p_MN, 0.0)
-        v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
-        acc = tl.dot(operand(p_MN, DTYPE), v_ND, acc * alpha[:, None], input_precision="ieee")
-    return acc, m, l
 
 
 @triton.jit(do_not_specialize=_FORWARD_INTS.split())
@@ -174,23 +130,44 @@ def _forward_kernel(
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     c = unit * LOG2E
-    acc, m, l = _forward_tiles(
-        acc, m, l, q_MD, k, v, whole0, whole, whole, 0, i_M, head_M, batch, ok_M,
-        bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d,
-        size, scale, c, cap_scale, softcap,
-        False, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-    )  # fmt: skip
-    acc, m, l = _forward_tiles(
-        acc, m, l, q_MD, k, v, t0, count - whole, whole0 - t0, whole, i_M, head_M, batch, ok_M,
-        bias, slope, seed, base, len_k, left, right, bias_q, bias_k, chunk0, q0, lead, threshold, k_l, k_d, v_l, v_d,
-        size, scale, c, cap_scale, softcap,
-        True, LEFT, RIGHT, BIAS, SOFTCAP, NATURAL, DROPOUT, VEC, UNIT, EVEN, DIM, DTYPE, M, N,
-    )  # fmt: skip
+    for MASKED in tl.static_range(2):  # the tiles that every row sees whole, then the others, on both sides of them
+        begin = t0 if MASKED else whole0
+        for t in range(0, count - whole if MASKED else whole):
+            tile = begin + t
+            if MASKED:
+                tile += tl.where(t < whole0 - t0, 0, whole)
+            j_N = tile * N - lead + tl.arange(0, N)
+            ok_N = (j_N >= 0) & (j_N < len_k)
+            k_ND = load_tile(k, j_N, ok_N, k_l, k_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+            x_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+            x_MN, _ = score(
+                x_MN, i_M[:, None], j_N[None, :], ok_M[:, None], bias, bias_q, bias_k, slope, base, len_k, left, right,
+                scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
+            )  # fmt: skip
+            new = tl.maximum(m, tl.max(x_MN, 1))
+            if NATURAL:  # differences first: scores may be huge
+                safe = tl.where(new == float("-inf"), 0.0, new)
+                p_MN = tl.exp2((x_MN - safe[:, None]) * LOG2E)
+                alpha = tl.exp2((m - safe) * LOG2E)
+            else:  # one multiply-add a score
+                safe = tl.where(new == float("-inf"), 0.0, new * c)
+                p_MN = tl.exp2(x_MN * c - safe[:, None])
+                alpha = tl.exp2(tl.where(m == float("-inf"), m, m * c) - safe)
+            l = l * alpha + tl.sum(p_MN, 1)
+            m = new
+            if DROPOUT:
+                kept = kept_tile(seed, batch, head_M, i_M[:, None], tile, chunk0, q0, threshold, False, M, N)
+                p_MN = tl.where(kept, p_MN, 0.0)
+            v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
+            acc = tl.dot(operand(p_MN, DTYPE), v_ND, acc * alpha[:, None], input_precision="ieee")
     # The logarithm of the sum in natural units, with what rounding m * c took from every exponent given back.
-    safe_l = tl.where(m == float("-inf"), 1.0, l)
-    lse_M = m * unit + tl.log(safe_l)
+    none_M = m == float("-inf")
+    safe_l = tl.where(none_M, 1.0, l)
+    top_M = tl.where(none_M, 0.0, m)
+    lse_M = top_M * unit + tl.log(safe_l)
     if not NATURAL:
-        lse_M = tl.where(m == float("-inf"), m, lse_M - tl.fma(m, c, -(m * c)) * LN2)
+        lse_M -= tl.fma(top_M, c, -(top_M * c)) * LN2
+    lse_M = tl.where(none_M, m, lse_M)
     head64_M = (head + within_M).to(tl.int64)
     row_M = b64 * l_b + head64_M * l_h + start_q + i_M
     if part is not None:
@@ -353,74 +330,4 @@ def serves_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> Support:
     """Whether the kernel takes these dtypes, head size and positions."""
-    if q.dtype == torch.float32 and q.shape[-1] > 128:  # the tiles tried so far spill
-        return Support(False, f"the triton kernel's backward takes float32 head sizes up to 128, not {q.shape[-1]}")
     return _serves(q, k, v, {"dout": dout, "out": out}, options)
-
-
-# ------------------------------------------------------------------------------------------------------- offline cases
-
-
-_TENSOR_CORES = ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel")
-
-
-def _recorded(
-    arch: int,
-    dtype: torch.dtype,
-    size: int,
-    *,
-    causal: bool = False,
-    p: float = 0.0,
-    bias: str = "",
-    rows: int = 2048,
-    thorough: bool = False,
-) -> list[OfflineCase]:
-    """Forward and backward of one call (forward alone of few rows, which decode); ``bias`` names the axes it has."""
-    batch, heads, kv_heads, keys = 4, 16, 4 if rows < 17 else 16, 2048
-
-    def drawn(heads: int, length: int) -> Tensor:
-        return torch.empty(batch, length, heads, size, dtype=dtype, device="meta").transpose(1, 2)
-
-    q, k, v = drawn(heads, rows), drawn(kv_heads, keys), drawn(kv_heads, keys)
-    lse = torch.empty(batch, heads, rows, device="meta")
-    added, shape = None, [0, 0, 0, 0]
-    if bias:
-        whole = dict(b=batch, h=heads, q=rows, k=keys)
-        shape = [whole[axis] if axis in bias else 1 for axis in "bhqk"]
-        added = torch.empty(shape, dtype=dtype, device="meta").expand(*whole.values())
-    seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
-    valid = torch.empty(batch, dtype=torch.int32, device="meta") if rows < 17 else None
-    options = (added, None, seed, None, None, None, valid, 0, 0, int(causal), -1, -1, 0.0, size**-0.5, p, 0, 0, 0)
-    kind = table.DTYPE_NAME[dtype]
-    name = f"{size} {kind}{' causal' if causal else ''}{' dropout' if p else ''}{' bias ' + bias if bias else ''}"
-    flops = 4 * batch * heads * rows * keys * size // (2 if causal else 1)
-    moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
-    cores = _TENSOR_CORES if dtype != torch.float32 else ()
-    direction = "attention" if rows > 16 else "attention decode"
-    with recording(
-        arch, f"{direction} {name}", bytes_moved=moved, flops=flops, tensor_cores=cores, thorough=thorough
-    ) as recorded:
-        forward(q, k, v, *options, dtype)
-    cases = list(recorded)
-    if rows > 16 and (dtype != torch.float32 or size <= 128):
-        with recording(
-            arch, f"{direction} {name} backward", bytes_moved=2 * moved + q.numel() * q.element_size(),
-            flops=flops * 5 // 2, tensor_cores=cores, thorough=thorough,
-        ) as recorded:  # fmt: skip
-            backward(q, None, q, k, v, q, lse, *options, bool(bias), shape)
-        cases += recorded
-    return cases
-
-
-def offline_cases() -> list[OfflineCase]:
-    """Head sizes 64, 128 and 256 in bfloat16 and float32, causal with dropout and with a bias; decoding over a cache."""
-    cases: list[OfflineCase] = []
-    for arch in (80, 90):
-        for dtype in (torch.bfloat16, torch.float32):
-            brief = dtype == torch.float32
-            for size in (64, 128, 256):
-                cases += _recorded(arch, dtype, size, causal=True, p=0.1, thorough=brief or size != 128)
-                cases += _recorded(arch, dtype, size, bias="hqk", thorough=True)
-                if size == 128:
-                    cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
-    return cases

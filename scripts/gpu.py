@@ -174,7 +174,9 @@ def bench_part(suite: str) -> Callable[[Run, float], None]:
             status, text = run.command([*words, "--budget", f"{max(5.0, limit - 25):.0f}"], limit)
         finally:
             found = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-            run.data["cases"] += found.get("cases", [])
+            if found.get("cases"):  # in place of an earlier run's, with --only or --skip-tests
+                run.data["cases"] = [c for c in run.data["cases"] if c.get("op") != suite] + found["cases"]
+            run.data.setdefault("runs", {}).update(found.get("runs", {}))
             run.data.setdefault("profiles", {}).update(found.get("profiles", {}))
             run.data.setdefault("not_run", []).extend(found.get("not_run", []))
             if status:
@@ -339,9 +341,12 @@ def main() -> int:
         run.path = ROOT / "bench/results" / f"gpu-{name}.json"
         if (args.skip_tests or args.only) and run.path.exists():
             earlier = results.load(run.path)
+            if earlier["machine"]["versions"] != machine["versions"]:
+                sys.exit(f"{run.path.name} is of {earlier['machine']['versions']}, this Python has {machine['versions']}: "
+                         "run all of make gpu, without --only and --skip-tests")  # fmt: skip
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run.data = {"schema": SCHEMA, "date": now, "machine": machine, "peers": peers.table(), "cases": [],
-                "gpu_tests": earlier.get("gpu_tests", {})}  # fmt: skip
+    run.data = {"runs": {}, "cases": [], "gpu_tests": {}, **earlier} | {
+        "schema": SCHEMA, "date": now, "machine": machine, "peers": peers.table()}  # fmt: skip
     chosen = [p for p in parts(ROOT / "bench") if args.only in p.name and not (args.skip_tests and p.do is test_part)]
     try:
         work(run, chosen)

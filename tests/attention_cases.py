@@ -14,11 +14,13 @@ import fastlm
 import torch
 import torch.nn.functional as F
 from accuracy import Result
+from fastlm import _native
 from fastlm.reference.attention import dropout_mask
 from fastlm.reference.philox import keep_scale
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+BACKENDS = ["reference"] + (["cpu"] if not _native.missing() and fastlm.backend.module("attention", "cpu")[0] else [])
 
 
 @dataclass(frozen=True)

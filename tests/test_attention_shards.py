@@ -13,12 +13,10 @@ import fastlm
 import pytest
 import torch
 from accuracy import Result, assert_as_exact_as_torch
-from attention_cases import BF16, F32, Case, arguments, compose, inputs, leaves, run, truth, with_gradients
-from fastlm import _native
+from attention_cases import BACKENDS, BF16, F32, Case, arguments, compose, inputs, leaves, run, truth, with_gradients
 from torch import Tensor
 
 op = fastlm.ops.attention
-BACKENDS = ["reference"] + (["cpu"] if not _native.missing() and fastlm.backend.module("attention", "cpu")[0] else [])
 WHOLE = Case(batch=3, heads=8, kv_heads=4, queries=300, keys=300, causal=True, p=0.2)
 FEATURES = [
     WHOLE,

@@ -91,6 +91,18 @@ def test_compare_finds_regressions_beyond_the_noise_and_forgives_a_slower_machin
     assert main(["--compare", old, _result(tmp_path / "slower.json", 1.5, 2.0), "--threshold", "0.6"]) == 0
 
 
+@pytest.mark.parametrize("kind,status,code", [
+    ("baseline", "failed", 1), ("baseline", "wrong", 1), ("baseline", "missing", 0), ("peer", "failed", 0)])  # fmt: skip
+def test_a_smoke_pass_fails_with_a_baseline_that_fails_or_is_wrong(kind, status, code, monkeypatch, capsys):
+    from fastlm.bench import __main__ as command
+
+    contender = {"name": "eager", "kind": kind, "status": status, "reason": "a reason"}
+    data = {"cases": [{"op": OP, "name": "case", "contenders": [contender]}]}
+    monkeypatch.setattr(command, "run", lambda *arguments: data)
+    assert main(["--smoke"]) == code
+    assert (f"{OP} case, eager: {status}, a reason" in capsys.readouterr().err) == bool(code)
+
+
 def test_bad_command_lines_are_told(tmp_path, capsys):
     assert main(["nonsense"]) == 2
     assert "suite is 'nonsense'; it must be one of" in capsys.readouterr().err
@@ -114,10 +126,17 @@ OP = "dropout_add_norm"
 @pytest.mark.parametrize("name,file,comment,change", [
     ("triton", f"kernels/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
     ("triton", "kernels/philox.py", "\n# a comment\n", "\nX = 1\n"),
-    ("cuda", f"csrc/cuda/{OP}.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
+    ("cuda", f"csrc/cuda/{OP}_forward.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
     ("cuda", "csrc/common/philox.h", "\n// a comment\n", "\nint x;\n"),
     ("cuda", f"python/fastlm/cuda/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cuda", "csrc/cuda/launch.cuh", "\n// a comment\n", "\nint x;\n"),
     ("cuda", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("cpu", "csrc/cpu/simd.h", "\n/* a comment */\n", "\nint x;\n"),
+    ("cpu", f"csrc/cpu/entry_{OP}.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", "csrc/cpu/dispatch.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cpu", f"python/fastlm/ops/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
+    ("cpu", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("triton", "kernels/table.json", "", "\n"),
 ])  # fmt: skip
 def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file, comment, change):
     before = sources.source_hash(OP, name, copy_of_checkout)
@@ -127,6 +146,30 @@ def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file,
     assert sources.source_hash(OP, name, copy_of_checkout) == before
     path.write_text(text + change)
     assert sources.source_hash(OP, name, copy_of_checkout) != before
+
+
+def test_the_hash_of_one_op_does_not_follow_another_and_that_of_the_step_follows_all(copy_of_checkout):
+    hashes = lambda: {s: results.hashes(s, "cpu", copy_of_checkout) for s in (OP, "step", "loading")}
+    before = hashes()
+    path = copy_of_checkout / "csrc/cpu/attention_forward.cpp"
+    path.write_text(path.read_text() + "\nint x;\n")
+    after = hashes()
+    assert after[OP] == before[OP]
+    assert after["step"] != before["step"]
+    path = next(p for p in (copy_of_checkout / "python/fastlm/data").glob("*.py") if p.name != "__init__.py")
+    path.write_text(path.read_text() + "\nX = 1\n")
+    assert hashes()["loading"] != after["loading"]
+
+
+def test_the_hash_does_not_depend_on_the_version_of_python(monkeypatch):
+    """Each version adds fields to nodes of the syntax tree (3.12: type_params), which old code leaves empty."""
+    text = "def f(a, *, b=None):\n    'doc'\n    return f'{a!r:>{b}}' or None\n"
+    before = sources.stripped_python(text)
+    monkeypatch.setattr(sources.ast.FunctionDef, "_fields", (*sources.ast.FunctionDef._fields, "novelty"))
+    monkeypatch.setattr(sources.ast.FunctionDef, "novelty", [], raising=False)
+    assert sources.stripped_python(text) == before
+    assert sources.stripped_python(text.replace("b=None", "b=0")) != before
+    assert sources.stripped_python(text.replace("or None", "")) != before
 
 
 def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy_of_checkout):
@@ -149,6 +192,32 @@ def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy
         assert states()[OP, "triton"].startswith("not verified")
     write(passed=5, hash="0" * 16)
     assert states()[OP, "triton"].startswith("stale: verified on NVIDIA X")
+
+
+def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, published):
+    root = copy_of_checkout
+    for path in results.gpu_files(root):
+        path.unlink()
+    entry = {"hash": "0" * 16, "passed": 3, "failed": 0, "skipped": 0}
+    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [],
+                        "cases": [*published["cases"], _case_row(16, 1.0) | {"op": "attention", "name": "unproven"},
+                                  _case_row(16, 1.0) | {"op": "step", "name": "of both"}]}  # fmt: skip
+
+    def table(attention):
+        tests = {OP: {"triton": entry}, "attention": {"triton": entry | attention}}
+        results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": tests})
+        return tables.sections(root)["gpu-table"]
+
+    for outcome in ({"failed": 1}, {"skipped": 1}, {"passed": 0}):
+        text = table(outcome)
+        assert f"| {OP} 8 rows |" in text
+        assert f"**Stale: the sources of {OP} have changed since.**" in text
+        assert "unproven" not in text
+        assert "of both" not in text
+    assert "unproven" in table({})
+    assert "of both" in table({})
+    results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": {}})
+    assert "Not yet run on a GPU" in tables.sections(root)["gpu-table"]
 
 
 def test_tables_in_readme_and_docs_are_those_of_the_committed_results():
@@ -253,6 +322,7 @@ def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
     (["--seconds", "0"], "--seconds must be greater than 0; it is 0"),
     (["--budget", "-1"], "--budget must be greater than 0; it is -1"),
     (["--threads", "-2"], "--threads must be at least 0 (0: torch's own number); it is -2"),
+    (["--publish", "x", "--case", "float32"], "--publish takes whole suites; --case 'float32' leaves some"),
     (["--publish", "A B"], "--publish names a file: small letters, digits and '-'; it is 'A B'"),
 ])  # fmt: skip
 def test_a_bad_value_is_named(words, message, capsys):
@@ -270,9 +340,10 @@ def _case_row(rows, seconds, flops=0, **parameters):
 
 @pytest.fixture
 def published(tmp_path):
-    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x", "peers": {},
+    run = {"date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x"}
+    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "peers": {},
             "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2", "versions": {}},
-            "sources": results.hashes(ROOT, "cpu"), "not_run": ["attention z"],
+            "runs": {OP: run | {"sources": results.hashes(OP, "cpu", ROOT)}}, "not_run": ["attention z"],
             "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
             "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
                                             "ops": {"attention_forward": {"calls": 6, "seconds": 0.06}}}},
@@ -280,6 +351,8 @@ def published(tmp_path):
             "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
                                  "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
     data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
+    data["cases"][0]["goals"] = [{"versus": "eager", "ratio": 3.0, "reached": 2.0}]
+    data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
     return data
 
 
@@ -307,7 +380,8 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
     for piece in (
         "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
         "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
-        "| dropout_add_norm 8 rows | fastlm 3 MiB |",
+        "| dropout_add_norm 8 rows | fastlm 3 MiB |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
+        f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
         "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu/{OP}-size.png)",
     ):  # fmt: skip
         assert piece in text, piece
@@ -323,13 +397,38 @@ def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
     for path in (root / "bench/results").glob("cpu-*.json"):
         path.unlink()
     assert dict(results.cpu_status(root))[OP] == "no committed figures"
-    published["sources"] = results.hashes(root, "cpu")
+    published["runs"][OP]["sources"] = results.hashes(OP, "cpu", root)
     results.save(root / "bench/results/cpu-x.json", published)
     assert dict(results.cpu_status(root))[OP].startswith("measured on a processor, 2026-01-02")
-    path = root / f"csrc/cpu/{OP}.cpp"
+    path = root / f"csrc/cpu/{OP}_forward.cpp"
     path.write_text(path.read_text() + "\nint x;\n")
-    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources are ")
+    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources have changed since; measured on ")
     assert dict(results.cpu_status(root))["attention"] == "no committed figures"
+    text = tables.sections(root)[f"cpu-{OP}"]
+    assert f"**Stale: the sources of {OP} have changed since.**" in text  # and on the page
+
+
+def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
+    other = _case_row(16, 1.0) | {"op": "attention", "name": "of old"}
+    earlier = published | {"cases": [*published["cases"], other], "not_run": ["attention z", "step x", "train y"],
+                           "profiles": {"step": {"a": 1}}}  # fmt: skip
+    run = {"date": "2026-03-01T00:00:00+00:00", "command": "fastlm bench attention", "sources": {"cpu": "0"}}
+    new = published | {"runs": {"attention": run}, "cases": [other | {"name": "new"}], "not_run": [f"{OP} q", "train y"],
+                       "profiles": {"train": {"b": 2}}}  # fmt: skip
+    both = results.merged(earlier, new)
+    assert [(c["op"], c["name"]) for c in both["cases"]] == [("attention", "new"), (OP, "8 rows"), (OP, "64 rows")]
+    assert both["runs"] == {OP: published["runs"][OP], "attention": run}
+    assert both["not_run"] == ["step x", "train y"]  # of dropout_add_norm the earlier figures stand
+    assert both["profiles"] == {"step": {"a": 1}, "train": {"b": 2}}
+    for key, value in (
+        ("device", "another"),
+        ("threads", 1),
+        ("instruction_set", "avx512"),
+        ("versions", {"torch": "1"}),
+    ):
+        moved = new | {"machine": new["machine"] | {key: value}}
+        with pytest.raises(ValueError, match=rf"^--publish: that file is of {key} .*; give another name$"):
+            results.merged(earlier, moved)
 
 
 def test_peak_memory_is_that_of_a_child_and_grows_with_what_is_held():
@@ -381,3 +480,14 @@ def test_saves_and_time_to_quality_of_a_tiny_model(tmp_path, monkeypatch):
     assert len(again) == 5
     assert train.long(path, -1.0) == again
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in rows if r["loop"] == "fastlm")
+
+
+def test_every_op_has_short_calls_for_the_sanitizer_and_the_profiler():
+    for op in backend.ops():
+        module = load_suite(suites(ROOT)[op])
+        assert set(module.SHORT) == {f"{i}{k}" for i in ("", "interpreted ") for k in ("odd", "profile")}
+        for call in module.short("cpu", torch.float32, "interpreted odd"):
+            loss = call()
+            assert loss.isfinite(), op
+            if loss.requires_grad:  # generation has none
+                loss.backward()

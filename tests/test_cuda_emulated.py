@@ -281,10 +281,11 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_emulation_finds_a_wrong_kernel(device, monkeypatch, tmp_path, name):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda/dropout_add_norm.cu"
-    text, (right, wrong) = path.read_text(), MUTANTS[name]
-    assert text.count(right) == 1
-    path.write_text(text.replace(right, wrong))
+    right, wrong = MUTANTS[name]
+    texts = {path: path.read_text() for path in (tmp_path / "csrc/cuda").glob("dropout_add_norm*")}
+    assert sum(text.count(right) for text in texts.values()) == 1
+    for path, text in texts.items():
+        path.write_text(text.replace(right, wrong))
     core = load(compile_emulated(tmp_path, tmp_path / "csrc", "emulated_" + name.replace(" ", "_")))
     monkeypatch.setattr(glue, "_native", _Native(core))
     with pytest.raises((AssertionError, RuntimeError)):

@@ -58,13 +58,14 @@ def test_check_machine_gives_the_remedy(tmp_path):
     assert _check(clean | {"FASTLM_NATIVE": "OFF", "PATH": str(tmp_path)}, str(tmp_path / ".venv")).stderr == ""
 
 
-def test_an_unfinished_backend_runs_only_where_it_is_forced(monkeypatch):
-    x = torch.randn(1, 1, 4, 16)
-    choice = backend.which("attention", x, x, x)
-    monkeypatch.setattr(backend.module("attention", choice.backend)[0], "UNFINISHED", "not done", raising=False)
-    other = backend.which("attention", x, x, x)
-    if choice.backend != "reference":
-        assert other.backend == "reference"
-        assert (choice.backend, "not done") in other.rejected
-    with backend.use(choice.backend):
-        assert backend.which("attention", x, x, x).backend == choice.backend
+def test_a_gpu_runs_triton_first_and_the_report_says_where_its_proof_is(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "_support", lambda op, name, direction, device, args: backend.YES)
+    assert all(backend.choose(op, "forward", torch.device("cuda"), ()).backend == "triton" for op in backend.ops())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "X100")
+    monkeypatch.setattr(backend, "ops", lambda: ())
+    assert ("verified", "`fastlm bench --status` says which kernels have passed their tests on a GPU") in dict(
+        doctor.report()
+    )["GPUs"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, job, state
+from fastlm.train import checkpoint, export, job, mesh, state
 from fastlm.train.callbacks import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
 
@@ -79,3 +82,53 @@ def test_what_does_not_fit_the_base_is_one_sentence(base: str, changes: dict, wo
     free = dict.fromkeys(("layers", "heads", "width", "context"))
     with pytest.raises(InputError, match=word):
         job.start(tiny(name="bad", **{**free, **changes}), (base,))
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one_does_and_go_on(base: str) -> None:
+    words = [
+        "train",
+        base,
+        "--init",
+        "runs/base",
+        "--lora-rank",
+        "4",
+        "--dropout",
+        "0.2",
+        "--lr",
+        "1e-2",
+        "--batch",
+        "5",
+    ]
+    words += ["--warmup", "2", "--eval-every", "4", "--save-every", "4", "--sample", "8", "--device", "cpu", "--quiet"]
+
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "fastlm", *more, "--threads", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(*words, "--steps", "8", "--name", "one")
+    run(*words, "--steps", "8", "--name", "two", "--mesh", "dp=2")
+    one, two = read_metrics(Path("runs/one")), read_metrics(Path("runs/two"))
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    assert [r["val_loss"] for r in two if "val_loss" in r] == pytest.approx(
+        [r["val_loss"] for r in one if "val_loss" in r], rel=1e-4
+    )
+    saved = checkpoint.Stored(checkpoint.newest(Path("runs/two")), "model")
+    assert all(".lora_" in name for name in saved.names())
+    run(*words, "--steps", "12", "--name", "whole", "--mesh", "dp=2", "--schedule", "constant")
+    run(*words, "--steps", "8", "--name", "half", "--mesh", "dp=2", "--schedule", "constant")
+    assert "going on from step 8 of 12" in run("train", "--resume", "half", "--steps", "12")
+    ends = [checkpoint.Stored(checkpoint.newest(Path("runs") / name), "model").load() for name in ("whole", "half")]
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+    job.load(Path("runs/two"), "cpu")
+
+
+def test_a_mesh_that_cuts_matrices_is_refused_for_adapters() -> None:
+    class Cut(mesh.Ranks):
+        sizes: ClassVar[dict[str, int]] = {"dp": 1, "fsdp": 2}
+
+    with pytest.raises(InputError, match=r"--mesh dp=N; it is not built for fsdp"):
+        job.Job(tiny(**LORA), (), ranks=Cut())

@@ -1,151 +1,273 @@
-"""The Triton kernels of attention, interpreted: values, gradients, masks, pieces of a decode, strides, small tiles.
+"""The Triton kernels of attention, interpreted: values, gradients, masks, pieces of a decode, strides, shards, small tiles.
 
-Few heads and short lengths, because the interpreter's time goes by operations. Registers, spills and tensor cores are in
-test_offline.py.
+Few heads and short lengths, because the interpreter's time goes by operations. What holds of every backend and runs in
+seconds here is the test of test_attention.py itself. Registers, spills and tensor cores are in test_offline.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
+import accuracy
 import fastlm
 import pytest
 import torch
-from accuracy import Result, violation
-from attention_cases import BF16, F16, F32, FEATURES, Case, compose, inputs, run, truth
+from accuracy import Result, assert_as_exact_as_torch, violation
+from attention_cases import BF16, F16, F32, FEATURES, FEW, Case, arguments, compose, draw, inputs, run, truth
+from fastlm import _native
 
 pytest.importorskip("triton")
 from fastlm.kernels import table
 from fastlm.reference.attention import dropout_mask
+from test_attention import (  # noqa: F401 - collected here, with the fixture ``backend`` of this file
+    test_agrees_with_sdpa,
+    test_double_backward_raises,
+    test_empty_batches_and_lengths,
+    test_expanded_keys_and_gradients_are_right,
+    test_huge_and_tiny_scores,
+    test_large_negative_bias_does_not_hide_a_row,
+    test_lse_is_differentiable_alone,
+    test_out_is_laid_out_like_q,
+    test_packed_sequences_draw_the_mask_of_a_batch,
+    test_seeds_and_generator_govern_the_mask,
+    test_what_lies_behind_the_valid_part_of_a_cache_never_leaks,
+)
+from test_attention_shards import piece, ring
 
 pytestmark = pytest.mark.interpreter
 op = fastlm.ops.attention
 KERNELS = ("attention_forward", "attention_decode", "attention_backward_kv", "attention_backward_q")
+needs_cpu = pytest.mark.skipif(bool(_native.missing()), reason="no compiled core")
 
 
-@pytest.fixture(autouse=True)
-def _forced():
-    """Tiles of 64x64: few operations for the interpreter."""
-    with ExitStack() as stack:
-        stack.enter_context(fastlm.backend.use("triton"))
-        for kernel in KERNELS:
-            stack.enter_context(table.pinned(_tiles(64, 64), kernel))
-        yield
-
-
-def _tiles(m: int, n: int) -> dict:
+def tiles(m: int, n: int) -> dict:
     return {"config": {"m": m, "n": n, "num_warps": 4, "num_stages": 1}}
 
 
-def _broken(case: Case, spoiled: Case | None = None) -> dict[str, str]:
-    """What breaks the rule in one draw, of the outputs with as many finite values as its statistics need."""
-    tensors = inputs(case, torch.Generator().manual_seed(torch.seed() % 2**32))
-    ours, real, measure = run(spoiled or case, tensors), truth(case, tensors), compose(case, tensors, F32)
-    assert ours.keys() == real.keys()
-    broken = {}
-    for name, value in ours.items():
-        assert torch.equal(value.isfinite(), real[name].isfinite()), name
-        if real[name].isfinite().sum() >= 4096:
-            why = violation([Result(value, measure[name], real[name])])
-            if why:
-                broken[name] = why
-    return broken
+@pytest.fixture(autouse=True)
+def backend(request, monkeypatch) -> Iterator[str]:
+    """Tiles of 64x64: few operations for the interpreter. Few draws are pooled, eight times as many where they break."""
+    monkeypatch.setattr(accuracy, "MAX_DRAWS", 16 if request.config.getoption("--slow") else 1)
+    with ExitStack() as stack:
+        stack.enter_context(fastlm.backend.use("triton"))
+        for kernel in KERNELS:
+            stack.enter_context(table.pinned(tiles(64, 64), kernel))
+        yield "triton"
 
 
-def _small(case: Case) -> Case:
-    heads = 2 * case.heads // case.kv_heads if case.kv_heads < case.heads else 2
-    return replace(case, heads=min(heads, 4), kv_heads=2 if case.kv_heads > 1 else 1, batch=len(case.valid or (1,)))
+def small(case: Case) -> Case:
+    """The case with two heads; of grouped ones, two that share a key head."""
+    if case.queries == 1:
+        return replace(case, heads=8, kv_heads=8 * case.kv_heads // case.heads)
+    return replace(case, heads=2, kv_heads=1 if case.kv_heads < case.heads else 2)
 
 
-QUICK = (1, 3, 4, 6, 8, 11, 14, 18)
+QUICK = (1, 3, 4, 6, 8, 10, 11, 14, 15, 16, 17, 18)
 
 
 @pytest.mark.parametrize("number", [
     pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in range(len(FEATURES))
 ])  # fmt: skip
 def test_as_exact_as_torch(number):
-    case = replace(_small(FEATURES[number]), dtype=(F32, BF16, F16)[number % 3])
-    # The rule's thresholds hold for many draws pooled; a single draw may break them by chance, two in a row do not.
-    broken = _broken(case)
-    assert not broken or not (broken := _broken(case)), broken
-
-
-def test_the_rule_catches_a_wrong_kernel():
-    case = Case(batch=1, heads=2, kv_heads=2, causal=True, keys=70)
-    assert "out" in _broken(case, replace(case, causal="upper_left"))
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_mask_is_the_reference_mask_forward_and_backward(p):
-    seed = torch.tensor(-1234567890123456789)
-    ids = torch.tensor([5])
-    mask = dropout_mask((6, 6, 160, 190), seed, p)[5:6, 4:6, 120:153]
-    for k0 in (0, 3, 100):
-        q, zero = torch.zeros(1, 2, 33, 64), torch.zeros(1, 2, 60, 64)
-        v = torch.eye(60, 64).expand(1, 2, 60, 64).clone().requires_grad_()
-        out = op(q, zero, v, dropout_p=p, seed=seed, offset=(ids, 4, 120, k0))
-        (dv,) = torch.autograd.grad(out, v, torch.eye(33, 64).expand_as(out))
-        expected = mask[..., k0 : k0 + 60]
-        assert torch.equal(out[..., :60] != 0, expected)
-        assert torch.equal(dv[..., :33].mT != 0, expected)
-
-
-def test_decoding_in_pieces_equals_the_reference():
-    q = torch.randn(2, 4, 1, 32)
-    k, v = torch.randn(2, 2, 2, 1100, 32)
-    seqlens = torch.tensor([1100, 530], dtype=torch.int32)
-    out, lse = op(q, k, v, seqlens_k=seqlens, causal=True, return_lse=True)
-    with fastlm.backend.use("reference"):
-        expected, expected_lse = op(q, k, v, seqlens_k=seqlens, causal=True, return_lse=True)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(lse, expected_lse)
+    case = replace(small(FEATURES[number]), dtype=(F32, BF16, F16)[number % 3])
+    assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
 @pytest.mark.slow
-def test_decoding_in_pieces_in_bfloat16_obeys_the_rule():
-    case = Case(heads=32, kv_heads=16, queries=1, keys=1100, head_size=64, dtype=BF16, causal=True, valid=(1100, 530))
-    broken = _broken(case)
-    assert not broken or not (broken := _broken(case)), broken
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("number", range(len(FEATURES)))
+def test_as_exact_as_torch_in_every_dtype(number, dtype):
+    case = replace(small(FEATURES[number]), dtype=dtype)
+    assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
-def test_rows_that_a_bias_hides_are_zero_and_have_no_gradient():
-    q, k, v = (torch.randn(1, 2, 64, 32, requires_grad=True) for _ in range(3))
-    bias = torch.zeros(1, 1, 64, 64)
-    bias[..., :3, :] = float("-inf")
-    bias.requires_grad_()
-    out, lse = op(q, k, v, bias=bias, return_lse=True)
-    grads = torch.autograd.grad(out.square().sum(), (q, k, v, bias))
-    assert all(g.isfinite().all() for g in grads)
-    assert not out[:, :, :3].any()
-    assert not grads[0][:, :, :3].any()
-    assert (lse[:, :, :3] == float("-inf")).all()
+BROADCAST = ["".join(axes) for axes in (
+    "bhqk", "hqk", "bqk", "qk", "bhq", "hq", "bq", "q", "bhk", "hk", "bk", "k", "bh", "h", "b", "",
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)])
-def test_empty_batches_and_lengths(shape):
+@pytest.mark.parametrize("axes", [
+    pytest.param(a, marks=() if a in ("hqk", "bqk", "qk", "bq", "bhk", "k", "h", "") else pytest.mark.slow)
+    for a in BROADCAST
+])  # fmt: skip
+def test_gradient_of_a_bias_of_every_shape(axes):
+    case = Case(heads=2, kv_heads=1, queries=70, keys=40, head_size=32, bias=axes, p=0.2, window=(50, 20), softcap=9.0)
+    case = replace(case, dtype=(F32, BF16)[len(axes) % 2])
+    assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+@pytest.mark.parametrize("size,dtype", [(16, BF16), (24, F32), (13, F16), (136, F32), (256, BF16)])
+def test_head_sizes(size, dtype):
+    case = Case(batch=1, heads=2, kv_heads=2, queries=33, keys=40, head_size=size, dtype=dtype, causal=True, p=0.1)
+    assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+def decoded(case: Case, generator: torch.Generator) -> dict[str, Result]:
+    """out and lse alone: generation has no backward, and its kernel cuts the keys into pieces."""
+    tensors = inputs(case, generator)
+    with torch.no_grad():
+        ours = op(tensors["q"], tensors["k"], tensors["v"], **arguments(case, tensors), return_lse=True)
+    real, measure = truth(case, tensors), compose(case, tensors, F32)
+    return {name: Result(value, measure[name], real[name]) for name, value in zip(("out", "lse"), ours, strict=True)}
+
+
+GENERATION = Case(heads=16, kv_heads=4, queries=1, keys=1100, head_size=64, causal=True, valid=(1100, 530))
+
+
+@pytest.mark.parametrize("case", [
+    GENERATION, replace(GENERATION, dtype=BF16), replace(GENERATION, dtype=F16, valid=(0, 1), bias="hk"),
+    replace(GENERATION, heads=4, kv_heads=4, head_size=40, queries=3, alibi=True, window=(600, -1), dtype=BF16),
+    *(replace(f, heads=4, kv_heads=2) for f in FEW[:3]),
+    *(pytest.param(replace(f, dtype=BF16), marks=pytest.mark.slow) for f in FEW),
+], ids=str)  # fmt: skip
+def test_decoding_in_pieces(case):
+    assert_as_exact_as_torch(lambda generator: decoded(case, generator))
+
+
+def test_piece_size_is_a_function_of_the_shape_alone():
+    from fastlm.kernels.attention import piece_size
+
+    assert piece_size(1, 10**6) == 1024  # 977 pieces
+    assert [piece_size(n, 2048) for n in (1, 128, 129, 256, 10**6)] == [256, 256, 512, 512, 2048]
+
+
+MUTANTS = {
+    "the other alignment": lambda case, tensors: run(replace(case, causal="upper_left"), tensors),
+    "a missing mask": lambda case, tensors: run(replace(case, causal=False), tensors),
+    "a wrong scale": lambda case, tensors: run(replace(case, scale=0.17), tensors),
+    "a stale dropout mask": lambda case, tensors: run(case, tensors | {"seed": tensors["seed"] + 1}),
+    "a dropped key": lambda case, tensors: run(case, tensors | {"mask": torch.arange(case.keys) < case.keys - 1}),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_rule_catches_a_wrong_kernel(name):
+    case = Case(batch=1, heads=2, kv_heads=2, queries=33, keys=70, causal=True, p=0.2)
+
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    spoiled, real, measure = MUTANTS[name](case, tensors), truth(case, tensors), compose(case, tensors, F32)
+    assert all(violation([Result(spoiled[n], measure[n], real[n])]) for n in ("out", "dk"))
+
+
+def masks(p: float, seed: torch.Tensor, shape: tuple[int, int, int, int], **extra) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which probabilities are kept, seen from out and from dv; at most 64 keys and queries."""
     batch, heads, queries, keys = shape
-    q = torch.randn(batch, heads, queries, 16, requires_grad=True)
-    k = torch.randn(batch, heads, keys, 16, requires_grad=True)
-    out = op(q, k, k)
-    assert not out.any()
-    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k)))
+    q, zero = torch.zeros(batch, heads, queries, 64), torch.zeros(batch, heads, keys, 64)
+    v = torch.eye(keys, 64).expand(batch, heads, keys, 64).clone().requires_grad_()
+    out = op(q, zero, v, dropout_p=p, seed=seed, **extra)
+    (dv,) = torch.autograd.grad(out, v, torch.eye(queries, 64).expand_as(out))
+    return out[..., :keys] != 0, dv[..., :queries].mT != 0
 
 
-def test_strided_inputs_give_the_same_values():
-    case = Case(batch=1, heads=2, kv_heads=1, queries=37, keys=37, causal=True, p=0.2, layout="bhld")
+@needs_cpu
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1 - 2**-17])
+def test_mask_is_that_of_the_reference_and_of_the_cpu_forward_and_backward(p):
+    seed = torch.tensor(-1234567890123456789)
+    ids = torch.tensor([5, 2**31 + 7])
+    whole = dropout_mask((2, 6, 160, 190), seed, p, ids)[:, 4:6, 120:153]
+    for k0 in (0, 3, 100):
+        shape, extra = (2, 2, 33, 60), dict(offset=(ids, 4, 120, k0))
+        for kept in masks(p, seed, shape, **extra):
+            assert torch.equal(kept, whole[..., k0 : k0 + 60])
+        with fastlm.backend.use("cpu"):
+            assert torch.equal(masks(p, seed, shape, **extra)[0], whole[..., k0 : k0 + 60])
+
+
+def test_mask_does_not_depend_on_tiles_or_pieces():
+    seed = torch.tensor(11)
+    mask = dropout_mask((2, 4, 5, 600), seed, 0.4)
+    q, k = torch.zeros(2, 4, 5, 64), torch.zeros(2, 2, 600, 64)
+    v = torch.zeros(2, 2, 600, 64)
+    v[:, :, 530:594] = torch.eye(64)
+    for m, n in ((16, 16), (64, 64)):  # five queries: both heads of a group in one tile, the keys in pieces
+        with table.pinned(tiles(m, n)):
+            assert torch.equal(op(q, k, v, dropout_p=0.4, seed=seed) != 0, mask[..., 530:594])
+
+
+def test_forward_and_backward_may_run_on_different_backends():
+    case = Case(heads=2, kv_heads=1, p=0.3, causal=True)
+
+    def mixed(generator: torch.Generator) -> dict[str, Result]:
+        tensors = inputs(case, generator)
+        real, measure, results = truth(case, tensors), compose(case, tensors, F32), {}
+        q = tensors["q"].clone().requires_grad_()
+        for forward, back in (("reference", "triton"), ("triton", "reference")):
+            with fastlm.backend.use(forward):
+                out, lse = op(q, tensors["k"], tensors["v"], causal=True, dropout_p=0.3, seed=tensors["seed"],
+                              return_lse=True)  # fmt: skip
+            with fastlm.backend.use(back):
+                (dq,) = torch.autograd.grad((out, lse), q, (tensors["dout"], tensors["dlse"]))
+            results[f"{forward} {back}"] = Result(dq, measure["dq"], real["dq"])
+        return results
+
+    assert_as_exact_as_torch(mixed)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_that_attend_to_nothing_are_zero_and_have_no_gradient(dtype):
+    q, k, v = (torch.randn(2, 2, 64, 32, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    mask[..., :3, :] = False
+    mask[..., :, 10:40] = False
+    added = torch.zeros(1, 1, 64, 64, dtype=dtype).masked_fill(~mask, float("-inf")).requires_grad_()
+    for bias, leaves in ((mask, (q, k, v)), (added, (q, k, v, added))):
+        out, lse = op(q, k, v, bias=bias, return_lse=True)
+        grads = torch.autograd.grad(out.float().square().sum() + lse[..., 3:].sum(), leaves)
+        assert all(g.isfinite().all() for g in grads)
+        assert not out[:, :, :3].any()
+        assert not grads[0][:, :, :3].any()
+        assert not grads[1][:, :, 10:40].any()
+        assert (lse[:, :, :3] == float("-inf")).all()
+        if bias is added:
+            assert not grads[3].masked_fill(mask, 0).any()
+
+
+def test_strides_and_repetition_change_no_bit():
+    case = Case(batch=2, heads=2, kv_heads=1, queries=37, keys=37, causal=True, p=0.2, bias="hqk", layout="bhld")
     tensors = inputs(case, torch.Generator().manual_seed(1))
     expected = run(case, tensors)
-    for view in (lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t], -1)[..., 0]):
+    views = {
+        "the same": lambda t: t,
+        "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "length last": lambda t: t.mT.contiguous().mT,
+        "every second element": lambda t: torch.stack([t, t], -1)[..., 0],
+        "unaligned": lambda t: torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape),
+    }
+    for name, view in views.items():
         got = run(case, {k: view(v) if v.dim() == 4 else v for k, v in tensors.items()})
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, msg=name)
+        for key, value in expected.items():
+            assert torch.equal(got[key], value), (name, key)
 
 
-def test_small_tiles_give_the_same_values():
-    case = Case(batch=1, heads=2, kv_heads=1, queries=40, keys=77, causal=True, window=(30, 0), p=0.2)
-    tensors = inputs(case, torch.Generator().manual_seed(2))
-    expected = run(case, tensors)
-    with table.pinned(_tiles(16, 32)):
-        for name, value in run(case, tensors).items():
-            torch.testing.assert_close(value, expected[name], msg=name)
+def test_pieces_by_batch_and_heads_are_the_bits_of_the_whole():
+    case = Case(batch=3, heads=4, kv_heads=2, queries=40, keys=70, causal=True, p=0.2, bias="bhqk", alibi=True)
+    tensors = inputs(case, torch.Generator().manual_seed(7))
+    whole = run(case, tensors)
+    for batches, heads in ((slice(0, 1), slice(0, 2)), (slice(1, 3), slice(2, 4))):
+        keys = slice(heads.start // 2, heads.stop // 2)
+        for name, value in piece(case, tensors, batches, heads).items():
+            expected = whole[name][batches, keys if name in ("dk", "dv") else heads]
+            assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("case", [
+    Case(batch=1, heads=2, kv_heads=1, queries=100, keys=100, causal="upper_left", p=0.2),
+    Case(batch=1, heads=2, kv_heads=2, queries=100, keys=100, window=(40, 10), bias="hk", alibi=True),
+], ids=str)  # fmt: skip
+def test_pieces_by_queries_and_keys_give_the_whole(case):
+    def pieces(generator: torch.Generator) -> dict[str, Result]:
+        tensors = inputs(case, generator)
+        ours = ring(case, tensors, [51, 100], [35, 100])
+        measure, real = compose(case, tensors, F32), truth(case, tensors)
+        return {name: Result(ours[name], measure[name], real[name]) for name in real}
+
+    assert_as_exact_as_torch(pieces)
+
+
+@pytest.mark.parametrize("m,n", [(16, 32), (32, 16)])
+def test_small_tiles_obey_the_rule(m, n):
+    case = Case(batch=1, heads=2, kv_heads=1, queries=40, keys=77, causal=True, window=(30, 0), p=0.2, bias="k")
+    with table.pinned(tiles(m, n)):
+        assert_as_exact_as_torch(lambda generator: draw(case, generator))

@@ -272,16 +272,16 @@ def _spoil_launch(monkeypatch, kernel, argument, change):
 
 
 @pytest.mark.parametrize("kernel,argument,change", [
-    ("_forward_kernel", "rows", lambda n: n - 1),
-    ("_forward_kernel", "eps", lambda e: 2 * e),
-    ("_forward_kernel", "keep_scale", lambda s: 1.0),
-    ("_forward_kernel", "threshold", lambda t: t + 400),
-    ("_forward_kernel", "layerscale", lambda t: None),
-    ("_backward_kernel", "rows", lambda n: n - 1),
-    ("_backward_kernel", "keep_scale", lambda s: 1.0),
-    ("_backward_kernel", "seed", lambda s: s + 1),
-    ("_backward_kernel", "dz", lambda t: None),
-    ("_combine_kernel", "blocks", lambda n: n - 1),
+    ("forward_kernel", "rows", lambda n: n - 1),
+    ("forward_kernel", "eps", lambda e: 2 * e),
+    ("forward_kernel", "keep_scale", lambda s: 1.0),
+    ("forward_kernel", "threshold", lambda t: t + 400),
+    ("forward_kernel", "layerscale", lambda t: None),
+    ("backward_kernel", "rows", lambda n: n - 1),
+    ("backward_kernel", "keep_scale", lambda s: 1.0),
+    ("backward_kernel", "seed", lambda s: s + 1),
+    ("backward_kernel", "dz", lambda t: None),
+    ("combine_kernel", "blocks", lambda n: n - 1),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 def test_the_rule_catches_a_wrong_kernel(monkeypatch, kernel, argument, change):
     _spoil_launch(monkeypatch, kernel, argument, change)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 from fastlm.bench import tune
 from fastlm.bench.__main__ import main
+from fastlm.kernels import _attention_trials as attention_trials
 from fastlm.kernels import dropout_add_norm as kernel
 from fastlm.kernels import table
 
@@ -123,11 +124,51 @@ def test_measured_rules_are_compiled_offline_and_ordered_narrow_first(path):
     assert any("x768 bf16 measured p=0.1" in name for name in names)
 
 
+ATTENTION = [
+    ("attention_forward", {"dropout"}), ("attention_backward_kv", {"bias"}), ("attention_backward_q", set()),
+    ("attention_decode", set()),
+]  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "kernel,features", ATTENTION, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain"
+)
+def test_attention_is_tuned_by_right_candidates(path, kernel, features):
+    configs = tuple({"m": m, "n": n, "num_warps": 4, "num_stages": 1} for m, n in ((32, 32), (16, 64)))
+    trial = attention_trials.trial(kernel, 16, torch.float32, frozenset(features), configs, length=16, heads=2)
+    timer = Timer(configs[0])
+    assert tune.tune([trial], path, "cpu", 90, timer, ON, 60) == {"changed": 1, "stayed": 0, "not run": 0}
+    assert all(config in timer.timed for config in configs)
+    look_up = dict(arch=90, dtype="f32", size=16)
+    assert table.config(kernel, **look_up, features=frozenset(features)) == configs[0]
+    assert table.config(kernel, **look_up, features=frozenset({"dropout", "bias"})) != configs[0]
+
+
+def test_measured_rules_of_attention_are_compiled_offline(path):
+    rules = json.loads(path.read_text())
+    for name, features in ATTENTION:
+        rule = {"arch": 90, "dtype": ["f16"], "size": 64, "features": sorted(features), "exact": True, "measured": ON,
+                "config": {"m": 64, "n": 64, "num_warps": 4, "num_stages": 1}}  # fmt: skip
+        rules[name] = tune.with_rule(rules[name], rule)
+    path.write_text(tune.text_of(rules))
+    table.forget()
+    names = [case.name for case in attention_trials.offline_cases()]
+    assert [rule for rule in table.unreached() if rule.startswith("attention")] == []
+    assert "attention 64 f16 causal dropout: forward_kernel" in names
+
+
 def test_the_candidates_cover_what_models_use_and_can_be_taken_by_the_launcher():
     trials = tune.trials([])
     assert len({t.name for t in trials}) == len(trials)
     assert {(t.direction, t.dtype) for t in trials if t.op == "dropout_add_norm" and t.size == 4096} == {
         (d, t) for d in ("forward", "backward") for t in ("bf16", "f32")
+    }
+    assert {(t.kernel, t.size, *t.features) for t in trials if t.op == "attention"} >= {
+        (k, 128, *f)
+        for k in attention_trials.CANDIDATES
+        if k != "attention_decode"
+        for f in ((), ("dropout",), ("bias",))
     }
     for trial in trials:
         assert 2 <= len(trial.configs) <= 16, trial.name

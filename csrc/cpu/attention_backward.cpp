@@ -175,9 +175,11 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
     pack_pairs(w.q_pairs, w.q, p.words, p.words, rows_padded);
     pack_pairs(w.dout_pairs, w.dout, p.words, p.words, rows_padded);
   }
+  const bool dots = scores_by_dots(a);
+  if (dots) dot<Pairs>(t.rows, p.words, w.q, p.words, w.k, p.words, round_up(t.keys, 16), w.p, kScoreRow);
   for (int column = t.low / kColumns * kColumns; column < t.high; column += kColumns) {
     const int64_t b = static_cast<int64_t>(column) * p.words;
-    for (int side = 0; side < 2; ++side) {
+    for (int side = dots; side < 2; ++side) {
       const Word *left = side ? w.dout : w.q, *right = (side ? w.v_turned : w.k_turned) + b;
       float* result = side ? w.ds : w.p;
       for (int panel = 0; panel < panels; ++panel) {

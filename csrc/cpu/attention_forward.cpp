@@ -16,13 +16,12 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kFewRows = 64;       // up to so many in all, keys are cut
-constexpr int kPieceKeys = 512;    // of a piece,
-constexpr int kMostPieces = 256;   // unless they were more than these
-constexpr int kStackQueries = 16;  // up to so many, heads are put together
+constexpr int kPieceKeys = 512;   // of a piece of the keys,
+constexpr int kMostPieces = 256;  // unless they were more than these
 
 struct Plan {
   int rows, pieces, stack;  // rows of a block; pieces of the keys; heads of a block
+  bool dots;
   int64_t blocks, queries, piece_keys;
   int words, columns;  // words of a packed row; columns of the output (a multiple of 16)
   int64_t depth;       // words that are summed for a score
@@ -36,16 +35,14 @@ Plan plan_of(const Attention& a) {
   p.words = Pairs ? p.padded / 2 : p.padded;
   p.depth = Pairs ? (a.head_size + 1) / 2 : a.head_size;
   p.columns = static_cast<int>(round_up(a.head_size, 16));
-  const int64_t heads = a.batches * a.q_heads, group = a.q_heads / a.k_heads;
-  p.stack = 1;
-  for (int64_t n = 2; n <= group && n * a.longest_q <= kFewRows && a.longest_q <= kStackQueries; ++n) {
-    if (group % n == 0) p.stack = static_cast<int>(n);
-  }
+  const int64_t heads = a.batches * a.q_heads;
+  p.stack = stacked_heads(a);
   p.rows = a.head_size > 128 ? 128 : 256;
   while (p.rows > 64 && heads * ((a.longest_q + p.rows - 1) / p.rows) < 16) p.rows /= 2;
   p.rows = static_cast<int>(least(p.rows, round_up(most(p.stack * a.longest_q, 1), kPanel)));
   p.queries = p.stack > 1 ? a.longest_q : p.rows;
   p.blocks = (a.longest_q + p.queries - 1) / p.queries;
+  p.dots = scores_by_dots(a);
   p.pieces = 1;
   p.piece_keys = most(a.longest_k, 1);
   if (p.stack * a.longest_q <= kFewRows) {
@@ -163,7 +160,7 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     const int64_t keys16 = round_up(t.keys, 16);
     const Rows k =
         Rows::of<Pairs>(a.k, place(a.k, s.batch, kv_head, s.k_start + key0), t.keys, keys16, p.words, n, w.k);
-    pack_turned(w.k_turned, k.p, k.step, p.words, keys16);
+    if (!p.dots) pack_turned(w.k_turned, k.p, k.step, p.words, keys16);
     Rows v = Rows::of<Pairs>(a.v, place(a.v, s.batch, kv_head, s.k_start + key0), t.keys, keys16, p.words, n, w.v);
     if (Pairs) {
       pack_pairs(w.v_pairs, v.p, v.step, p.words, keys16);
@@ -172,7 +169,8 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
       v = {w.v, p.words};
     }
 
-    for (int column = t.low / kColumns * kColumns; column < t.high; column += kColumns) {
+    if (p.dots) dot<Pairs>(rows, p.words, w.q, p.words, k.p, k.step, keys16, w.scores, kScoreRow);
+    for (int column = t.low / kColumns * kColumns; column < t.high && !p.dots; column += kColumns) {
       const Word* b = w.k_turned + static_cast<int64_t>(column) * p.words;
       for (int panel = 0; panel < panels; ++panel) {
         const int from = t.from[panel] > column ? t.from[panel] : column;

@@ -3,6 +3,7 @@
 // A word is 32 bits: one float32, or (Pairs, AVX-512 only) two bfloat16 neighbours along the summed axis. The product
 // C += A B sums words k in order; A is read one word at a time with any strides, B is rows of columns, C is float32.
 // Every column is summed in the same order wherever it stands, so a score is the same bits in forward and backward.
+// Of at most kPanel rows nothing is packed: their scores are dot products of rows (`dot`).
 #pragma once
 #include "cpu/attention_simd.h"
 
@@ -136,6 +137,75 @@ FASTLM_INLINE void multiply(int rows, int columns, int64_t k, const Word* a, int
   if (rows == 3) return multiply_rows<Pairs, 3>(columns, k, a, row, step, b, ldb, c, ldc, add);
   if (rows == 2) return multiply_rows<Pairs, 2>(columns, k, a, row, step, b, ldb, c, ldc, add);
   multiply_rows<Pairs, 1>(columns, k, a, row, step, b, ldb, c, ldc, add);
+}
+
+// c + the products of sixteen words of a and b, lane by lane.
+template <bool Pairs>
+FASTLM_INLINE Vec add_words(Vec c, const Word* a, const Word* b) {
+#if FASTLM_ISA_avx512
+  return {lane_add<Pairs>(c.v, lane_load(a), lane_load(b))};
+#else
+  return fma(load(reinterpret_cast<const float*>(a)), load(reinterpret_cast<const float*>(b)), c);
+#endif
+}
+
+// The sums of the sixteen lanes of sixteen vectors.
+FASTLM_INLINE Vec totals(const Vec* rows) {
+#if FASTLM_ISA_avx512
+  __m512 s[8], t[4];
+  // Halves, quarters, pairs, lanes: each step adds what two vectors still hold apart into one.
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = rows[i].v, y = rows[i + 8].v;
+    s[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(s[i], s[i + 4], 0x88), _mm512_shuffle_f32x4(s[i], s[i + 4], 0xdd));
+  }
+  // t[i], quarter by quarter: rows i, i + 8, i + 4, i + 12
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(t[0], t[2]), _mm512_unpackhi_ps(t[0], t[2]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(t[1], t[3]), _mm512_unpackhi_ps(t[1], t[3]));
+  const __m512 all = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  // all: rows 0 1 2 3, 8 9 10 11, 4 5 6 7, 12 13 14 15
+  return {_mm512_shuffle_f32x4(all, all, 0xd8)};
+#else
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = sum(rows[i]);
+  return load(lanes);
+#endif
+}
+
+// A few rows against columns that lie as rows: c[i][j] = row i of a . row j of b, for a multiple of 16 of j. Nothing is
+// turned, and sums of lanes are as exact as PyTorch's.
+template <bool Pairs, int R>
+FASTLM_NOINLINE void dot_rows(int words, const Word* a, int64_t a_row, const Word* b, int64_t b_row, int64_t columns,
+                              float* c, int64_t ldc) {
+  for (int64_t j = 0; j < columns; j += 16) {
+    Vec sums[R][16];
+    for (int l = 0; l < 16; ++l) {
+      const Word* row = b + (j + l) * b_row;
+      Vec part[R];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) part[i] = zero();
+      for (int w = 0; w < words; w += 16) {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) part[i] = add_words<Pairs>(part[i], a + i * a_row + w, row + w);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) sums[i][l] = part[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) store(c + i * ldc + j, totals(sums[i]));
+  }
+}
+template <bool Pairs>
+FASTLM_INLINE void dot(int rows, int words, const Word* a, int64_t a_row, const Word* b, int64_t b_row, int64_t columns,
+                       float* c, int64_t ldc) {
+  if (rows == 1) return dot_rows<Pairs, 1>(words, a, a_row, b, b_row, columns, c, ldc);
+  if (rows == 2) return dot_rows<Pairs, 2>(words, a, a_row, b, b_row, columns, c, ldc);
+  if (rows == 3) return dot_rows<Pairs, 3>(words, a, a_row, b, b_row, columns, c, ldc);
+  dot_rows<Pairs, 4>(words, a, a_row, b, b_row, columns, c, ldc);
 }
 
 // --- packing ---

@@ -13,9 +13,6 @@
 #include "cpu/simd.h"
 #include "fastlm.h"
 
-// gcc 12 warns of its own AVX-512 header.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
 namespace fastlm {
 namespace FASTLM_ISA {
 

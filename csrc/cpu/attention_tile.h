@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/attention.h"
 #include "cpu/attention_gemm.h"
+#include "cpu/keep.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -55,6 +56,20 @@ struct Tile {
   const uint16_t* bits;  // a bool mask, kChunks words a row, or null
   int bits_row;          // 0: the same for all rows
 };
+
+// Few queries: those of so many heads that share a head of k stand in one block of rows.
+constexpr int kFewRows = 64;       // of a block, at most; up to so many, keys are cut into pieces
+constexpr int kStackQueries = 16;  // of a head, at most
+FASTLM_INLINE int stacked_heads(const Attention& a) {
+  const int64_t group = a.q_heads / a.k_heads;
+  int stack = 1;
+  for (int64_t n = 2; n <= group && n * a.longest_q <= kFewRows && a.longest_q <= kStackQueries; ++n) {
+    if (group % n == 0) stack = static_cast<int>(n);
+  }
+  return stack;
+}
+// Whether rows are so few that scores are dot products: forward and backward need the same bits of a score.
+FASTLM_INLINE bool scores_by_dots(const Attention& a) { return stacked_heads(a) * a.longest_q <= kPanel; }
 
 struct Query {
   int64_t head, i;

@@ -1,4 +1,8 @@
-// dropout_add_norm on CUDA: what forward and backward share. The maths and the shapes are in dropout_add_norm.cu.
+// dropout_add_norm on CUDA: what forward and backward share.
+//
+// A row stays in registers between the passes: a warp holds 512 columns, a block up to 8,192 (narrow rows share a
+// block), a thread-block cluster up to 65,536 (sm_90 and newer; sums pass through distributed shared memory). A row
+// that is wider still, or needs a cluster on a chip without, is read again in each pass ("stream").
 #pragma once
 #include "cuda/rows.cuh"
 
@@ -150,6 +154,36 @@ struct Kind {
            split == (want_x == kFloat32 || want_z == kFloat32 || want_y == kFloat32);
   }
 };
+
+template <int D>
+FASTLM_DEVICE bool inside(const Place& at, int e, int columns) {  // known widths are divisible by 8
+  return (D == kAny ? column_of(at, e) : (e < 4 ? at.low : at.high)) < columns;
+}
+
+// The sums over a block of two values, in a fixed order. `shared`: 2 * kMaxWarps floats that no other call in flight
+// uses.
+FASTLM_DEVICE Sums block_sum(Sums s, float* shared, int first_warp, int part, int warps, int lane) {
+  s = {warp_sum(s.first), warp_sum(s.second)};
+  if (warps == 1) return s;
+  float* mine = shared + 2 * (first_warp + part);
+  if (lane == 0) mine[0] = s.first, mine[1] = s.second;
+  __syncthreads();
+  const float* other = shared + 2 * (first_warp + min(lane, warps - 1));
+  s = {other[0], other[1]};
+  if (lane >= warps) s = {};
+  return {warp_sum(s.first), warp_sum(s.second)};
+}
+inline void check_norm(int norm, const char* op) {
+  if (norm != kLayerNorm && norm != kRmsNorm && norm != kNoNorm) {
+    throw std::invalid_argument(std::string("fastlm: ") + op + ": unknown norm");
+  }
+}
+
+inline float* statistic(const Tensor& t, const char* op, const char* name) {
+  need(t, op, name);
+  if (t[1] != kFloat32) throw std::invalid_argument(std::string("fastlm: ") + op + ": " + name + " must be float32");
+  return reinterpret_cast<float*>(t[0]);
+}
 
 }  // namespace dan
 }  // namespace cuda

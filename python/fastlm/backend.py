@@ -5,8 +5,6 @@ A backend is a folder with one module per op: ``fastlm.reference.<op>`` (plain P
 with the arguments of the op's schema, and ``serves_forward`` and ``serves_backward`` which say, for the same arguments,
 whether it can run them and why not. Nothing else needs to know of it.
 
-A module whose tests are not complete says so in ``UNFINISHED``, a sentence: it then runs only where it is forced.
-
 The first backend of the device's order that serves a call runs it. A call that falls past the first one is logged, once
 per reason. ``FASTLM_BACKEND`` or ``use(...)`` force one backend; if that cannot serve, the call raises.
 """
@@ -142,8 +140,7 @@ def choose(op: str, direction: str, device: torch.device, args: tuple[Any, ...])
         return Choice(op, name, "forced" + (f"; {support.why}" if support.why else ""))
     rejected: list[tuple[str, str]] = []
     for name in _ORDER.get(device.type, ("reference",)):
-        unfinished = getattr(module(op, name)[0], "UNFINISHED", "")
-        support = Support(False, unfinished) if unfinished else _support(op, name, direction, device, args)
+        support = _support(op, name, direction, device, args)
         if support.ok:
             reason = support.why or ("first choice" if not rejected else "next in order")
             return Choice(op, name, reason, tuple(rejected))
@@ -201,7 +198,4 @@ def why_not(op: str, name: str, *args: Any, **kwargs: Any) -> str:
     support = _support(op, name, "forward", device, schema_args)
     if not support.ok:
         return support.why
-    unfinished: str = getattr(module(op, name)[0], "UNFINISHED", "")
-    if unfinished and forced() != name:
-        return unfinished
     return "it could; another is forced" if forced() else "it could; a backend before it in the order serves"

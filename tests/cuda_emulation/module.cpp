@@ -2,7 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/dropout_add_norm.cu"
+#include "cuda/dropout_add_norm_backward.cu"
+#include "cuda/dropout_add_norm_forward.cu"
 
 PYBIND11_MODULE(FASTLM_EMULATED, m) {
   m.def("dropout_add_norm_forward_cuda", &fastlm::dropout_add_norm_forward_cuda);

@@ -7,7 +7,8 @@ fastlm bench --smoke                  one short round each, values checked, noth
 fastlm bench --compare A.json B.json  what became faster or slower beyond the noise; exit 1 on a regression
 fastlm bench --status                 what was verified on which GPU at which state of the sources
 fastlm bench --tune                   on a GPU: time the Triton kernels' configurations, rewrite kernels/table.json
-fastlm bench --memory --publish NAME  all of it as evidence: bench/results/cpu-NAME.json, tables and pictures
+fastlm bench --memory --publish NAME  all of it as evidence: bench/results/cpu-NAME.json, tables and pictures; with an
+                                      op's name only that op's part of the file is made anew
 fastlm bench --tables                 the README's and docs' tables and pictures from bench/results/
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -30,8 +32,10 @@ from fastlm.bench import ceilings, harness, memory, peers, results, sources
 
 
 def suites(root: Path) -> dict[str, Path]:
-    """The bench files by the name that the command line knows them by."""
-    return {p.stem.removeprefix("bench_"): p for p in sorted((root / "bench").glob("bench_*.py"))}
+    """The bench files by the name that the command line knows them by: the ops, then what is built of them."""
+    found = {p.stem.removeprefix("bench_"): p for p in sorted((root / "bench").glob("bench_*.py"))}
+    last = ("step", "train", "loading")
+    return {n: p for n, p in found.items() if n not in last} | {n: found[n] for n in last if n in found}
 
 
 def load_suite(path: Path) -> ModuleType:
@@ -66,12 +70,15 @@ def run(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": ceilings.machine(device) | {"allocator": allocator},
         "peers": peers.table(),
-        "command": "fastlm bench " + " ".join(sys.argv[1:]),
-        "sources": results.hashes(root, "cpu" if torch.device(device).type == "cpu" else "gpu"),
+        "runs": {},
         "cases": [],
     }
+    kind = "cpu" if torch.device(device).type == "cpu" else "gpu"
     for name in names:
         module = load_suite(known[name])
+        cap = f"FASTLM_CPU_ISA={os.environ['FASTLM_CPU_ISA']} " if os.environ.get("FASTLM_CPU_ISA") else ""
+        made = {"date": data["date"], "command": f"{cap}fastlm bench " + " ".join(sys.argv[1:])}
+        made["sources"] = results.hashes(name, kind, root)
         for case in module.cases(device):
             if match not in case.name or (not seconds and not case.smoke):
                 continue
@@ -87,6 +94,7 @@ def run(
                 ran = [t.name for t in timings if t.status == "ok"]
                 entry["peak_memory_bytes"] = memory.of_case(known[name], case, device, ran)
             data["cases"].append(entry)
+            data["runs"][name] = made
             results.print_case(entry)
             sys.stdout.flush()
             if out is not None:
@@ -151,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{flag} must be greater than 0; it is {value:g}")
         if args.publish and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", args.publish):
             raise ValueError(f"--publish names a file: small letters, digits and '-'; it is {args.publish!r}")
+        if args.publish and args.case:
+            raise ValueError(f"--publish takes whole suites; --case {args.case!r} leaves some of their cases out")
         if args.threads < 0:
             raise ValueError(f"--threads must be at least 0 (0: torch's own number); it is {args.threads}")
         if args.compare:
@@ -160,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.status:
             for op, name, state in results.status(root):
                 print(f"{op:<20} {name:<8} {state}")
-            for op, state in results.cpu_status(root):
-                print(f"{op:<20} {'cpu':<8} {state}")
+            for suite, state in results.cpu_status(root):
+                print(f"{suite:<20} {'cpu':<8} {state}")
             return 0
         if args.tables:
             from fastlm.bench import tables
@@ -176,14 +186,26 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.suite:
             if name not in known:
                 raise ValueError(f"suite is {name!r}; it must be one of {', '.join(known)}")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        published = None
+        if args.publish:
+            kind = "cpu" if torch.device(args.device).type == "cpu" else "gpu"
+            published = root / "bench/results" / f"{kind}-{args.publish}.json"
+            if published.exists():  # what cannot be merged is said before minutes are spent
+                here = {"machine": ceilings.machine(args.device), "runs": {}, "cases": []}
+                results.merged(results.load(published), here)
     except (ValueError, sources.NoCheckout) as error:
         print(f"fastlm bench: {error}", file=sys.stderr)
         return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
     names = args.suite or list(known)
     if args.smoke:
         data = run(names, args.device, 0.0, args.case, False, None)
+        bad = [f"{c['op']} {c['name']}, {t['name']}: {t['status']}, {t['reason']}" for c in data["cases"]
+               for t in c["contenders"] if t["kind"] == "baseline" and t["status"] in ("failed", "wrong")]  # fmt: skip
+        if bad:
+            print("\nfastlm bench: a baseline did not run or gave wrong values: " + "; ".join(bad), file=sys.stderr)
+            return 1
         print(f"\n{len(data['cases'])} cases ran and gave right values")
         return 0
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -195,14 +217,12 @@ def main(argv: list[str] | None = None) -> int:
         data["time_to_quality"] = load_suite(known["train"]).long(folder / "quality.jsonl", args.budget, args.case)
         results.save(out, data)
     draw(data, folder)
-    if args.publish:
-        kind = "cpu" if torch.device(args.device).type == "cpu" else "gpu"
-        path = root / "bench/results" / f"{kind}-{args.publish}.json"
-        results.save(path, data)
+    if published is not None:
         from fastlm.bench import tables
 
+        results.save(published, results.merged(results.load(published), data) if published.exists() else data)
         changed = tables.write(root)
-        print(f"\nwrote {path.relative_to(root)}, " + ", ".join(str(p.relative_to(root)) for p in changed))
+        print(f"\nwrote {published.relative_to(root)}, " + ", ".join(str(p.relative_to(root)) for p in changed))
     missed = [(c, g) for c in data["cases"] for g in c["goals"] if g["reached"] < g["ratio"]]
     total = sum(len(c["goals"]) for c in data["cases"])
     print(f"\n{total - len(missed)} of {total} goals reached; results in {folder}")

@@ -3,7 +3,8 @@
 A ``bench/bench_<op>.py`` defines ``cases(device)``. A case is one computation with the bytes and flops it must move and
 its contenders: fastlm's own, PyTorch's, and peers where they are installed. All contenders of a case run in turn, round
 after round, under one timer and one allocator setting, so that a machine that slows down slows all of them; outputs are
-allocated inside the timed region on every side; a contender whose result is wrong is not timed.
+allocated inside the timed region on every side; a contender whose result is wrong is not timed. On a CPU a turn is a
+short burst behind an untimed call, so that no contender is timed on the cache that another one left.
 
 ``pytest_cases`` hands the same samples to pytest-benchmark; ``fastlm bench`` needs only this file.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -142,7 +144,13 @@ class Clock:
 
 
 def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]:
-    """Prepares every contender and checks its result; those that cannot or must not run get their reason."""
+    """Prepares every contender and checks its result; those that cannot or must not run get their reason.
+
+    What earlier cases compiled is forgotten: the compiler would else take a new size for one that changes from call to
+    call, and after eight of them run uncompiled.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     timings, functions = [], []
     for contender in case.contenders:
         timing = Timing(contender.name, contender.kind)
@@ -176,29 +184,37 @@ def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]
     return timings, functions
 
 
+SHORT = 0.1  # seconds: in a longer call, filling the cache again is less than a hundredth
+BURST = 3
+
+
 def measure(
     case: Case, *, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200, seed: int = 0
 ) -> list[Timing]:
     """Times every contender of ``case`` in turn for about ``seconds``; ``seconds`` 0: one round, for the smoke pass.
 
-    A case whose ``min_rounds`` would take more than three times ``seconds`` ends after two rounds.
+    A turn is one sample; of a short call on a CPU it is an untimed call, which brings its own data into the cache, and
+    then ``BURST`` samples. A case whose ``min_rounds`` would take more than three times ``seconds`` ends after two rounds.
     """
     timings, functions = prepare(case, seed)
     clock = Clock(case.device)
     alive = [(t, f) for t, f in zip(timings, functions, strict=True) if f is not None]
-    repeats = []
+    turns = []
     for _, function in alive:
         if seconds:
             clock(function, 1)
         once = clock(function, 1)
-        repeats.append(1 if clock.cuda or not seconds else max(1, min(1000, int(1e-3 / max(once, 1e-7)))))
+        plain = clock.cuda or not seconds
+        turns.append((1 if plain else max(1, min(1000, int(1e-3 / max(once, 1e-7)))), not plain and once < SHORT))
     gc.collect()
     gc.disable()
     begin, rounds = time.perf_counter(), 0
     try:
         while True:
-            for (timing, function), repeat in zip(alive, repeats, strict=True):
-                timing.samples.append(clock(function, repeat))
+            for (timing, function), (repeat, short) in zip(alive, turns, strict=True):
+                if short:
+                    function()
+                timing.samples += [clock(function, repeat) for _ in range(BURST if short else 1)]
             rounds += 1
             spent = time.perf_counter() - begin
             enough = rounds >= (min_rounds if seconds else 1) or (rounds >= 2 and spent >= 3 * seconds)

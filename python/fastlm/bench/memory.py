@@ -1,11 +1,16 @@
 """Peak memory of a contender: the allocator's own count on a GPU, peak resident memory of a child process on a CPU.
 
-``python -m fastlm.bench.memory SUITE CASE CONTENDER`` is that child: it makes the inputs, resets the high-water mark
-of resident memory, runs the contender once, and prints by how many bytes the mark rose above what was resident before.
+``python -m fastlm.bench.memory SUITE CASE CONTENDER`` is that child: it makes the inputs, calls the contender once (thread
+pools, compilation), resets the high-water mark, calls it again, and prints by how many bytes the mark rose above what was
+resident before that second call; of a training step above what was resident before there was a model, so that gradients
+and the optimizer's state count.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import platform
 import subprocess
 import sys
 from collections.abc import Collection
@@ -23,35 +28,47 @@ def _status(field: str) -> int:
     raise LookupError(f"/proc/self/status has no {field}")
 
 
+def _resident() -> int:
+    """Resident bytes, once glibc has handed back what is free: it would else be taken again, unseen."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
 def wanted(case: Case) -> bool:
-    """Whether the peak of this case says something of training: it has a backward in it."""
-    return case.setting in ("alone", "step") and case.parameters.get("part") != "forward"
+    """Whether the peak of this case says something of training: an op alone with its backward, or a training step."""
+    return case.op == "step" or (case.setting == "alone" and case.parameters.get("part") == "forward+backward")
 
 
 def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[str, int | str]:
     """Bytes by name of those contenders that ``ran``, or why there is no number; fastlm's variants and ceilings apart."""
     out: dict[str, int | str] = {}
+    children = {}  # side by side: memory, not time, is measured
     for contender in case.contenders:
         if contender.kind in ("ceiling", "self") or contender.name not in ran:
             continue
         if torch.device(device).type == "cuda":
+            inputs = case.inputs(0)
+            before = torch.cuda.memory_allocated()
             try:
-                function = contender.prepare(case.inputs(0))
+                function = contender.prepare(inputs)
                 function()
             except Exception as error:  # noqa: BLE001 - a contender that cannot run is a row with its reason
                 out[contender.name] = f"{type(error).__name__}: {error}"[:120]
                 continue
             torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
+            before = before if case.setting == "step" else torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             function()
             torch.cuda.synchronize()
             out[contender.name] = torch.cuda.max_memory_allocated() - before
             continue
         command = [sys.executable, "-m", "fastlm.bench.memory", str(suite), case.name, contender.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip().splitlines()[-1] if done.stderr else "?"]
-        out[contender.name] = int(last[0]) if last[0].isdigit() else last[0][:120]
+        children[contender.name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for name, child in children.items():
+        printed, said = (text.strip().splitlines() for text in child.communicate())
+        last = (printed or said or [f"the child process ended with status {child.returncode}"])[-1]
+        out[name] = int(last) if last.isdigit() and not child.returncode else last[:120]
     return out
 
 
@@ -63,13 +80,16 @@ def _child(suite: str, case_name: str, contender_name: str) -> int:
     inputs = case.inputs(0)
     try:
         function = contender.prepare(inputs)
-        for parameter in inputs if isinstance(inputs, (tuple, list)) else ():
-            if isinstance(parameter, torch.Tensor):
-                parameter.grad = None
-        warm = torch.randn(64, 64) @ torch.randn(64, 64)  # thread pools and libraries, not the contender's memory
-        del warm
+        function()
+        if case.setting == "step":  # once more, and from here on its parameters and the optimizer's state count
+            del function
+            gc.collect()
+            before = _resident()
+            function = contender.prepare(inputs)
+            function()
+        else:
+            before = _resident()
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
         result = function()
         print(max(0, _status("VmHWM") - before))
         del result

@@ -39,6 +39,28 @@ def save(path: Path, data: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``earlier`` with the suites that ``new`` ran in their place: a rerun of one op keeps the figures of the others.
+
+    Raises ValueError if the two are not of the same machine, threads, instruction set and versions.
+    """
+    for key in ("device", "kind", "threads", "instruction_set", "versions"):
+        was, now = earlier["machine"].get(key), new["machine"].get(key)
+        if was != now:
+            raise ValueError(f"--publish: that file is of {key} {was}, this run of {now}; give another name")
+    kept = [case for case in earlier["cases"] if case["op"] not in new["runs"]]
+    have = {case["op"] for case in kept}
+    not_run = [c for c in earlier.get("not_run", []) if c.split()[0] not in new["runs"]]
+    not_run += [c for c in new.get("not_run", []) if c.split()[0] not in have and c not in not_run]
+    return {
+        **earlier, **new,
+        "runs": {**earlier["runs"], **new["runs"]},
+        "cases": sorted(kept + new["cases"], key=lambda case: case["op"]),
+        "profiles": {**earlier.get("profiles", {}), **new.get("profiles", {})},
+        "not_run": not_run,
+    }  # fmt: skip
+
+
 def _short(contender: dict[str, Any]) -> dict[str, Any]:
     samples = contender.get("samples_s")
     return contender if samples is None else {**contender, "samples_s": [float(f"{s:.5g}") for s in samples]}
@@ -142,6 +164,20 @@ def gpu_files(root: Path | None = None) -> list[Path]:
     return sorted(((root or sources.checkout()) / "bench/results").glob("gpu-*.json"))
 
 
+def proven(data: dict[str, Any]) -> dict[str, Any]:
+    """A GPU file's cases of those ops alone whose tests all passed in that run, on some backend; of the step if all did."""
+    tests = data.get("gpu_tests", {})
+    good = {
+        op
+        for op, by_backend in tests.items()
+        if any(e["passed"] and not e["failed"] and not e["skipped"] for e in by_backend.values())
+    }
+    if good and good == tests.keys():
+        good |= {"step", "train", "loading"}
+    runs = {name: run for name, run in data.get("runs", {}).items() if name in good}
+    return data | {"cases": [case for case in data["cases"] if case["op"] in good], "runs": runs}
+
+
 def status(root: Path | None = None) -> list[tuple[str, str, str]]:
     """(op, backend, state) for each op's GPU backends: verified on which device at which hash, stale, or never run.
 
@@ -160,27 +196,33 @@ def status(root: Path | None = None) -> list[tuple[str, str, str]]:
     return out
 
 
-def hashes(root: Path, kind: str) -> dict[str, dict[str, str]]:
-    """The source hash of each op's backends on a kind of machine, "cpu" or "gpu": by op, then backend."""
+def hashes(suite: str, kind: str, root: Path) -> dict[str, str]:
+    """By backend, the hash of what a suite times on a kind of machine, "cpu" or "gpu"; of step, train, loading: "all"."""
+    if suite not in backend.ops():
+        return {"all": sources.suite_hash(suite, "cpu" if kind == "cpu" else "gpu", root)}
     names = ("cpu",) if kind == "cpu" else GPU_BACKENDS
-    return {
-        op: {n: sources.source_hash(op, n, root) for n in names if _has_sources(op, n, root)} for op in backend.ops()
-    }
+    return {n: sources.source_hash(suite, n, root) for n in names if _has_sources(suite, n, root)}
+
+
+def changed(data: dict[str, Any], suite: str, root: Path) -> bool:
+    """Whether the sources of a suite differ from those that this file's figures of it were measured with."""
+    kind = "cpu" if data["machine"]["kind"] == "cpu" else "gpu"
+    return bool(data["runs"][suite]["sources"] != hashes(suite, kind, root))
 
 
 def cpu_status(root: Path) -> list[tuple[str, str]]:
-    """(op, state) of the committed CPU figures: measured at these sources, stale, or never measured."""
-    runs = [(p.name, load(p)) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
+    """(suite, state) of the committed CPU figures: measured at these sources, stale, or never measured."""
+    files = [(p.name, load(p)) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
     out = []
-    for op, by_backend in hashes(root, "cpu").items():
+    for suite in sorted(p.stem.removeprefix("bench_") for p in (root / "bench").glob("bench_*.py")):
         states = []
-        for file, run in runs:
-            if any(case["op"] == op for case in run["cases"]):
-                was = run.get("sources", {}).get(op, {}).get("cpu")
-                now = by_backend.get("cpu")
-                fresh = "measured" if was == now else f"stale: the sources are {now} now; measured"
-                states.append(f"{fresh} on {run['machine']['device']}, {run['date'][:10]}, source {was} ({file})")
-        out.append((op, "; ".join(states) or "no committed figures"))
+        for name, data in files:
+            if suite in data["runs"]:
+                run = data["runs"][suite]
+                state = "stale: the sources have changed since; measured" if changed(data, suite, root) else "measured"
+                digest = ", ".join(run["sources"].values())
+                states.append(f"{state} on {data['machine']['device']}, {run['date'][:10]}, source {digest} ({name})")
+        out.append((suite, "; ".join(states) or "no committed figures"))
     return out
 
 

@@ -1,8 +1,9 @@
 """``python -m fastlm.bench.short``: each op on each GPU backend, forward and backward, on a few shapes.
 
-What ``make gpu`` gives to compute-sanitizer and ncu, which are too slow for the test suite: small odd shapes for the one,
-with ``--profile`` a single call of a real size for the other. ``--interpret`` runs the Triton kernels on the CPU under
-TRITON_INTERPRET=1 instead, on shapes that suit it: the rehearsal of that command.
+What ``make gpu`` gives to compute-sanitizer and ncu, which are too slow for the test suite. The calls are those of
+``short(device, dtype, kind)`` in each op's bench file: small odd shapes ("odd"), or with ``--profile`` one call of a real
+size ("profile"). ``--interpret`` runs the Triton kernels on the CPU under TRITON_INTERPRET=1 instead, on shapes that suit
+it ("interpreted odd", "interpreted profile"): the rehearsal of that command.
 """
 
 from __future__ import annotations
@@ -10,54 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
 
 import torch
 
-import fastlm
 from fastlm import backend
-
-Call = Callable[[], torch.Tensor]
-
-
-def _dropout_add_norm(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
-    for rows, columns in shapes:
-        x, residual, weight, bias = (
-            torch.randn(*s, device=device).to(dtype).requires_grad_()
-            for s in ((rows, columns), (rows, columns), (columns,), (columns,))
-        )
-
-        def call(x=x, residual=residual, weight=weight, bias=bias) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            out = fastlm.ops.dropout_add_norm(x, residual, weight, bias, p=0.1, seed=1)
-            return out[0].float().square().sum() + out[1].float().sum()
-
-        yield call
-
-
-def _attention(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Iterator[Call]:
-    for batch, heads, length, size in shapes:
-        q, k, v = (torch.randn(batch, heads, length, size, device=device).to(dtype).requires_grad_() for _ in range(3))
-
-        def call(q=q, k=k, v=v) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            out = fastlm.ops.attention(q, k, v, causal=True, dropout_p=0.1, seed=1)
-            assert isinstance(out, torch.Tensor)
-            return out.float().square().sum()
-
-        yield call
-
-
-CALLS = {"dropout_add_norm": _dropout_add_norm, "attention": _attention}
-# By op: the odd shapes for the sanitizer, the real one for the profiler, the same for the interpreter.
-SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
-    "dropout_add_norm": {
-        "odd": [(37, 96), (16, 1000), (5, 4096)], "profile": [(16384, 4096)],
-        "interpreted odd": [(37, 96), (5, 1000)], "interpreted profile": [(16, 4096)],
-    },
-    "attention": {
-        "odd": [(2, 4, 129, 64), (2, 4, 65, 128)], "profile": [(4, 16, 4096, 128)],
-        "interpreted odd": [(1, 2, 65, 64)], "interpreted profile": [(1, 1, 128, 128)],
-    },
-}  # fmt: skip
+from fastlm.bench import sources
+from fastlm.bench.__main__ import load_suite, suites
 
 
 def main() -> int:
@@ -71,7 +30,9 @@ def main() -> int:
         parser.error("--interpret needs TRITON_INTERPRET=1 in the environment, before Triton is imported")
     device = "cpu" if args.interpret else "cuda"
     kind = ("interpreted " if args.interpret else "") + ("profile" if args.profile else "odd")
+    known = suites(sources.checkout())
     for op in backend.ops():
+        short = load_suite(known[op]).short
         for name in ("triton",) if args.interpret else ("triton", "cuda"):
             if args.op not in op or backend.module(op, name)[0] is None:
                 continue
@@ -79,8 +40,10 @@ def main() -> int:
             dtypes = [torch.float32] if args.interpret else [torch.bfloat16] + [torch.float32] * (not args.profile)
             for dtype in dtypes:
                 with backend.use(name):
-                    for call in CALLS[op](device, dtype, SHAPES[op][kind]):
-                        call().backward()
+                    for call in short(device, dtype, kind):
+                        loss = call()
+                        if loss.requires_grad:  # generation has none
+                            loss.backward()
             print(f"{op} {name}: ran", flush=True)
     return 0
 

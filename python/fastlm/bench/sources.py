@@ -33,6 +33,7 @@ def checkout() -> Path:
     return root
 
 
+_C_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 _C_TOKENS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', re.DOTALL)
 
 
@@ -43,14 +44,25 @@ def stripped_cpp(text: str) -> str:
 
 
 def stripped_python(text: str) -> str:
-    """Python without comments, docstrings and formatting."""
+    """Python without comments, docstrings and formatting, the same under every version of Python."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body
             if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 node.body = body[1:]
-    return ast.dump(tree)
+    return _dumped(tree)
+
+
+def _dumped(node: object) -> str:
+    """As ``ast.dump``, without fields that are None or empty: later versions of Python add such to old nodes."""
+    if isinstance(node, list):
+        return "[" + ",".join(_dumped(part) for part in node) + "]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    fields = [(name, getattr(node, name, None)) for name in node._fields]
+    kept = [f"{n}={_dumped(v)}" for n, v in fields if n == "value" or v not in (None, [])]
+    return f"{type(node).__name__}({','.join(kept)})"
 
 
 def stripped_cmake(text: str) -> str:
@@ -62,6 +74,8 @@ def _python_path(module: str, root: Path) -> Path | None:
     parts = module.split(".")
     if parts[0] != "fastlm":
         return None
+    if parts == ["fastlm"]:
+        return root / "python/fastlm/__init__.py"
     base = root / "kernels" if parts[1:2] == ["kernels"] else root / "python" / "fastlm"
     rest = parts[2:] if parts[1:2] == ["kernels"] else parts[1:]
     for path in (base.joinpath(*rest).with_suffix(".py"), base.joinpath(*rest, "__init__.py")):
@@ -70,7 +84,8 @@ def _python_path(module: str, root: Path) -> Path | None:
     return None
 
 
-def _imports(path: Path, root: Path) -> Iterable[Path]:
+def _imports(path: Path, root: Path, packages: bool = False) -> Iterable[Path]:
+    """The files of fastlm that a file imports; ``packages``: also the __init__ of packages, which reach all of their ops."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -79,11 +94,14 @@ def _imports(path: Path, root: Path) -> Iterable[Path]:
             names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
         for name in names:
             found = _python_path(name, root)
-            if found is not None and found.name != "__init__.py":
+            if found is not None and (packages or found.name != "__init__.py"):
                 yield found
 
 
 def _includes(path: Path, root: Path) -> Iterable[Path]:
+    # A header of csrc/cpu or csrc/cuda stands for what implements it (cpu/dispatch.h: which instruction set runs).
+    if path.suffix == ".h" and path.with_suffix(".cpp").is_file():
+        yield path.with_suffix(".cpp")
     for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
         for base in (root / "csrc", path.parent):
             if (base / name).is_file():
@@ -111,7 +129,7 @@ def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
         found.add(path)
         if path.suffix == ".py":
             todo += _imports(path, root)
-        elif path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+        elif path.suffix in _C_SUFFIXES:
             todo += _includes(path, root)
     return sorted(found)
 
@@ -119,12 +137,32 @@ def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
 def source_hash(op: str, backend: str, root: Path | None = None) -> str:
     """Sixteen hexadecimal digits that change when the op's sources of this backend change in more than comments."""
     root = root or checkout()
+    return _digest(files(op, backend, root), root)
+
+
+def suite_hash(suite: str, kind: str, root: Path) -> str:
+    """The same for a suite that is no op: its bench file and all of fastlm that it reaches, and every op's sources."""
+    from fastlm import backend
+
+    found, todo = set(), [root / "bench" / f"bench_{suite}.py"]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            todo += _imports(path, root, packages=True)
+    for op in backend.ops():
+        for name in ("cpu",) if kind == "cpu" else ("triton", "cuda"):
+            found |= set(files(op, name, root))
+    return _digest(sorted(found), root)
+
+
+def _digest(paths: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256()
-    for path in files(op, backend, root):
+    for path in paths:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
             text = stripped_python(text)
-        elif path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+        elif path.suffix in _C_SUFFIXES:
             text = stripped_cpp(text)
         elif path.name == "CMakeLists.txt":
             text = stripped_cmake(text)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastlm import backend
 from fastlm.bench import results
 
 TARGETS = ("README.md", "docs/benchmarks.md")
@@ -18,13 +20,19 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"
 
 
-def _machine(data: dict[str, Any]) -> str:
+def _machine(data: dict[str, Any], suites: Iterable[str], root: Path) -> str:
+    """What, when and how: one sentence for the machine, one for each command, and which figures are stale."""
     m = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
     isa = f", {m['instruction_set']}" if m["kind"] == "cpu" and m["instruction_set"] else ""
     threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
-    command = f" By `{data['command'].strip()}`." if data.get("command") else ""
-    return f"Measured {data['date'][:10]} on {m['device']}{threads}{isa}; {versions}.{command}"
+    runs = {name: data["runs"][name] for name in suites if name in data["runs"]}
+    dates = sorted({run["date"][:10] for run in runs.values()}) or [data["date"][:10]]
+    commands = "".join(f" By `{c}`." for c in sorted({run["command"].strip() for run in runs.values()}))
+    # Of step, train and loading, which any file of the package is part of, `fastlm bench --status` alone says it.
+    old = [name for name in runs if name in backend.ops() and results.changed(data, name, root)]
+    stale = f" **Stale: the sources of {', '.join(old)} have changed since.**" if old else ""
+    return f"Measured {' and '.join(dates)} on {m['device']}{threads}{isa}; {versions}.{commands}{stale}"
 
 
 def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None:
@@ -56,6 +64,35 @@ def case_table(data: dict[str, Any], op: str | None = None) -> str:
         time, rate = _time(ours["median_s"]), results.rate_of(case, ours["median_s"])
         lines.append(f"| {name} | {time} | {rate} | {fraction} | {', '.join(beside)} | {'; '.join(goals)} |")
     return "\n".join(lines)
+
+
+def losses_table(data: dict[str, Any]) -> str:
+    """Markdown: each goal that is missed, and each case where a baseline or a peer is faster by more than 5%.
+
+    Beside what was reached stands what the machine allows at most: the baseline's time over the floor (bytes over copy
+    bandwidth or flops over matmul rate), where there is one.
+    """
+    lines = [
+        "| case | beside | goal | reached | of ceiling | at the floor |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for case in data["cases"]:
+        ours = results.ours_of(case)
+        if ours is None:
+            continue
+        goals = {g["versus"]: g["ratio"] for g in case["goals"]}
+        fraction = f"{case['floor_s'] / ours['median_s']:.2f}" if case["floor_s"] else ""
+        for other in case["contenders"]:
+            if other["status"] != "ok" or other is ours:
+                continue
+            reached, goal = other["median_s"] / ours["median_s"], goals.get(other["name"])
+            slower = other["kind"] in ("baseline", "peer") and reached < 0.95
+            if slower or (goal is not None and reached < goal):
+                most = f"{other['median_s'] / case['floor_s']:.2f}×" if case["floor_s"] else ""
+                wanted = "" if goal is None else f"{goal:.3g}×"
+                name = f"{case['op']} {case['name']}"
+                lines.append(f"| {name} | {other['name']} | {wanted} | {reached:.2f}× | {fraction} | {most} |")
+    return "\n".join(lines) if len(lines) > 2 else "None in this run."
 
 
 def missing_peers(data: dict[str, Any]) -> str:
@@ -129,19 +166,22 @@ def sections(root: Path) -> dict[str, str]:
     state = "\n".join(
         ["| op | backend | state |", "| --- | --- | --- |"] + [f"| {o} | {b} | {s} |" for o, b, s in status]
     )
-    gpu = [results.load(p) for p in results.gpu_files(root)]
-    verified = gpu if any(s.startswith("verified") for _, _, s in status) else []
+    gpu = [results.proven(results.load(p)) for p in results.gpu_files(root)]
+    verified = [data for data in gpu if data["cases"]]
     text = {"gpu-status": state}
     if verified:
-        text["gpu-table"] = "\n\n".join(f"{_machine(d)}\n\n{case_table(d)}" for d in verified)
+        text["gpu-table"] = "\n\n".join(f"{_machine(d, d['runs'], root)}\n\n{case_table(d)}" for d in verified)
     else:
         text["gpu-table"] = (
             "Not yet run on a GPU: the GPU kernels are compiled and interpreted in the tests, never timed."
         )
     cpu = [results.load(p) for p in sorted((root / "bench/results").glob("cpu-*.json"))]
-    for op in ("dropout_add_norm", "attention", "step", "train", "loading"):
-        parts = [f"{_machine(d)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])]
+    for op in (*backend.ops(), "step", "train", "loading"):
+        parts = [
+            f"{_machine(d, [op], root)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])
+        ]
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
+    text["cpu-losses"] = "\n\n".join(f"{_machine(d, [], root)}\n\n{losses_table(d)}" for d in cpu) or "Not measured."
     text["cpu-memory"] = "\n\n".join(memory_table(d) for d in cpu) or "Not measured."
     text["cpu-profile"] = "\n\n".join(profile_table(d) for d in cpu) or "Not measured."
     text["cpu-within-step"] = "\n\n".join(within_step_table(d) for d in cpu) or "Not measured."
@@ -190,7 +230,8 @@ def write(root: Path) -> list[Path]:
 
     for kind in ("cpu", "gpu"):
         for file in sorted((root / "bench/results").glob(f"{kind}-*.json")):
-            changed += pictures.draw(results.load(file), root / "docs" / folder_of(kind))
+            data = results.load(file)
+            changed += pictures.draw(data if kind == "cpu" else results.proven(data), root / "docs" / folder_of(kind))
     return changed
 
 

@@ -43,6 +43,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     if torch.cuda.is_available():
         devices.append("cuda")
         rows = [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+        rows.append(("verified", "`fastlm bench --status` says which kernels have passed their tests on a GPU"))
         sections.append(("GPUs", rows))
     else:
         why = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no CUDA device"

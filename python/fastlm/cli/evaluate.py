@@ -1,18 +1,19 @@
-"""`fastlm eval [RUN] [TEXT ...]`: loss, perplexity and bits per byte on the run's validation split or on any text."""
+"""`fastlm eval [RUN] [TEXT ...]`: loss, perplexity and bits per byte on the run's validation split or on any text.
+
+It reads and measures as the run does: packed documents stay apart, and a text is prepared like a further validation set.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import chain
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 
-from fastlm.data import corpus_batches, validation_batches
-from fastlm.data.corpus import documents, expand
+from fastlm.cli.data import reading
+from fastlm.data import prepare
 from fastlm.train import job
 from fastlm.train.config import Config
 
@@ -36,39 +37,28 @@ def evaluate(
     folder = job.find_run(run, out)
     model, tokenizer = job.load(folder, device)
     place = next(model.parameters()).device
-    total, count, size = 0.0, 0, 0
     own = (folder / "state.json").is_file() or not list(folder.glob("metrics.jsonl"))  # no run, but a model alone
     if own and not text:
         raise job.InputError(f"{folder} is a model without a run's data: name a TEXT to evaluate on")
     config, corpus = (Config(), ()) if own else job.read_config(folder)
-    if text:
-        pieces = [p for file in expand(text) for p in documents(file, config.data.field, config.data.separator)]
-        parts = [np.concatenate((tokenizer.encode(p.text), [tokenizer.eot] * p.last)) for p in pieces]
-        shards = [np.concatenate([[tokenizer.eot], *parts])] if parts else []
-        size = sum(len(p.text) for p in pieces)
-    else:
-        data = job.read_data(corpus, config.data, model.config.context)
-        size = sum(d.manifest["val"]["bytes"] for d in data)
     context = model.config.context
-    rows = max(16384 // context, 1)
-    if text:
-        batches = validation_batches(shards, context, rows)
-    else:
-        batches = chain.from_iterable(corpus_batches(d, context, rows) for d in data)
-    if not size:
-        raise job.InputError("the text to evaluate on is empty")
+    with reading() as note:
+        if text:
+            options = job.options_of(config.data, context)
+            data = [prepare(text, options, tokenizer=tokenizer, whole=True, note=note)]
+        else:
+            data = job.read_data(corpus, config.data, context, note)
     with torch.no_grad():
-        for tokens, targets, *borders in batches:
-            total += float(model(tokens.to(place), targets.to(place), *(b.to(place) for b in borders)))
-            count += int((targets != -100).sum())
-    nats = total / count
+        measured = job.validation(data, config, context, place)(model, True)
+    nats, count = measured["val_loss"], int(measured["val_tokens"])
+    size = sum(d.manifest["val"]["bytes"] for d in data)
     found = {
         "run": str(folder),
         "tokens": count,
         "bytes": size,
         "loss": nats,
         "perplexity": math.exp(min(nats, 700.0)),
-        "bits_per_byte": total / size / math.log(2),
+        "bits_per_byte": measured["val_bpb"],
     }
     if as_json:
         print(json.dumps(found))

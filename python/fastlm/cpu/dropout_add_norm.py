@@ -1,4 +1,4 @@
-"""dropout_add_norm on the CPU: from tensors to ``csrc/cpu/dropout_add_norm.cpp``."""
+"""dropout_add_norm on the CPU: from tensors to ``csrc/cpu/dropout_add_norm_*.cpp``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dropout_add_norm on CUDA: from tensors to ``csrc/cuda/dropout_add_norm.cu``. Never run on a GPU yet."""
+"""dropout_add_norm on CUDA: from tensors to ``csrc/cuda/dropout_add_norm_*.cu``. Never run on a GPU yet."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,14 +172,9 @@ class Block(nn.Module):
         self.norm1, self.attn, self.drop1 = make_norm(c), Attention(c, layer), nn.Dropout(c.dropout)
         self.norm2, self.mlp, self.drop2 = make_norm(c), MLP(c), nn.Dropout(c.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.drop1(self.attn(self.norm1(x), rope, cache, mask))
+    def forward(self, x: Tensor, *around: Any) -> Tensor:
+        """`around`: rope, cache and mask, as Attention takes them."""
+        x = x + self.drop1(self.attn(self.norm1(x), *around))
         x = x + self.drop2(self.mlp(self.norm2(x)))
         return x
 

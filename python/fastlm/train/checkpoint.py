@@ -3,8 +3,8 @@
     RUN/checkpoints/step-00001000/   model.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
 A save copies tensors aside, and a thread writes them into a hidden folder, syncs files and folder, and renames: a folder
-that has its name is whole, and an earlier one is never touched before a later one stands. Tensors carry the plain model's
-names, whatever is wrapped around it. Nothing is pickled.
+that has its name is whole, until it is renamed again to be removed, and an earlier one is never touched before a later one
+stands. Tensors carry the plain model's names, whatever is wrapped around it. Nothing is pickled.
 
 Of several ranks each writes what it alone holds into files of its own (model.rank-00001.safetensors) in that hidden folder;
 the header says of each tensor which box of the whole it is. When every rank's files are synced, rank 0 writes the manifest
@@ -227,15 +227,26 @@ def seal(draft: Path, folder: Path, manifest: dict[str, Any], texts: Mapping[str
         body = json.dumps(manifest, indent=1, sort_keys=True)
         file.write((body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode())
     _sync_folder(draft)
-    if folder.exists():  # the same step saved again after a resume: one of the two is whole at any instant
-        aside = folder.parent / f".draft-old-{folder.name}"
+    _name(draft, folder)
+
+
+def _name(draft: Path, folder: Path) -> None:
+    """Give a whole draft its name. One that has it (the same step saved again after a resume) is set aside before."""
+    aside = folder.parent / f".draft-old-{folder.name}"
+    if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
-        os.rename(draft, folder)
-        shutil.rmtree(aside)
-    else:
-        os.rename(draft, folder)
+    os.rename(draft, folder)
+    shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away, then its files: a kill on the way leaves no half of one under the name."""
+    gone = folder.parent / f".draft-gone-{folder.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_base(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -345,10 +356,12 @@ class Saver:
             errors = [text for _, text in told if text]
             if not errors and self.ranks.first:
                 try:
-                    seal(draft, folder, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
+                    # the best gets its name first: a step's folder that stands refers to a best one that stands
+                    named = folder.parent / f"best-{step:08d}" if best else folder
+                    seal(draft, named, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
                     if best:
-                        self._link_best(folder, step)
-                    self._prune()
+                        self._link(named, folder)
+                    self._prune(step if best else None)
                 except (OSError, CheckpointError) as problem:
                     errors = [(problem.strerror if isinstance(problem, OSError) else "") or str(problem)]
             errors = self.ranks.gather(errors)[0]  # nobody goes on as if saved before the folder has its name
@@ -361,30 +374,26 @@ class Saver:
         except BaseException as error:  # noqa: BLE001  raised again by wait()
             self._error = error
 
-    def _link_best(self, folder: Path, step: int) -> None:
-        """best-STEP shares the files of step-STEP by hard links, so it costs no space until that one goes."""
-        draft = folder.parent / f".draft-best-{os.getpid()}"
+    def _link(self, whole: Path, folder: Path) -> None:
+        """`folder` shares the files of `whole` by hard links, so it costs no space until that one goes."""
+        draft = folder.parent / f".draft-{folder.name}"
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            try:
-                shutil.copytree(folder, draft, copy_function=os.link)
-            except (OSError, shutil.Error):
-                shutil.rmtree(draft, ignore_errors=True)
-                shutil.copytree(folder, draft)
-            target = folder.parent / f"best-{step:08d}"
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(draft, target)
-        except (OSError, shutil.Error) as error:
+            shutil.copytree(whole, draft, copy_function=os.link)
+        except (OSError, shutil.Error):  # a file system without hard links
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(f"cannot keep the best checkpoint of {self.run}: {error}") from error
-        for other, path in steps(self.run, "best"):
-            if other != step:
-                shutil.rmtree(path, ignore_errors=True)
+            try:
+                shutil.copytree(whole, draft)
+            except shutil.Error as error:
+                raise CheckpointError(f"{whole} cannot be copied: {error}") from error
+        _name(draft, folder)
 
-    def _prune(self) -> None:
-        for step, path in steps(self.run)[: -self.keep]:
-            if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(path, ignore_errors=True)
+    def _prune(self, best: int | None) -> None:
+        """Remove the checkpoints that are too old, and where there is a new best one, the best before it."""
+        old = [s for s in steps(self.run, "best") if best is not None and s[0] != best]
+        old += [s for s in steps(self.run)[: -self.keep] if not (self.keep_every and s[0] % self.keep_every == 0)]
+        for _, path in old:
+            _remove(path)
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what went wrong with it."""
@@ -398,7 +407,7 @@ class Saver:
 
 def clean(run: Path) -> None:
     """Remove what a killed save left behind; a checkpoint that was being replaced by its like gets its name back."""
-    for old in (run / "checkpoints").glob(".draft-old-step-*"):
+    for old in (run / "checkpoints").glob(".draft-old-*"):
         place = old.with_name(old.name.removeprefix(".draft-old-"))
         if not place.exists():
             os.rename(old, place)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -90,14 +91,9 @@ def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: G
             {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
         ],
     }
-    draft = folder / ".config.draft"
-    try:
-        if body["tokenizer"]["kind"] != "bytes":
-            (folder / "tokenizer.json").write_text(export.tokenizer_json(body["tokenizer"]), encoding="utf-8")
-        draft.write_text(json.dumps(body, indent=1))
-        os.replace(draft, folder / "config.json")
-    except OSError as error:
-        raise InputError(f"cannot write {folder / 'config.json'}: {error.strerror}") from error
+    if body["tokenizer"]["kind"] != "bytes":
+        report.write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
+    report.write_text(folder / "config.json", json.dumps(body, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts
@@ -135,22 +131,39 @@ def read_validation(
 
 
 def validation(
-    data: list[Prepared], config: Config, context: int, device: torch.device, named: dict[str, Prepared] | None = None
+    data: list[Prepared],
+    config: Config,
+    context: int,
+    device: torch.device,
+    named: dict[str, Prepared] | None = None,
+    ranks: Ranks | None = None,
 ) -> Any:
     """A function (model, whole) -> val_loss in nats per token and val_bpb in bits per byte of text, over the validation
-    sides of `data`; and the same for each further set, as val_NAME_loss and val_NAME_bpb."""
-    rows = max(16384 // context, 1)
+    sides of `data`; and the same for each further set, as val_NAME_loss and val_NAME_bpb.
+
+    Batch i falls to data rank i modulo their number. Batches are the same and their losses are added in the same order
+    whatever that number is, so of the same weights it is the same number, to the bit where a forward is.
+    """
+    rows, ranks = max(16384 // context, 1), ranks or Ranks()
 
     def over(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
-        total, count, size = 0.0, 0, 0.0
+        loss = lambda batch: float(model(*(t.to(device) for t in batch)))
+        losses: list[float] = []
+        count, size = 0, 0.0
         for corpus in corpora:
             limit = 0 if whole else config.run.eval_tokens // len(corpora)
             mine = 0
-            for tokens, targets, *documents in corpus_batches(corpus, context, rows, limit):
-                total += float(model(tokens.to(device), targets.to(device), *(d.to(device) for d in documents)))
-                mine += int((targets != -100).sum())
+            for batch in corpus_batches(corpus, context, rows, limit):
+                own = len(losses) % ranks.size_of_data == ranks.data_rank
+                losses.append(loss(batch) if own else 0.0)
+                mine += int((batch[1] != -100).sum())
             count += mine
             size += mine * corpus.manifest["val"]["bytes"] / corpus.manifest["val"]["tokens"]
+        if 0 < len(losses) % ranks.size_of_data <= ranks.data_rank:
+            loss(batch)  # the last round is not full: the forward of a cut model needs every rank
+        if ranks.size > 1:
+            losses = ranks.sum(torch.tensor(losses, dtype=torch.float64, device=device)).tolist()
+        total = math.fsum(losses)
         return total / count, total / size / math.log(2), count
 
     def run(model: nn.Module, whole: bool) -> dict[str, float]:
@@ -197,8 +210,9 @@ class Job:
             torch.use_deterministic_algorithms(True)
         self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
         first = self.ranks.first
-        if config.model.lora_rank and self.ranks.size > 1:
-            raise InputError("--lora-rank trains in one process; it is not built for --mesh, --nproc or torchrun yet")
+        cut = [name for name, size in getattr(self.ranks, "sizes", {}).items() if size > 1 and name != "dp"]
+        if config.model.lora_rank and cut:
+            raise InputError(f"--lora-rank trains whole models, by --mesh dp=N; it is not built for {cut[0]}")
         self.device = self.ranks.device or pick_device(config.run.device)
         note = note if note is not None and first else silent
         given = None
@@ -255,7 +269,7 @@ class Job:
             model,
             self.source,
             self.folder,
-            evaluate=validation(self.data, config, self.shape.context, self.device, self.named),
+            evaluate=validation(self.data, config, self.shape.context, self.device, self.named, self.ranks),
             callbacks=callbacks,
             ranks=self.ranks,
             flops_per_sample=self.costs.flops_per_sample,
@@ -278,7 +292,7 @@ class Job:
             say(f"stopped {why}; the best weights, of step {step}, are restored")
             found = {}
         if not why.startswith("signal") and not found.get("whole"):
-            found = trainer.measure(whole=True)
+            found = {"step": trainer.step, "whole": True, **trainer.measure(whole=True)}
         counted: dict[str, float] = {}
         if not why.startswith("signal"):
             corpus = self.data[0]
@@ -287,7 +301,7 @@ class Job:
             counted = self.ranks.share(counted)
             text = self.sample(self.config.run.sample)
             if self.ranks.first:
-                (self.folder / "sample.txt").write_text(text)
+                report.write_text(self.folder / "sample.txt", text)
             say(f"\na sample:\n{text}\n")
             say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
             for name in self.named:
@@ -368,41 +382,26 @@ def resume(
     say: Any,
     note: Any = None,
     ranks: Ranks | None = None,
+    fork: bool = False,
 ) -> Job:
-    """The job of a run's folder at its last whole checkpoint, or from the start when it has none."""
+    """The job of a run's folder at its last whole checkpoint, or from the start when it has none; with `fork` a new run
+    that starts at that checkpoint."""
     ranks = ranks or Ranks()
     say = say if ranks.first else lambda text: None
-    if ranks.first:
+    if ranks.first and not fork:
         checkpoint.clean(folder)
-    whole = ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first and checkpoint.steps(folder) else None)
-    found = ranks.share(whole)
+    wanted = ranks.first and (fork or checkpoint.steps(folder))
+    found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if wanted else None))
     origin = folder if found is not None else None
-    job = Job(config, corpus, folder=folder, note=note, ranks=ranks, origin=origin)
+    job = Job(config, corpus, folder=None if fork else folder, note=note, ranks=ranks, origin=origin)
     if found is not None:
         job.trainer.restore(found, other_data=other_data)
-    say(f"going on from step {job.trainer.step} of {config.optim.steps}")
+    step = job.trainer.step
+    say(f"a new run from step {step} of {folder}" if fork else f"going on from step {step} of {config.optim.steps}")
     return job
 
 
-def fork(
-    folder: Path,
-    config: Config,
-    corpus: tuple[str, ...],
-    *,
-    other_data: bool,
-    say: Any,
-    note: Any = None,
-    ranks: Ranks | None = None,
-) -> Job:
-    """A new run that starts at another's last checkpoint."""
-    ranks = ranks or Ranks()
-    say = say if ranks.first else lambda text: None
-    found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first else None))
-    assert found is not None
-    job = Job(config, corpus, note=note, ranks=ranks, origin=folder)
-    job.trainer.restore(found, other_data=other_data)
-    say(f"a new run from step {job.trainer.step} of {folder}")
-    return job
+fork = functools.partial(resume, fork=True)
 
 
 def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:

@@ -89,7 +89,8 @@ class Trainer:
         self.skipped: list[tuple[int, int]] = []
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
-        self.stop = ""
+        self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
+        self.asked = ""  # the same, by a signal
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
@@ -105,10 +106,8 @@ class Trainer:
             self._load_ahead()
             self._clock = time.perf_counter()
             try:
-                while self.step < self.config.optim.steps:
-                    self.stop = self.ranks.agree(self.stop)
-                    if self.stop:
-                        break
+                # what the ranks agreed on decides, and is never written back: a signal may come at any point of this
+                while not (why := self.ranks.agree(self.stop or self.asked)) and self.step < self.config.optim.steps:
                     self.train_step()
                     last = self.step == self.config.optim.steps
                     improved = False
@@ -121,14 +120,14 @@ class Trainer:
                     if run.patience and self.waited >= run.patience:
                         self.stop = f"early: no better validation loss in {self.waited} evaluations"
                 self.flush(force=True)
-                if self.stop and self.last_saved != self.step and not self.bad_in_row:
+                if why and self.last_saved != self.step and not self.bad_in_row:
                     self.save()
                 self.saver.wait()
             finally:
                 self.loader.close()
                 for callback in self.callbacks:
                     callback.end(self)
-        return self.stop or "all steps done"
+        return why or "all steps done"
 
     def train_step(self) -> None:
         cfg = self.config.optim
@@ -430,9 +429,9 @@ class Trainer:
         """SIGINT and SIGTERM end the loop after the step, with a checkpoint; a second one ends the process at once."""
 
         def ask(number: int, frame: object) -> None:
-            if self.stop.startswith("signal"):
+            if self.asked:
                 os._exit(128 + number)
-            self.stop = f"signal {signal.Signals(number).name}"
+            self.asked = f"signal {signal.Signals(number).name}"
             warn(f"{signal.Signals(number).name}: saving after this step; once more to exit at once")
 
         old = {}

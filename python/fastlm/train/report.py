@@ -23,7 +23,8 @@ from fastlm.train.callbacks import clock, draw, read_metrics
 from fastlm.train.config import Config
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole whenever it has its name. Raises InputError where it cannot be written."""
     draft = path.with_name(f".{path.name}.draft")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -33,11 +34,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    _write(folder / "facts.json", json.dumps(facts, indent=1))
+    write_text(folder / "facts.json", json.dumps(facts, indent=1))
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    _write(folder / "result.json", json.dumps(result, indent=1))
+    write_text(folder / "result.json", json.dumps(result, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -291,5 +292,5 @@ def page(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """report.html in the run's folder."""
     path = folder / "report.html"
-    _write(path, page(folder))
+    write_text(path, page(folder))
     return path

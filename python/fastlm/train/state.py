@@ -75,12 +75,11 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -
 
 
 def optimizer_pieces(layout: Layout, optimizer: Several) -> dict[str, Piece]:
-    names = {id(p): n for n, p in layout.params.items()}
+    states = optimizer.state
     out: dict[str, Piece] = {}
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
+    for name, p in layout.params.items():
+        for key, value in sorted(states.get(p, {}).items()):  # in one order, whatever order a resume read them in
             if isinstance(value, Tensor):
-                name = names[id(p)]
                 cut = value.shape == p.shape and value.dim() > 0
                 out |= label(f"{name}/{key}", layout.pieces(name, value) if cut else [layout.scalar(name, value)])
     return out

@@ -1,0 +1,43 @@
+"""The documentation's code runs as it is written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from fastlm.train import checkpoint
+from fastlm.train.callbacks import read_metrics
+from fastlm.train.config import Config
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_trainer_s_example_trains_one_s_own_model_and_goes_on(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "trainer.md").read_text(), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    run = lambda text: subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    first = run(code)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("all steps done at step 200\n")
+    rows = read_metrics(tmp_path / "runs" / "own")
+    assert rows[-1]["loss"] < rows[0]["loss"] / 3
+    second = run(code.replace("steps=200", "steps=210"))
+    assert second.stdout.endswith("all steps done at step 210\n"), second.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "runs" / "own")] == list(range(1, 211))
+    assert checkpoint.newest(tmp_path / "runs" / "own").name == "step-00000210"
+
+
+def test_the_trainer_s_flags_exist() -> None:
+    known = {f"--{name.replace('_', '-')}" for group in Config().to_dict().values() for name in group}
+    known |= {"--resume", "--fork", "--other-data", "--help", "--max-restarts"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", (DOCS / "trainer.md").read_text()))
+    assert not named - known
+    table = re.findall(r"`(--[^`]*)`", (DOCS / "trainer.md").read_text())
+    flags = {flag for text in table for flag in re.findall(r"--[a-z-]+[a-z]", text)}
+    for group in ("optim", "data"):
+        missing = {f"--{name.replace('_', '-')}" for name in Config().to_dict()[group]} - flags
+        assert missing <= {"--workers"}, missing
