@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import parallel_worker
 import pytest
 import torch
 from fastlm.data import InputError
-from fastlm.train import checkpoint, launch, mesh, pipeline
+from fastlm.models.gpt import GPT, named
+from fastlm.train import checkpoint, launch, mesh, parallel, pipeline, tensor_parallel
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # batch 5 over two ranks: three samples and two, with unequal numbers of targets; micro 1: the second ends with an empty one
@@ -184,6 +186,16 @@ def test_four_processes_in_every_combination(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["dp=2,fsdp=2,tp=2", "pp=2,dp=2,tp=2"])
+def test_eight_processes_in_three_dimensions(tmp_path: Path, which: str) -> None:
+    names = ("accumulation", "recompute")
+    start(tmp_path, "one", [{"name": f"one {name}", **CASES[name]} for name in names], 1)
+    start(tmp_path, which, [{"name": f"{which} {name}", "mesh": which, **CASES[name]} for name in names], 8)
+    for name in names:
+        test_losses_and_gradients_are_those_of_one_process(tmp_path, which, name)
+
+
+@pytest.mark.slow
 def test_a_pipeline_of_three_stages_with_blocks_left_over(tmp_path: Path) -> None:
     case = {"dropout": 0.2, "kernels": "fused", "micro": 1, "recompute": "half", "shape": {"layers": 4}}
     start(tmp_path, "one", [{"name": "one long", **case}], 1)
@@ -236,6 +248,66 @@ def test_launchers_are_told_apart() -> None:
 def test_what_a_mesh_cannot_be_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         mesh.parse(text)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"heads": 3, "width": 96}, "--mesh tp=2 must divide --heads, which is 3"),
+        ({"kv_heads": 1}, "--mesh tp=2 must divide --kv-heads, which is 1"),
+        ({"hidden": 33}, "--mesh tp=2 must divide --hidden, which is 33"),
+        ({"context": 17}, "--mesh tp=2 must divide --context, which is 17"),
+        ({"vocab": 1}, "--mesh tp=2 leaves a rank without one of the 1 rows"),
+    ],
+)
+def test_tensor_parallel_names_what_it_cannot_cut(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tensor_parallel.cuts(GPT(named("nano", "llama", **changes)), 2)
+
+
+def test_tensor_parallel_cuts_every_element_once() -> None:
+    model = GPT(named("nano", "llama", kv_heads=2, vocab=67))
+    for name, cut in tensor_parallel.cuts(model, 2).items():
+        whole = dict(model.named_parameters())[name].detach()
+        again = torch.full_like(whole, torch.nan)
+        for rank in range(2):
+            part = cut.take(whole, rank)
+            assert tuple(part.shape) == cut.local(rank)
+            cut.put(again, part, rank)
+        assert torch.equal(again, whole), name
+
+
+@pytest.mark.parametrize(
+    "sizes, flags, message",
+    [
+        ({"tp": 2}, {"compile": True}, "--compile with --mesh tp"),
+        ({"pp": 2}, {"compile": True}, "--compile with --mesh pp"),
+        ({"fsdp": 2}, {"compile": True}, "--compile with --mesh fsdp"),
+        ({"tp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh tp"),
+        ({"pp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh pp"),
+        ({"pp": 2, "fsdp": 2}, {}, "--mesh pp=... with fsdp"),
+    ],
+)
+def test_what_is_not_built_together_is_refused(sizes: dict[str, int], flags: dict[str, Any], message: str) -> None:
+    ranks = mesh.Group.__new__(mesh.Group)  # no other process is there: nothing may be sent before the refusal
+    ranks.sizes = {name: sizes.get(name, 1) for name in mesh.BUILT}
+    with pytest.raises(InputError, match=message):
+        parallel.wrap(GPT(named("nano")), parallel_worker.config(**flags), ranks)
+
+
+@pytest.mark.parametrize(
+    "name, model, message",
+    [
+        ("tp", torch.nn.Linear(2, 2), "--mesh tp=2 cuts fastlm's GPT and not a Linear"),
+        ("pp", torch.nn.Linear(2, 2), "--mesh pp=2 cuts fastlm's GPT and not a Linear"),
+        ("pp", GPT(named("nano", layers=1)), "--mesh pp=2 needs a block for each stage; --layers is 1"),
+    ],
+)
+def test_models_that_cannot_be_cut_are_refused(name: str, model: torch.nn.Module, message: str) -> None:
+    ranks = mesh.Group.__new__(mesh.Group)
+    ranks.sizes = {n: 2 if n == name else 1 for n in mesh.BUILT}
+    with pytest.raises(InputError, match=message):
+        tensor_parallel.cuts(model, 2) if name == "tp" else pipeline.cut(model, ranks, None)
 
 
 def test_processes_and_mesh_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:

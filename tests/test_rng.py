@@ -236,3 +236,19 @@ def test_a_batch_that_set_was_not_told_of_raises():
     fastlm.rng.set(net, 0, 0, [0, 1])
     with pytest.raises(ValueError, match=r"shape \[3, 5, 16\].*2 samples"):
         net(torch.ones(3, L, C))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16), (16, 16), (1, 8, 16)], ids=str)
+def test_parts_of_the_positions_draw_their_parts_of_the_mask(shape):
+    model = nn.Sequential(nn.Dropout(0.5))
+    fastlm.swap(model)
+    x = torch.ones(shape).reshape(-1, 8, 16)
+
+    def run(x, **part):
+        fastlm.rng.set(model, 1, 2, [5, 9], **part)
+        return model(x.reshape(-1, 16) if len(shape) == 2 else x).reshape(len(x), -1, 16)
+
+    whole = run(x)
+    assert torch.equal(torch.cat([run(x[:, 4 * i : 4 * i + 4], part=(i, 2)) for i in range(2)], 1), whole)
+    with pytest.raises(ValueError, match=r"part is \(2, 2\)"):
+        fastlm.rng.set(model, 1, 2, [5], part=(2, 2))
