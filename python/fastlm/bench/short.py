@@ -50,9 +50,12 @@ def _attention(device: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], e
             for own in options:
                 _squares(fastlm.ops.attention(q, k, v, **own)).backward()
 
-        def generate(q=q, k=k, v=v, valid=valid) -> None:  # type: ignore[no-untyped-def]
+        biases = [None, torch.randn(1, heads, 1, length, device=device).to(dtype)][: 1 + every]
+
+        def generate(q=q, k=k, v=v, valid=valid, biases=biases) -> None:  # type: ignore[no-untyped-def]
             with torch.no_grad():
-                fastlm.ops.attention(q[:, :, :1], k, v, causal=True, seqlens_k=valid)
+                for bias in biases:
+                    fastlm.ops.attention(q[:, :, :1], k, v, causal=True, seqlens_k=valid, bias=bias)
 
         def pack(q=q, k=k, v=v, ends=ends) -> None:  # type: ignore[no-untyped-def]
             tokens = (t[0].transpose(0, 1) for t in (q, k, v))
