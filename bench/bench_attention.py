@@ -345,10 +345,10 @@ def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], T
             assert isinstance(out, Tensor)
             return out.float().square().sum()
 
-        def generate(leaves: list[Tensor] = leaves, batch: int = shape[0], length: int = shape[2]) -> Tensor:
+        def generate(leaves: list[Tensor] = leaves, batch: int = shape[0], bias: Tensor | None = None) -> Tensor:
             q, k, v = (t.detach() for t in leaves)
-            valid = torch.full((batch,), length, dtype=torch.int32, device=device)
-            return train([q[:, :, :1], k, v], causal=True, seqlens_k=valid)
+            valid = torch.full((batch,), k.shape[2], dtype=torch.int32, device=device)
+            return train([q[:, :, :1], k, v], causal=True, seqlens_k=valid, bias=bias)
 
         yield functools.partial(train, causal=True, dropout_p=0.1, seed=1)
         yield generate
@@ -357,6 +357,7 @@ def short(device: str, dtype: torch.dtype, kind: str) -> Iterator[Callable[[], T
             for rows, keys in ((length, length), (length, 1), (1, length)):
                 bias = torch.randn(1, heads, rows, keys, device=device).to(dtype).requires_grad_()
                 yield functools.partial(train, bias=bias, window=(50, 20), softcap=5.0)
+            yield functools.partial(generate, bias=torch.randn(1, heads, 1, length, device=device).to(dtype))
             ends = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32, device=device)
             packed = [t.detach()[0].transpose(0, 1).requires_grad_() for t in leaves]
             yield functools.partial(train, packed, causal=True, cu_seqlens_q=ends, dropout_p=0.1, seed=1)

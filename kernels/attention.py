@@ -110,7 +110,9 @@ def _forward_kernel(
     if BIAS >= 0:
         bias += b64 * bias_b + head.to(tl.int64) * bias_h
         if PACK:
-            bias = bias + (within_M.to(tl.int64) * bias_h)[:, None]
+            bias = (
+                bias + (tl.minimum(within_M, group - 1).to(tl.int64) * bias_h)[:, None]
+            )  # idle rows read no other head
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + b64 * slope_b + head + within_M, ok_M, other=0.0)[:, None]

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import accuracy
 import fastlm
+import numpy as np
 import pytest
 import torch
 from accuracy import Result, assert_as_exact_as_torch, violation
@@ -124,6 +125,16 @@ GENERATION = Case(heads=16, kv_heads=4, queries=1, keys=1100, head_size=64, caus
 ], ids=str)  # fmt: skip
 def test_decoding_in_pieces(case):
     assert_as_exact_as_torch(lambda generator: decoded(case, generator))
+
+
+@pytest.mark.parametrize("axes", ["hk", "h"])
+def test_idle_rows_of_a_decoding_tile_read_nothing_outside_the_bias(axes):
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 20, 16)  # two rows of a tile of sixteen are at work
+    memory = torch.full((1, 64, 1, 20 if "k" in axes else 1), float("inf"))
+    memory[:, :4] = 0
+    with np.errstate(invalid="raise"):  # as inf - inf would be
+        out = op(q, k, k, bias=memory[:, :4])
+    torch.testing.assert_close(out, op(q, k, k))
 
 
 def test_piece_size_is_a_function_of_the_shape_alone():
