@@ -106,3 +106,4 @@ if __name__ == "__main__":
     if ranks.first:
         (out / f"{sys.argv[3]}.json").write_text(json.dumps(results))
     ranks.close()
+    mesh.leave(0)

@@ -54,9 +54,7 @@ for number, case in enumerate(json.loads(sys.argv[4])):
     found.append((machine.peak_memory(torch.device("cpu")), costs.memory))
 (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 ranks.close()
-sys.stdout.flush()
-import os
-os._exit(0)
+mesh.leave(0)
 """
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
-import os
 import sys
 from typing import NoReturn
 
@@ -71,18 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The console script: `main`, then the end of the process.
-
-    A process that was a rank among others ends without taking the interpreter apart: gloo's threads may still be giving
-    back tensors, and one that asks for the interpreter then aborts the process, whose work was done (PyTorch #179291).
-    """
+    """The console script: `main`, then the end of the process."""
     code = main()
     mesh = sys.modules.get("fastlm.train.mesh")
     if mesh is not None and mesh.had_peers:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        mesh.leave(code)
     sys.exit(code)
 
 

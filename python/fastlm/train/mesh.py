@@ -9,17 +9,19 @@ for no device, and a thread that saves can talk while the main thread trains.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -330,7 +332,19 @@ class Group(Ranks):
         dist.destroy_process_group()
 
 
-had_peers = False  # whether this process has been one of several: `cli.main.run` ends it accordingly
+had_peers = False  # whether this process has been one of several, and should `leave`
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that was a rank, without taking the interpreter apart.
+
+    gloo's threads may still be giving back tensors, and one that asks for the interpreter while it is taken apart aborts
+    the process, whose work was done (PyTorch #179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
