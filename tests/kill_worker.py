@@ -1,11 +1,14 @@
-"""What a process of tests/test_kill.py does: `fastlm train`, which on demand kills itself at its n-th file operation.
+"""The processes of tests/test_kill.py: `fastlm train`, which on demand kills itself at its n-th file operation.
 
-A function of a module of its own: the fork server's children import it, with fastlm and torch imported already.
+Run as a program this is a fork server: for each line of JSON on its input, the arguments of `train`, it forks a child with
+fastlm and torch imported already, writes the child's number, waits for it, and writes its exit status (-9: killed).
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import json
 import os
 import signal
 import sys
@@ -64,3 +67,14 @@ def train(folder: str, words: list[str], log: str, kill_at: int) -> None:
 
 def operations(log: Path) -> int:
     return int(log.read_text().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    for module in ("fastlm.cli.train", "fastlm.train.job", "fastlm.swap", "matplotlib.pyplot"):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            train(**json.loads(line))
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -2,17 +2,22 @@
 
 Two ways to choose the instant: by the clock, from another process, anywhere between the start of the interpreter and the
 end of the run; and before the n-th file operation (a write torn in its middle, a sync, a rename, a link, a removal), which
-reaches every state that a save can leave on disk. Processes come from a fork server that has imported fastlm.
+reaches every state that a save can leave on disk. Processes come from a fork server (kill_worker.py) that has imported fastlm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,6 @@ import pytest
 from fastlm.train import checkpoint
 from fastlm.train.callbacks import read_metrics
 
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["fastlm", "fastlm.cli.train", "fastlm.train.job", "fastlm.swap", "matplotlib.pyplot"])
 WORDS = """
     book.txt --layers 2 --heads 2 --width 32 --context 16 --batch 4 --micro 2 --dropout 0.1 --ema 0.9 --lr 1e-2 --warmup 2
     --steps 40 --save-every 3 --eval-every 5 --eval-tokens 512 --sample 8 --keep 2 --keep-every 9 --device cpu --threads 1
@@ -34,8 +37,8 @@ CLOCKS = {"tokens_per_s", "stall", "seconds"}
 class Place:
     """A folder of runs, and how runs in it are started, killed and compared."""
 
-    def __init__(self, folder: Path, kernels: str) -> None:
-        self.folder, self.words = folder, [*WORDS, "--kernels", kernels]
+    def __init__(self, folder: Path, kernels: str, server: subprocess.Popen[str]) -> None:
+        self.folder, self.words, self.server = folder, [*WORDS, "--kernels", kernels], server
         (folder / "book.txt").write_text("".join(f"line {i * i % 97} about {i % 13} things\n" for i in range(2000)))
         start = time.monotonic()
         assert self.attempt("never") == 0, self.said()
@@ -55,15 +58,26 @@ class Place:
         if run.is_dir() and not (run / "config.json").is_file():  # killed before it was a run
             shutil.rmtree(run)
         how = ["--resume", f"runs/{name}"] if run.is_dir() else [*self.words, "--name", name]
-        args = (str(self.folder), [*how, *words], str(self.folder / "log"), operation)
-        process = FORKED.Process(target=kill_worker.train, args=args)
-        process.start()
-        if seconds:
-            process.join(seconds)
-            process.kill()
-        process.join(120)
-        assert process.exitcode is not None, self.said()
-        return process.exitcode
+        args = {
+            "folder": str(self.folder),
+            "words": [*how, *words],
+            "log": str(self.folder / "log"),
+            "kill_at": operation,
+        }
+        assert self.server.stdin
+        assert self.server.stdout
+        print(json.dumps(args), file=self.server.stdin, flush=True)
+        child = int(self.server.stdout.readline())
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.kill(child, signal.SIGKILL)
+
+        clock = threading.Timer(seconds or 120, kill)
+        clock.start()
+        status = int(self.server.stdout.readline())
+        clock.cancel()
+        return status
 
     def outcome(self, name: str) -> dict[str, Any]:
         """All that a finished run left, but for clocks and its name."""
@@ -93,9 +107,12 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Place:
-    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
-    return Place(tmp_path, request.param)
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    env = os.environ | {"FASTLM_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, kill_worker.__file__]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True) as server:  # ends with its input
+        yield Place(tmp_path, request.param, server)
 
 
 def kill_and_go_on(place: Place, rounds: int, draw: random.Random) -> None:
