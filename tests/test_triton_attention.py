@@ -24,16 +24,18 @@ from fastlm.kernels import table
 from fastlm.reference.attention import dropout_mask
 from test_attention import (  # noqa: F401 - collected here, with the fixture ``backend`` of this file
     test_agrees_with_sdpa,
-    test_double_backward_raises,
-    test_empty_batches_and_lengths,
     test_expanded_keys_and_gradients_are_right,
     test_huge_and_tiny_scores,
     test_large_negative_bias_does_not_hide_a_row,
-    test_lse_is_differentiable_alone,
     test_out_is_laid_out_like_q,
     test_packed_sequences_draw_the_mask_of_a_batch,
     test_seeds_and_generator_govern_the_mask,
     test_what_lies_behind_the_valid_part_of_a_cache_never_leaks,
+)
+from test_attention_contract import (  # noqa: F401
+    test_double_backward_raises,
+    test_empty_batches_and_lengths,
+    test_lse_is_differentiable_alone,
 )
 from test_attention_shards import piece, ring
 
