@@ -77,7 +77,10 @@ def run(
     for name in names:
         module = load_suite(known[name])
         cap = f"FASTLM_CPU_ISA={os.environ['FASTLM_CPU_ISA']} " if os.environ.get("FASTLM_CPU_ISA") else ""
-        made = {"date": data["date"], "command": f"{cap}fastlm bench " + " ".join(sys.argv[1:])}
+        made = {
+            "date": data["date"],
+            "command": f"{cap}fastlm bench " + " ".join(w for w in sys.argv[1:] if w != "bench"),
+        }
         made["sources"] = results.hashes(name, kind, root)
         for case in module.cases(device):
             if match not in case.name or (not seconds and not case.smoke):
