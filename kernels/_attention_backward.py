@@ -9,7 +9,7 @@ products where one pass would need five; that pass would need atomics or an orde
 
 dbias: where the bias differs in query and key and no axis is summed, dq's kernel writes it; where batch or heads are summed,
 ``_bias_kernel`` computes each tile's scores again and adds them up in order; where queries are summed, the keys' kernel
-keeps a sum a key and head, where keys are summed, dq's kernel a sum a query and head, and ``_sum_kernel`` adds these in
+keeps a sum a key and head, where keys are summed, dq's kernel a sum a query and head, and ``sum_to`` adds these in
 order. Nothing is ever expanded. Shape suffixes: M queries of a tile, N keys, D head size.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastlm.kernels._attention_sums import sum_to
 from fastlm.kernels._attention_tiles import (
     CALL_INTS,
     LOG2E,
@@ -339,46 +340,6 @@ def _bias_kernel(
     tl.store(place, to_dtype(sum_MN, dbias.dtype.element_ty), ok_MN)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "columns", "outer1", "x_0", "x_1", "r_0", "r_1"])
-def _sum_kernel(
-    x, out, rows, inner, columns, outer1, x_0, x_1, r_0, r_1, x_c, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """out [outer, outer1, columns]: sums over ``rows``, where row r lies at r // inner * r_0 + r % inner * r_1; in order."""
-    c_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    outer = tl.program_id(1)
-    x += (outer // outer1).to(tl.int64) * x_0 + (outer % outer1).to(tl.int64) * x_1
-    sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rows, ROWS):
-        r_R1 = first + tl.arange(0, ROWS)[:, None]
-        place = (r_R1 // inner).to(tl.int64) * r_0 + (r_R1 % inner).to(tl.int64) * r_1 + c_1C * x_c
-        sum_RC += tl.load(x + place, (r_R1 < rows) & (c_1C < columns), other=0.0)
-    value = to_dtype(tl.sum(sum_RC, 0), out.dtype.element_ty)[None, :]
-    tl.store(out + outer.to(tl.int64) * columns + c_1C, value, c_1C < columns)
-
-
-def _sum(x: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """float32 [B, H, L] summed to ``shape``, each axis whole or 1: first over L, then over batch and heads."""
-    batch, heads, length = x.shape
-    wide = x.device.type == "cpu"
-    if shape[2] != length:
-        out = torch.empty(batch, heads, 1, dtype=torch.float32, device=x.device)
-        launch(
-            _sum_kernel, (1, batch * heads), x, out, length, 1, 1, heads, heads * length, length, 1, 0, 1,
-            ROWS=1024, COLUMNS=1, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        return _sum(out, shape, dtype)
-    over_b, over_h = shape[0] != batch, shape[1] != heads
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    rows, inner = (batch if over_b else 1) * (heads if over_h else 1), heads if over_h else 1
-    columns = 1024 if wide else 64
-    launch(
-        _sum_kernel, (triton.cdiv(length, columns), shape[0] * shape[1]),
-        x, out, rows, inner, length, shape[1], heads * length, length, heads * length, length, 1,
-        ROWS=16, COLUMNS=columns, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return out
-
-
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -463,5 +424,5 @@ def backward(
         for sums, kept in ((sums_q, dbias_shape[2:3]), (sums_k, dbias_shape[3:])):
             if sums is not None:
                 assert bias is not None
-                dbias = _sum(sums, (dbias_shape[0], dbias_shape[1], kept[0]), bias.dtype).view(dbias_shape)
+                dbias = sum_to(sums, (dbias_shape[0], dbias_shape[1], kept[0]), bias.dtype).view(dbias_shape)
     return dq, dk, dv, dbias

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from fastlm import backend
-from fastlm.bench import harness, memory, results, sources, tables
+from fastlm.bench import harness, memory, results, sources
 from fastlm.bench.__main__ import load_suite, main, suites
 
 ROOT = sources.checkout()
+OP = "dropout_add_norm"
 
 
 def _case(*contenders, **kwargs):
@@ -109,124 +109,6 @@ def test_bad_command_lines_are_told(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     assert main(["--compare", str(tmp_path / "x.json"), str(tmp_path / "none.json")]) == 2
     assert "x.json is not a result file of schema 1" in capsys.readouterr().err
-
-
-@pytest.fixture
-def copy_of_checkout(tmp_path):
-    for name in ("csrc", "kernels", "python", "bench"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("CMakeLists.txt", "README.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
-
-
-OP = "dropout_add_norm"
-
-
-@pytest.mark.parametrize("name,file,comment,change", [
-    ("triton", f"kernels/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
-    ("triton", "kernels/philox.py", "\n# a comment\n", "\nX = 1\n"),
-    ("cuda", f"csrc/cuda/{OP}_forward.cu", "\n// a comment\n/* two\nlines */\n", "\nint x;\n"),
-    ("cuda", "csrc/common/philox.h", "\n// a comment\n", "\nint x;\n"),
-    ("cuda", f"python/fastlm/cuda/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
-    ("cuda", "csrc/cuda/launch.cuh", "\n// a comment\n", "\nint x;\n"),
-    ("cuda", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
-    ("cpu", "csrc/cpu/simd.h", "\n/* a comment */\n", "\nint x;\n"),
-    ("cpu", f"csrc/cpu/entry_{OP}.cpp", "\n// a comment\n", "\nint x;\n"),
-    ("cpu", "csrc/cpu/dispatch.cpp", "\n// a comment\n", "\nint x;\n"),
-    ("cpu", f"python/fastlm/ops/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
-    ("cpu", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
-    ("triton", "kernels/table.json", "", "\n"),
-])  # fmt: skip
-def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file, comment, change):
-    before = sources.source_hash(OP, name, copy_of_checkout)
-    path = copy_of_checkout / file
-    text = path.read_text()
-    path.write_text(text + comment)
-    assert sources.source_hash(OP, name, copy_of_checkout) == before
-    path.write_text(text + change)
-    assert sources.source_hash(OP, name, copy_of_checkout) != before
-
-
-def test_the_hash_of_one_op_does_not_follow_another_and_that_of_the_step_follows_all(copy_of_checkout):
-    hashes = lambda: {s: results.hashes(s, "cpu", copy_of_checkout) for s in (OP, "step", "loading")}
-    before = hashes()
-    path = copy_of_checkout / "csrc/cpu/attention_forward.cpp"
-    path.write_text(path.read_text() + "\nint x;\n")
-    after = hashes()
-    assert after[OP] == before[OP]
-    assert after["step"] != before["step"]
-    path = next(p for p in (copy_of_checkout / "python/fastlm/data").glob("*.py") if p.name != "__init__.py")
-    path.write_text(path.read_text() + "\nX = 1\n")
-    assert hashes()["loading"] != after["loading"]
-
-
-def test_the_hash_does_not_depend_on_the_version_of_python(monkeypatch):
-    """Each version adds fields to nodes of the syntax tree (3.12: type_params), which old code leaves empty."""
-    text = "def f(a, *, b=None):\n    'doc'\n    return f'{a!r:>{b}}' or None\n"
-    before = sources.stripped_python(text)
-    monkeypatch.setattr(sources.ast.FunctionDef, "_fields", (*sources.ast.FunctionDef._fields, "novelty"))
-    monkeypatch.setattr(sources.ast.FunctionDef, "novelty", [], raising=False)
-    assert sources.stripped_python(text) == before
-    assert sources.stripped_python(text.replace("b=None", "b=0")) != before
-    assert sources.stripped_python(text.replace("or None", "")) != before
-
-
-def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy_of_checkout):
-    root = copy_of_checkout
-    for path in results.gpu_files(root):
-        path.unlink()
-    states = lambda: {(o, b): s for o, b, s in results.status(root)}
-    assert states()[OP, "triton"] == "never run on a GPU"
-    digest = sources.source_hash(OP, "triton", root)
-    base = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "machine": {"device": "NVIDIA X"}, "cases": []}
-
-    def write(**counts):
-        entry = {"hash": digest, "passed": 0, "failed": 0, "skipped": 0} | counts
-        results.save(root / "bench/results/gpu-x.json", base | {"gpu_tests": {OP: {"triton": entry}}})
-
-    write(passed=5)
-    assert states()[OP, "triton"] == f"verified on NVIDIA X, 2026-01-02, source {digest}"
-    for counts in ({"passed": 5, "failed": 1}, {"passed": 5, "skipped": 1}, {}):
-        write(**counts)
-        assert states()[OP, "triton"].startswith("not verified")
-    write(passed=5, hash="0" * 16)
-    assert states()[OP, "triton"].startswith("stale: verified on NVIDIA X")
-
-
-def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, published):
-    root = copy_of_checkout
-    for path in results.gpu_files(root):
-        path.unlink()
-    entry = {"hash": "0" * 16, "passed": 3, "failed": 0, "skipped": 0}
-    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [],
-                        "cases": [*published["cases"], _case_row(16, 1.0) | {"op": "attention", "name": "unproven"},
-                                  _case_row(16, 1.0) | {"op": "step", "name": "of both"}]}  # fmt: skip
-
-    def table(attention):
-        tests = {OP: {"triton": entry}, "attention": {"triton": entry | attention}}
-        results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": tests})
-        return tables.sections(root)["gpu-table"]
-
-    for outcome in ({"failed": 1}, {"skipped": 1}, {"passed": 0}):
-        text = table(outcome)
-        assert f"| {OP} 8 rows |" in text
-        assert f"**Stale: the sources of {OP} have changed since.**" in text
-        assert "unproven" not in text
-        assert "of both" not in text
-    assert "unproven" in table({})
-    assert "of both" in table({})
-    results.save(root / "bench/results/gpu-x.json", data | {"gpu_tests": {}})
-    assert "Not yet run on a GPU" in tables.sections(root)["gpu-table"]
-
-
-def test_tables_in_readme_and_docs_are_those_of_the_committed_results():
-    assert tables.stale(ROOT) == [], "run `fastlm bench --tables` and commit what it writes"
-
-
-def test_a_changed_number_in_a_table_is_noticed(copy_of_checkout):
-    text = "a\n<!-- gpu-table -->\nold\n<!-- /gpu-table -->\nb\n"
-    assert tables.filled(text, {"gpu-table": "new"}) == "a\n<!-- gpu-table -->\nnew\n<!-- /gpu-table -->\nb\n"
 
 
 def test_every_suite_defines_cases_with_names_of_their_own():
@@ -337,111 +219,6 @@ def test_a_bad_value_is_named(words, message, capsys):
 def test_a_device_that_is_not_there_is_named(capsys):
     assert main(["--device", "cuda"]) == 2
     assert "--device cuda: PyTorch finds no CUDA device here" in capsys.readouterr().err
-
-
-def _case_row(rows, seconds, flops=0, **parameters):
-    contenders = [{"name": n, "kind": k, "status": "ok", "median_s": s, "quartiles_s": [s, s], "samples_s": [s, s / 3]}
-                  for n, k, s in (("fastlm", "ours", seconds), ("eager", "baseline", 2 * seconds))]  # fmt: skip
-    return {"op": OP, "name": f"{rows} rows", "setting": "alone", "dtype": "float32", "device": "cpu", "bytes": rows * 8,
-            "parameters": {"rows": rows, **parameters}, "flops": flops, "floor_s": seconds / 2, "goals": [],
-            "ceilings": {"copy": 16 * rows / seconds, "matmul": 1e12}, "contenders": contenders}  # fmt: skip
-
-
-@pytest.fixture
-def published(tmp_path):
-    run = {"date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x"}
-    data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "peers": {},
-            "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2", "versions": {}},
-            "runs": {OP: run | {"sources": results.hashes(OP, "cpu", ROOT)}}, "not_run": ["attention z"],
-            "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
-            "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
-                                            "ops": {"attention_forward": {"calls": 6, "seconds": 0.06}}}},
-                         "train": {"save": {"call_s": 0.02}}},
-            "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
-                                 "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
-    data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
-    data["cases"][0]["goals"] = [{"versus": "eager", "ratio": 3.0, "reached": 2.0}]
-    data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
-    return data
-
-
-def test_pictures_are_ratios_time_against_size_roofline_and_ceilings(published, tmp_path):
-    from fastlm.bench import pictures
-
-    drawn = [p.name for p in pictures.draw(published, tmp_path)]
-    assert drawn == [f"{OP}.png", f"{OP}-size.png", "roofline.png", "ceilings.png"]
-    assert drawn == pictures.names(published)
-    assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
-    published["cases"] = published["cases"][:1]
-    assert f"{OP}-size.png" not in pictures.names(published)
-
-
-def test_a_committed_result_fills_every_table(published, copy_of_checkout):
-    root = copy_of_checkout
-    shutil.copytree(ROOT / "docs", root / "docs")
-    for path in (root / "bench/results").glob("cpu-*.json"):
-        path.unlink()
-    results.save(root / "bench/results/cpu-x.json", published)
-    assert "docs/benchmarks.md" in tables.stale(root)
-    tables.write(root)
-    assert tables.stale(root) == []
-    text = (root / "docs/benchmarks.md").read_text()
-    for piece in (
-        "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
-        "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
-        "| dropout_add_norm 8 rows | fastlm 3 MiB |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
-        f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
-        "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu-x/{OP}-size.png)",
-    ):  # fmt: skip
-        assert piece in text, piece
-    path = root / "docs/benchmarks.md"
-    path.write_text(text.replace("| 500.00 ms |", "| 400.00 ms |"))
-    assert tables.stale(root) == ["docs/benchmarks.md"]
-    path.write_text(text)
-    assert (root / f"docs/bench-cpu-x/{OP}-size.png").exists()
-    assert (
-        json.loads((root / "bench/results/cpu-x.json").read_text())["cases"][0]["contenders"][0]["samples_s"][1]
-        == 0.16667
-    )
-
-
-def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
-    root = copy_of_checkout
-    for path in (root / "bench/results").glob("cpu-*.json"):
-        path.unlink()
-    assert dict(results.cpu_status(root))[OP] == "no committed figures"
-    published["runs"][OP]["sources"] = results.hashes(OP, "cpu", root)
-    results.save(root / "bench/results/cpu-x.json", published)
-    assert dict(results.cpu_status(root))[OP].startswith("measured on a processor, 2026-01-02")
-    path = root / f"csrc/cpu/{OP}_forward.cpp"
-    path.write_text(path.read_text() + "\nint x;\n")
-    assert dict(results.cpu_status(root))[OP].startswith("stale: the sources have changed since; measured on ")
-    assert dict(results.cpu_status(root))["attention"] == "no committed figures"
-    text = tables.sections(root)[f"cpu-{OP}"]
-    assert f"**Stale: the sources of {OP} have changed since.**" in text  # and on the page
-
-
-def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
-    other = _case_row(16, 1.0) | {"op": "attention", "name": "of old"}
-    earlier = published | {"cases": [*published["cases"], other], "not_run": ["attention z", "step x", "train y"],
-                           "profiles": {"step": {"a": 1}}}  # fmt: skip
-    run = {"date": "2026-03-01T00:00:00+00:00", "command": "fastlm bench attention", "sources": {"cpu": "0"}}
-    new = published | {"runs": {"attention": run}, "cases": [other | {"name": "new"}], "not_run": [f"{OP} q", "train y"],
-                       "profiles": {"train": {"b": 2}}}  # fmt: skip
-    both = results.merged(earlier, new)
-    assert [(c["op"], c["name"]) for c in both["cases"]] == [("attention", "new"), (OP, "8 rows"), (OP, "64 rows")]
-    assert both["runs"] == {OP: published["runs"][OP], "attention": run}
-    assert both["not_run"] == ["step x", "train y"]  # of dropout_add_norm the earlier figures stand
-    assert both["profiles"] == {"step": {"a": 1}, "train": {"b": 2}}
-    for key, value in (
-        ("device", "another"),
-        ("threads", 1),
-        ("instruction_set", "avx512"),
-        ("versions", {"torch": "1"}),
-    ):
-        moved = new | {"machine": new["machine"] | {key: value}}
-        with pytest.raises(ValueError, match=rf"^--publish: that file is of {key} .*; give another name$"):
-            results.merged(earlier, moved)
 
 
 def test_peak_memory_is_that_of_a_child_and_grows_with_what_is_held():
