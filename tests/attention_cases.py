@@ -346,3 +346,21 @@ def full_grid() -> list[Case]:
         for m, (q, k) in enumerate(lengths)
     ]
     return cases + [replace(f, head_size=h, dtype=d) for f in FEATURES for h in HEAD_SIZES for d in (F32, BF16, F16)]
+
+
+def draw_mixed(
+    case: Case, generator: torch.Generator, backends: tuple[str, str], device: str = "cpu"
+) -> dict[str, Result]:
+    """dq of a forward on one of two backends and the backward on the other, both ways round."""
+    tensors = inputs(case, generator, device)
+    real, measure, results = truth(case, tensors), compose(case, tensors, F32), {}
+    q = tensors["q"].clone().requires_grad_()
+    for forward, backward in (backends, backends[::-1]):
+        with fastlm.backend.use(forward):
+            out, lse = fastlm.ops.attention(
+                q, tensors["k"], tensors["v"], causal=True, dropout_p=case.p, seed=tensors["seed"], return_lse=True
+            )
+        with fastlm.backend.use(backward):
+            (dq,) = torch.autograd.grad((out, lse), q, (tensors["dout"], tensors["dlse"]))
+        results[f"{forward} {backward}"] = Result(dq, measure["dq"], real["dq"])
+    return results

@@ -16,7 +16,22 @@ import fastlm
 import pytest
 import torch
 from accuracy import Result, assert_as_exact_as_torch
-from attention_cases import BF16, F16, F32, FEATURES, FEW, LENGTHS, Case, arguments, compose, draw, inputs, run, truth
+from attention_cases import (
+    BF16,
+    F16,
+    F32,
+    FEATURES,
+    FEW,
+    LENGTHS,
+    Case,
+    arguments,
+    compose,
+    draw,
+    draw_mixed,
+    inputs,
+    run,
+    truth,
+)
 from fastlm import _native
 from fastlm.ops.attention import _arguments
 from fastlm.reference.attention import dropout_mask
@@ -224,20 +239,7 @@ def test_what_lies_behind_the_valid_part_of_a_cache_never_leaks():
 
 
 def test_forward_and_backward_may_run_on_different_backends():
-    def mixed(generator: torch.Generator) -> dict[str, Result]:
-        tensors = inputs(TRAINING, generator, DEVICE)
-        real, measure, results = truth(TRAINING, tensors), compose(TRAINING, tensors, F32), {}
-        q = tensors["q"].clone().requires_grad_()
-        for forward, back in (("reference", "triton"), ("triton", "reference")):
-            with fastlm.backend.use(forward):
-                out, lse = op(q, tensors["k"], tensors["v"], causal=True, dropout_p=0.1, seed=tensors["seed"],
-                              return_lse=True)  # fmt: skip
-            with fastlm.backend.use(back):
-                (dq,) = torch.autograd.grad((out, lse), q, (tensors["dout"], tensors["dlse"]))
-            results[f"{forward} {back}"] = Result(dq, measure["dq"], real["dq"])
-        return results
-
-    assert_as_exact_as_torch(mixed)
+    assert_as_exact_as_torch(lambda generator: draw_mixed(TRAINING, generator, ("reference", "triton"), DEVICE))
 
 
 def test_other_streams():

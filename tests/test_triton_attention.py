@@ -16,7 +16,21 @@ import numpy as np
 import pytest
 import torch
 from accuracy import Result, assert_as_exact_as_torch, violation
-from attention_cases import BF16, F16, F32, FEATURES, FEW, Case, arguments, compose, draw, inputs, run, truth
+from attention_cases import (
+    BF16,
+    F16,
+    F32,
+    FEATURES,
+    FEW,
+    Case,
+    arguments,
+    compose,
+    draw,
+    draw_mixed,
+    inputs,
+    run,
+    truth,
+)
 from fastlm import _native
 
 pytest.importorskip("triton")
@@ -201,21 +215,7 @@ def test_mask_does_not_depend_on_tiles_or_pieces():
 
 def test_forward_and_backward_may_run_on_different_backends():
     case = Case(heads=2, kv_heads=1, p=0.3, causal=True)
-
-    def mixed(generator: torch.Generator) -> dict[str, Result]:
-        tensors = inputs(case, generator)
-        real, measure, results = truth(case, tensors), compose(case, tensors, F32), {}
-        q = tensors["q"].clone().requires_grad_()
-        for forward, back in (("reference", "triton"), ("triton", "reference")):
-            with fastlm.backend.use(forward):
-                out, lse = op(q, tensors["k"], tensors["v"], causal=True, dropout_p=0.3, seed=tensors["seed"],
-                              return_lse=True)  # fmt: skip
-            with fastlm.backend.use(back):
-                (dq,) = torch.autograd.grad((out, lse), q, (tensors["dout"], tensors["dlse"]))
-            results[f"{forward} {back}"] = Result(dq, measure["dq"], real["dq"])
-        return results
-
-    assert_as_exact_as_torch(mixed)
+    assert_as_exact_as_torch(lambda generator: draw_mixed(case, generator, ("reference", "triton")))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
