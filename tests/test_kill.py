@@ -102,8 +102,9 @@ class Place:
         """The run is as the one that was never killed."""
         found = self.outcome(name)
         assert found.keys() == self.expected.keys()
-        for key, value in self.expected.items():
-            assert found[key] == value, key
+        different = [key for key, value in self.expected.items() if found[key] != value]
+        # names alone: pytest's picture of how two checkpoints differ takes more than ten minutes where CI=true
+        assert not different, " ".join(different)
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_run_killed_anywhere_ends_as_the_run_never_killed(place: Place) -> Non
     # the comparison can fail: the same run with a rate that differs in its sixth digit after a kill in its middle
     assert place.attempt("other", operation=place.operations // 2) == -signal.SIGKILL
     assert place.attempt("other", "--lr", "0.01000001") == 0, place.said()
-    with pytest.raises(AssertionError, match="step"):
+    with pytest.raises(AssertionError, match="step 36 model"):
         place.check("other")
 
 
