@@ -38,6 +38,8 @@ void backward_rows(const Backward& a, const float* weight, const float* layersca
     if (norm) {
       Vec d0 = zero(), d1 = zero(), p0 = zero(), p1 = zero();
       const auto reduce = [&](int64_t c, int n, Vec& sum_d, Vec& sum_dx) __attribute__((always_inline)) {
+        Access<B>::ahead(dy, c, 0);
+        Access<S>::ahead(z, c, 0);
         const Vec g = Access<B>::load(dy, c, n), xhat = (Access<S>::load(z, c, n) - mean) * rstd;
         const Vec d = weight ? g * load_some(weight + c, n) : g, product = g * xhat;
         if (sums.weight) accumulate(sums.weight + c, product);
@@ -68,6 +70,7 @@ void backward_rows(const Backward& a, const float* weight, const float* layersca
         if (weight) d = d * load_some(weight + c, n);
         g = ((d - xhat * mean_dx) - mean_d) * rstd;
       }
+      if (dz.data) Access<S>::ahead(dz, c, k);
       if (dz.data) g = norm ? g + Access<S>::load(dz, c, n) : Access<S>::load(dz, c, n);
       if (dresidual.data) Access<S>::put(dresidual, c, g, n, stream_dresidual);
       Vec s = kDrop ? keep.choose(k, scale) : scale;
