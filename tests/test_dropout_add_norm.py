@@ -101,10 +101,14 @@ def test_y_is_the_norm_of_the_residual_it_returns(backend, columns):
         assert torch.equal(y, fastlm.ops.norm(z, weight, bias))
 
 
-def test_strided_inputs_give_the_same_bits_and_are_not_copied(backend):
+def test_strided_inputs_give_the_same_bits_and_are_not_copied(backend, monkeypatch):
     case = Case((6, 10, 33), p=0.3)
     tensors = inputs(case, torch.Generator().manual_seed(1))
     expected = run(case, tensors)
+    copied = []
+    if backend != "reference":
+        real = torch.Tensor.contiguous
+        monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, **kw: copied.append(t.shape) or real(t, **kw))
     views = {
         "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
         "columns first": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
@@ -113,9 +117,15 @@ def test_strided_inputs_give_the_same_bits_and_are_not_copied(backend):
     }
     for name, view in views.items():
         strided = {k: view(v) if v.dim() == 3 else v for k, v in tensors.items()}
+        copied.clear()
         got = run(case, strided)
+        assert not copied, name
         for key, value in expected.items():
             assert torch.equal(got[key], value), (name, key)
+    many = torch.randn(3, 2, 5, 2, 33)  # more axes than the kernels take are copied, with the same result
+    permuted = many.permute(3, 0, 2, 1, 4)
+    packed = permuted.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(op(permuted, seed=1, p=0.1)[0], op(packed, seed=1, p=0.1)[0])
     row = torch.randn(33)
     y = op(row.expand(6, 10, 33), row.expand(6, 10, 33), seed=1, p=0.1)[0]
     assert torch.equal(y, op(row.repeat(6, 10, 1), row.repeat(6, 10, 1), seed=1, p=0.1)[0])
@@ -293,6 +303,8 @@ BAD = [
     (dict(p=0.1, seed=torch.tensor([1, 2])), ValueError, r"seed is a torch.int64 tensor of shape \[2\]"),
     (dict(p=0.1, offset=torch.arange(3)), ValueError, r"offset is a torch.int64 tensor of shape \[3\]"),
     (dict(p=0.1, offset=0.5), TypeError, r"offset is a float"),
+    (dict(p=0.1, offset=-1), ValueError, r"offset is -1; it must be a row number"),
+    (dict(p=0.1, offset=2**70), ValueError, r"offset is 1180591620717411303424; it must be a row number"),
     (dict(residual_dtype=torch.int8), TypeError, r"residual_dtype is torch.int8"),
 ]
 
@@ -325,6 +337,9 @@ def test_which_tells_backend_and_reason():
         strided = fastlm.backend.which("dropout_add_norm", torch.randn(8, 4).t())
         assert strided.backend == "cpu"
         assert "stride" in strided.reason
+        permuted = torch.randn(3, 2, 5, 2, 8).permute(3, 0, 2, 1, 4)  # no two of its leading axes make one
+        assert "copied whole first: x" in fastlm.backend.which("dropout_add_norm", permuted).reason
+        assert "copied" not in fastlm.backend.which("dropout_add_norm", permuted[0]).reason
     with pytest.raises(ValueError, match="op is 'nope'"):
         fastlm.backend.which("nope", X)
 

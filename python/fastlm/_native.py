@@ -121,6 +121,19 @@ def rows(
     return (n0, n1, n2, columns), packed, scale, []
 
 
+def copied(tensors: tuple[tuple[str, torch.Tensor | None], ...], rowscale: torch.Tensor | None) -> str:
+    """Why ``rows`` copies these tensors whole, for ``serves_*``; empty where it does not."""
+    given = [t for _, t in tensors if t is not None]
+    if rowscale is not None:
+        given.append(rowscale)
+    if not given or all(t.is_contiguous() for t in given):
+        return ""
+    if len(collapse(given[0].shape[:-1], [t.stride() for t in given])) <= 3:
+        return ""
+    names = ", ".join(name for name, t in tensors if t is not None)
+    return f"copied whole first: {names}, whose leading axes together are no three axes of one stride each"
+
+
 def collapse(shape: torch.Size, strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:
     """The axes of ``shape`` as (size, stride of each tensor), those merged that are one axis in every tensor."""
     axes: list[tuple[int, tuple[int, ...]]] = []

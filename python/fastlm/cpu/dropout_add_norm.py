@@ -12,7 +12,11 @@ from fastlm.backend import YES, Support
 _NORM = {"layer": 0, "rms": 1, "none": 2}
 
 
-def _serves(named: tuple[tuple[str, Tensor | None], ...], rows: tuple[tuple[str, Tensor | None], ...]) -> Support:
+def _serves(
+    named: tuple[tuple[str, Tensor | None], ...],
+    rows: tuple[tuple[str, Tensor | None], ...],
+    rowscale: Tensor | None,
+) -> Support:
     why = _native.missing()
     if why:
         return Support(False, why)
@@ -26,6 +30,7 @@ def _serves(named: tuple[tuple[str, Tensor | None], ...], rows: tuple[tuple[str,
     for name, t in named:
         if t is not None and t.dtype not in FLOATS:
             return _refuse(name, t.dtype)
+    slow = _native.copied(rows, rowscale) or slow
     return Support(True, slow) if slow else YES
 
 
@@ -57,7 +62,7 @@ def serves_forward(
     if z_dtype not in FLOATS:
         return _refuse("new_residual", z_dtype)
     vectors = (("weight", weight), ("bias", bias), ("layerscale", layerscale), ("rowscale", rowscale))
-    return _serves(vectors, (("x", x), ("residual", residual)))
+    return _serves(vectors, (("x", x), ("residual", residual)), rowscale)
 
 
 def serves_backward(
@@ -88,7 +93,7 @@ def serves_backward(
     if rstd.dtype != torch.float32 or mean.dtype != torch.float32:
         return _refuse("rstd", rstd.dtype)
     vectors = (("weight", weight), ("layerscale", layerscale), ("rowscale", rowscale))
-    return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)))
+    return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)), rowscale)
 
 
 def _statistic(t: Tensor) -> Packed:

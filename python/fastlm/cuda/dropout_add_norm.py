@@ -25,7 +25,11 @@ def _refuse(name: str, dtype: torch.dtype) -> Support:
     return Support(False, f"the cuda kernel takes float32, bfloat16 and float16; {name} is {given}")
 
 
-def _serves(vectors: tuple[tuple[str, Tensor | None], ...], rows: tuple[tuple[str, Tensor | None], ...]) -> Support:
+def _serves(
+    vectors: tuple[tuple[str, Tensor | None], ...],
+    rows: tuple[tuple[str, Tensor | None], ...],
+    rowscale: Tensor | None,
+) -> Support:
     why = _native.missing_cuda()
     if why:
         return Support(False, why)
@@ -55,6 +59,7 @@ def _serves(vectors: tuple[tuple[str, Tensor | None], ...], rows: tuple[tuple[st
     held = _KEEPS_ROW[capability >= (9, 0)]
     if columns > held:
         slow = slow or f"rows of {columns} columns are read again in each pass: this GPU holds {held}"
+    slow = _native.copied(rows, rowscale) or slow
     return Support(True, slow) if slow else YES
 
 
@@ -81,7 +86,7 @@ def serves_forward(
     if z_dtype not in FLOATS:
         return _refuse("new_residual", z_dtype)
     vectors = (("weight", weight), ("bias", bias), ("layerscale", layerscale), ("rowscale", rowscale))
-    return _serves(vectors, (("x", x), ("residual", residual)))
+    return _serves(vectors, (("x", x), ("residual", residual)), rowscale)
 
 
 def serves_backward(
@@ -112,7 +117,7 @@ def serves_backward(
     if rstd.dtype != torch.float32 or mean.dtype != torch.float32:
         return _refuse("rstd", rstd.dtype)
     vectors = (("weight", weight), ("layerscale", layerscale), ("rowscale", rowscale))
-    return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)))
+    return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)), rowscale)
 
 
 def _place(t: Tensor) -> tuple[int, int]:

@@ -200,6 +200,8 @@ def _offset_tensor(offset: int | Tensor | None, x: Tensor, device: torch.device)
     if offset is None:
         return None
     if isinstance(offset, int) and not isinstance(offset, bool):
+        if not 0 <= offset < 2**63:
+            raise ValueError(f"{OP}: offset is {offset}; it must be a row number, 0 to 2**63 - 1")
         return torch.full((), offset, dtype=torch.int64, device=device)
     rows = math.prod(x.shape[:-1])
     if not isinstance(offset, Tensor):
