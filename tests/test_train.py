@@ -374,11 +374,10 @@ def _short(shuffled: bool, folder: str, monkeypatch: pytest.MonkeyPatch) -> tupl
             return x, y.reshape(-1)[order].reshape(y.shape)
 
         monkeypatch.setattr(TokenSource, "batch", batch)
-    steps = 60 if shuffled else 750
     config = tiny(
-        name=folder, width=128, layers=2, heads=4, context=64, batch=12, steps=steps, threads=0, kernels=KERNELS[-1]
-    )
-    config.optim.warmup = 50
+        name=folder, style="llama", width=128, layers=2, heads=4, context=64, batch=12, steps=400, warmup=40, threads=0,
+        optimizer="muon", lr=5e-3, kernels=KERNELS[-1],
+    )  # fmt: skip
     made = job.start(config, ())
     made.trainer.fit()
     data = made.data[0]
