@@ -97,7 +97,7 @@ void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta) {
     }
     delta[i] = total(part);
     if (a.dlse) delta[i] -= a.dlse[lse_place(a, s, head) + i];
-    if (!(lse[i] > -kInfinity)) delta[i] = 0.0f;
+    if (lse[i] == -kInfinity) delta[i] = 0.0f;
   }
 }
 
@@ -106,12 +106,12 @@ FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natu
                                  const uint16_t* keep, float keep_scale, const float* slope, float* dbias,
                                  int64_t dbias_stride, int keys, float* p, float* ds) {
   const Vec scale = set1(natural.high), more = set1(natural.low), kept = set1(keep_scale), minus = set1(delta);
-  const Vec shift = set1(lse > -kInfinity ? -lse : -kInfinity);
+  const Vec shift = set1(lse == -kInfinity ? -kInfinity : -lse);
   const Factor log2 = Factor::of(kLog2e);
   Vec row_sum = zero();
   for (int c = from; c < to; c += 16) {
-    const Vec score = maximum(load(p + c), set1(-__FLT_MAX__));  // -inf times 0 would be NaN
-    Vec x = exp_of(minimum(fma(score, more, fma(score, scale, shift)), zero()), log2);
+    const Vec score = maximum(set1(-__FLT_MAX__), load(p + c));  // -inf times 0 would be NaN; a NaN stays one
+    Vec x = exp_of(minimum(zero(), fma(score, more, fma(score, scale, shift))), log2);
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     Vec g = load(ds + c), stays = x;
     if (keep) {

@@ -2,8 +2,8 @@
 //
 // An item of work is a block of rows of one head and walks over the keys, keeping per row the largest score so far, the
 // sum of exponentials relative to it, and the unnormalised output. Two products of rows x keys x head size; exp, max
-// and sum are about fifteen instructions for sixteen scores. K and V are packed tile by tile into the thread's scratch,
-// which costs 1/rows of the products.
+// and sum are about fifteen instructions for sixteen scores. Where K and V do not lie as the products want them, they
+// are packed tile by tile into the thread's scratch, which costs 1/rows of the products.
 //
 // Few queries against many keys (generation): the queries of heads that share a head of k and v stand in one block, so
 // a cache is read once, and its keys are cut into pieces of a fixed size, joined in order. Then the time is that of
@@ -114,9 +114,10 @@ FASTLM_INLINE void soften(const Seen& seen, int from, int to, Factor log2, const
   sum += total(part);
 }
 
-// A row's output, and lse from its largest score and the sum of exponentials.
+// A row's output, and lse from its largest score and the sum of exponentials. A row that sees a NaN has a sum that is
+// NaN.
 FASTLM_INLINE void finish(const Attention& a, const Sequence& s, Query q, const float* out, double top, float sum) {
-  const bool none = !(sum > 0.0f);
+  const bool none = sum == 0.0f;
   store_row(place(a.out, s.batch, q.head, s.q_start + q.i), a.out.dtype, a.out.s[3], out,
             none ? 0.0f : a.keep_scale / sum, static_cast<int>(a.head_size));
   a.lse[lse_place(a, s, q.head) + q.i] = none ? -kInfinity : static_cast<float>(top + log(static_cast<double>(sum)));
@@ -243,8 +244,9 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
       if (t > top) top = t;
     }
     memset(w.out, 0, sizeof(float) * static_cast<size_t>(p.padded));
-    for (int i = 0; i < p.pieces && top > -kInfinity; ++i) {
-      const float weight = first_lane(exp_of(set1(parts[i * step + ends + r] - top), log2));
+    const float reference = top > -kInfinity ? top : 0.0f;
+    for (int i = 0; i < p.pieces; ++i) {
+      const float weight = first_lane(exp_of(set1(parts[i * step + ends + r] - reference), log2));
       const float* row = parts + i * step + static_cast<int64_t>(r) * p.padded;
       sum += parts[i * step + ends + p.rows + r] * weight;
       for (int c = 0; c < p.columns; c += 16) store(w.out + c, fma(load(row + c), set1(weight), load(w.out + c)));

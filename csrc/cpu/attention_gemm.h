@@ -3,7 +3,7 @@
 // A word is 32 bits: one float32, or (Pairs, AVX-512 only) two bfloat16 neighbours along the summed axis. The product
 // C += A B sums words k in order; A is read one word at a time with any strides, B is rows of columns, C is float32.
 // Every column is summed in the same order wherever it stands, so a score is the same bits in forward and backward.
-// Of at most kPanel rows nothing is packed: their scores are dot products of rows (`dot`).
+// Scores of at most kPanel rows are dot products of rows (`dot`): for them no key is turned.
 #pragma once
 #include "cpu/attention_simd.h"
 

@@ -72,7 +72,10 @@ Attention common(const AttentionSizes& n, const Tensor& q, const Tensor& k, cons
       throw std::invalid_argument("attention: seqlens_k must lie between 0 and the keys of k");
     }
   }
-  a.causal = causal, a.left = left, a.right = right;
+  constexpr int64_t kUnlimited = int64_t{1} << 40;  // beyond any length, and sums of a few of it do not overflow
+  a.causal = causal;
+  a.left = left < kUnlimited ? left : kUnlimited;
+  a.right = right < kUnlimited ? right : kUnlimited;
   a.softcap = static_cast<float>(softcap), a.scale = scale;
   a.head0 = head0, a.q0 = q0, a.k0 = k0;
   a.keep_scale = 1.0f;
