@@ -108,13 +108,14 @@ def _rank(
     micro = min(o.micro or share, share)
     micros, tokens = _ceil(share, micro), micro * c.context
     last = at == mesh.pp - 1
-    kept, working = _activations(c, config, tokens, mesh.tp, sum(local.values()), size)
+    stage = replace(c, layers=_ceil(c.layers, each))
+    kept, working = _activations(stage, config, tokens, mesh.tp, sum(local.values()), size)
     parts = {
         "weights": 4 * sum(held.values()),
         "gradients": 4 * mine,
         "optimizer": states_bytes,
         "average of weights": 4 * mine if o.ema else 0,
-        "activations": _ceil(kept * min(ahead(at, mesh.pp, each, micros) + 1, each * micros), each) + working,
+        "activations": kept * min(ahead(at, mesh.pp, each, micros) + 1, each * micros) + working,
         "logits of one chunk": min(tokens * _ceil(c.vocab, mesh.tp), max(CHUNK_ELEMENTS, 16 * c.vocab)) * 12 * last,
     }
     if fsdp > 1:  # gathered: what is in no block for the whole step, and two blocks (one comes, one works)
@@ -140,9 +141,8 @@ def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
 
 
 def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> tuple[int, int]:
-    """Bytes that the forward of one micro-batch leaves for its backward; and in which backwards work.
-
-    `parameters` counts those of the rank."""
+    """Bytes that the forward of one micro-batch through the blocks of `c` leaves for its backward; and in which backwards
+    work, which go one at a time. `parameters` counts those of the rank."""
     kv = (c.kv_heads or c.heads) * (c.width // c.heads)
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
     block = (8 * c.width + 4 * (c.width + kv)) + branch
@@ -152,12 +152,14 @@ def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters:
     whole_positions = 2 * c.width if tp > 1 else 0  # inputs of qkv and up, gathered
     block = _ceil(block - whole_positions, tp) + whole_positions
     again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]
-    whole = c.layers - again + (1 if again else 0)  # blocks held whole at once: one of those computed again is
+    whole = c.layers - again
     held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width) * size
     work = tokens * working * size
     if config.run.dtype != "float32":  # the residual stream and the norms stay float32; weights are cast once
         held += tokens * whole * _ceil(2 * c.width, tp) * 4
         work += parameters * size
+    if again:  # a block computed again is held whole then
+        work += tokens * (block * size + (_ceil(2 * c.width, tp) * 4 if config.run.dtype != "float32" else 0))
     return held, work
 
 
