@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastlm.train.pipeline import Pipeline
     from fastlm.train.tensor_parallel import Cut, Tensors
 
-__all__ = ["Layout", "Ranks", "wrap"]
+__all__ = ["Layout", "Ranks", "check", "wrap"]
 
 
 class Layout:
@@ -281,21 +281,26 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [item for m in lists for item in m if any(True for _ in item.parameters())]
 
 
+def check(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raise InputError for what is not built together, or makes no sense together, with a mesh of these sizes."""
+    for name in (n for n in ("fsdp", "tp", "pp") if sizes.get(n, 1) > 1):
+        if config.run.compile:
+            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+        if name != "fsdp" and config.model.lora_rank:
+            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if config.run.pp_stages > 1 and sizes.get("pp", 1) == 1:
+        raise InputError(
+            f"--pp-stages must be 1 without a pipeline (--mesh pp=N with N above 1); it is {config.run.pp_stages}"
+        )
+
+
 def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Layout]:
     """The model to call in a step, and what this process holds of it."""
-    if config.run.pp_stages > 1 and ranks.sizes.get("pp", 1) == 1:
-        raise InputError(
-            f"--pp-stages {config.run.pp_stages} shares out the blocks of a pipeline: it needs --mesh pp=..."
-        )
+    check(config, ranks.sizes)
     if not isinstance(ranks, Group):
         return model, Layout(model, ranks)
     sizes = ranks.sizes
     tensors = pipe = None
-    for name in ("fsdp", "tp", "pp"):
-        if sizes[name] > 1 and config.run.compile:
-            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
-        if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
-            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
     if sizes["fsdp"] > 1 or sizes["tp"] > 1 or sizes["pp"] > 1:
         with torch.no_grad():
             for t in [*model.parameters(), *model.buffers()]:  # one process's values, whatever each drew
