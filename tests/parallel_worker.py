@@ -45,6 +45,11 @@ def config(**changes: Any) -> Config:
     return made
 
 
+def evaluate(model: torch.nn.Module, whole: bool) -> dict[str, float]:
+    tokens, targets = Text().batch(np.array([901, 902]))
+    return {"val_loss": model(tokens, targets).item() / int((targets != -100).sum())}
+
+
 def trainer(case: dict[str, Any], ranks: mesh.Ranks, folder: Path) -> Trainer:
     case = {k: v for k, v in case.items() if k not in ("name", "until", "from")}
     torch.manual_seed(7 + ranks.rank)  # sharding must not need equal weights to begin with
@@ -52,7 +57,7 @@ def trainer(case: dict[str, Any], ranks: mesh.Ranks, folder: Path) -> Trainer:
     sizes = {"vocab": 64, "layers": 2, "heads": 2, "width": 36, "context": 16, **case.pop("shape", {})}
     shape = named("nano", style, dropout=case.pop("dropout", 0.0), **sizes)
     folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(config(**case), GPT(shape), Text(), folder, ranks=ranks)
+    return Trainer(config(**case), GPT(shape), Text(), folder, ranks=ranks, evaluate=evaluate)
 
 
 def everywhere(ranks: mesh.Ranks, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,6 +98,7 @@ def run(case: dict[str, Any], ranks: mesh.Ranks, out: Path) -> dict[str, Any]:
         "losses": [r["loss"] for r in rows],
         "norms": [r["grad_norm"] for r in rows],
         "steps": [r["step"] for r in rows],
+        "val_losses": [r["val_loss"] for r in rows if "val_loss" in r],
     }
 
 

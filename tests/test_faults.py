@@ -86,11 +86,55 @@ def begin() -> Iterator[Callable[..., Started]]:
 
 
 Begin = Callable[..., Started]
+SHARDS = [
+    "--layers",
+    "4",
+    "--mesh",
+    "pp=2,fsdp=2",
+    "--pp-stages",
+    "2",
+    "--dtype",
+    "bfloat16",
+    "--micro",
+    "1",
+    "--steps",
+    "4",
+]
 TRAIN = ["fastlm", "train", *SMALL]
 
 
 def losses() -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(RUN)]
+
+
+@pytest.mark.parametrize(
+    "words, count",
+    [
+        (["--mesh", "fsdp=2", "--dtype", "bfloat16", "--steps", "2"], 2),
+        pytest.param(SHARDS, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_shards_ends_with_a_sample(begin: Begin, words: list[str], count: int) -> None:
+    """Weights of the autocast type alone: what reads them after the last step must be under autocast as well."""
+    started = begin(*TRAIN, *words)
+    assert started.end() == 0, started.said()
+    assert len(losses()) == int(words[-1])
+    assert "a sample:" in started.said()
+    assert (RUN / "sample.txt").stat().st_size > 0
+    assert len(list((RUN / "checkpoints").glob(f"step-*{words[-1]}/model.rank-*"))) == count
+
+
+@pytest.mark.slow
+def test_a_run_of_interleaved_stages_goes_on_in_one_process(begin: Begin) -> None:
+    started = begin(*TRAIN, *SHARDS)
+    assert started.end() == 0, started.said()
+    again = ["fastlm", "train", "--resume", "a", "--steps", "6", "--mesh", "", "--nproc", "1"]
+    started = begin(*again)
+    assert started.end() == 2
+    assert "--pp-stages must be 1 without a pipeline" in started.said()
+    started = begin(*again, "--pp-stages", "1")
+    assert started.end() == 0, started.said()
+    assert [step for step, _ in losses()] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])

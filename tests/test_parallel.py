@@ -14,13 +14,14 @@ import pytest
 import torch
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT, named
-from fastlm.train import checkpoint, launch, mesh, parallel, pipeline, tensor_parallel
+from fastlm.train import checkpoint, launch, mesh, parallel, pipeline, stages, tensor_parallel
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # batch 5 over two ranks: three samples and two, with unequal numbers of targets; micro 1: the second ends with an empty one
 UNTIED = {"tied": False, "heads": 4, "kv_heads": 2, "width": 40, "vocab": 65}
+# evaluations on the way read the moving average, which no later step may see
 CASES: dict[str, dict[str, Any]] = {
-    "fused with dropout": {"dropout": 0.2, "kernels": "fused", "ema": 0.9},
+    "fused with dropout": {"dropout": 0.2, "kernels": "fused", "ema": 0.9, "eval_every": 1},
     "torch": {"kernels": "torch"},
     "accumulation": {"dropout": 0.2, "kernels": "fused", "micro": 1, "style": "llama", "shape": UNTIED},
     "bfloat16": {"dropout": 0.2, "kernels": "fused", "dtype": "bfloat16"},
@@ -35,6 +36,20 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 MESHES = ["dp=2", "fsdp=2", "tp=2", "pp=2"]
+# two stages a rank of pp=2: blocks 0, 1 and 3 on the first, 2 and 4 on the second; three micro-batches, and five
+LONG: dict[str, dict[str, Any]] = {
+    "interleaved": {"dropout": 0.2, "micro": 2, "ema": 0.9, "eval_every": 1, "shape": {"layers": 5}},
+    "interleaved muon": {
+        "dropout": 0.2,
+        "micro": 1,
+        "optimizer": "muon",
+        "style": "llama",
+        "recompute": "half",
+        "shape": {"layers": 5, **UNTIED},
+    },
+    "interleaved bfloat16": {"dtype": "bfloat16", "micro": 1, "kernels": "torch", "shape": {"layers": 4}},
+}
+STAGES = 2
 
 
 def start(out: Path, label: str, cases: list[dict[str, Any]], processes: int) -> None:
@@ -49,15 +64,23 @@ class Outcome:
     def __init__(self, out: Path, label: str, name: str, rank: int = 0) -> None:
         result = json.loads((out / f"{label}.json").read_text())[f"{label} {name}"]
         self.losses, self.norms, self.steps = result["losses"], result["norms"], result["steps"]
+        self.val_losses = result["val_losses"]
         tensors = torch.load(out / f"{label} {name}-{rank}.pt", weights_only=True)
         self.grads, self.weights, self.ema = tensors["grads"], tensors["weights"], tensors["ema"]
+
+
+def long_cases(label: str, which: str = "") -> list[dict[str, Any]]:
+    """LONG, interleaved where `which` is a pipeline; and half of one of them."""
+    cases = {**LONG, "interleaved half": {"until": 2, **LONG["interleaved"]}}
+    stages = {"pp_stages": STAGES} if "pp" in which else {}
+    return [{"name": f"{label} {name}", "mesh": which, **stages, **case} for name, case in cases.items()]
 
 
 def named_cases(label: str, which: str = "") -> list[dict[str, Any]]:
     cases = [{"name": f"{label} {name}", "mesh": which, **case} for name, case in CASES.items()]
     # resumed from what another mesh saved after two steps
     cases.append({"name": f"{label} half", "mesh": which, "until": 2, **CASES["fused with dropout"]})
-    return cases
+    return cases + (long_cases(label, which) if which in ("", "pp=2") else [])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +97,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for o in origins
             if which or o != "one half"
         ]
+        if which in ("", "pp=2"):
+            stages = {"pp_stages": STAGES} if which else {}
+            found = [o for o in ("one", "pp=2") if which or o != "one"]
+            cases += [
+                {"name": f"{label} {o} interleaved", "mesh": which, "from": f"{o} interleaved half", **stages}
+                | LONG["interleaved"]
+                for o in found
+            ]
         start(folder, label, cases, 2 if which else 1)
     return folder
 
@@ -86,15 +117,18 @@ def agree(ours: dict[str, torch.Tensor], one: dict[str, torch.Tensor], dtype: to
         assert error <= 16 * torch.finfo(dtype).eps * max(float(grad.norm()), 0.05), (key, float(error))
 
 
-@pytest.mark.parametrize("which", MESHES)
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "which, name", [*((which, name) for which in MESHES for name in CASES), *(("pp=2", name) for name in LONG)]
+)
 def test_losses_and_gradients_are_those_of_one_process(out: Path, which: str, name: str) -> None:
     one, ours = Outcome(out, "one", name), Outcome(out, which, name)
-    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     agree(ours.grads, one.grads, dtype)
     eps = torch.finfo(dtype).eps
+    assert len(ours.val_losses) == (4 if "eval_every" in {**CASES, **LONG}[name] else 1)
     assert ours.losses == pytest.approx(one.losses, rel=64 * eps)
-    assert ours.norms == pytest.approx(one.norms, rel=(256 if name == "muon" else 64) * eps)
+    assert ours.val_losses == pytest.approx(one.val_losses, rel=64 * eps)
+    assert ours.norms == pytest.approx(one.norms, rel=(256 if "muon" in name else 64) * eps)
 
 
 @pytest.mark.parametrize("which", MESHES)
@@ -107,7 +141,7 @@ def test_the_comparison_can_fail(out: Path, which: str) -> None:
 
 @pytest.mark.parametrize("which", MESHES)
 def test_ranks_hold_the_same_weights_after_training(out: Path, which: str) -> None:
-    for name in CASES:
+    for name in [*CASES, *(LONG if which == "pp=2" else [])]:
         first, second = Outcome(out, which, name), Outcome(out, which, name, rank=1)
         for key, w in first.weights.items():
             assert torch.equal(w, second.weights[key]), (name, key)
@@ -129,6 +163,18 @@ def test_a_run_saved_on_any_mesh_goes_on_on_any_other(out: Path, which: str, ori
         assert all(torch.equal(w, whole.weights[key]) for key, w in went_on.items())
     else:
         assert result["losses"] == pytest.approx(whole.losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("which, origin", [("one", "pp=2"), ("pp=2", "one"), ("pp=2", "pp=2")])
+def test_a_run_of_interleaved_stages_goes_on_anywhere(out: Path, which: str, origin: str) -> None:
+    whole = Outcome(out, which, "interleaved")
+    ours = Outcome(out, f"on {which}", f"{origin} interleaved")
+    assert ours.steps == [3, 4]
+    if which == origin:
+        assert ours.losses == whole.losses[2:]
+        assert all(torch.equal(w, whole.weights[key]) for key, w in ours.weights.items())
+    else:
+        assert ours.losses == pytest.approx(whole.losses[2:], rel=1e-5)
 
 
 def test_each_rank_writes_what_it_alone_holds(out: Path) -> None:
@@ -167,32 +213,55 @@ def test_one_flipped_byte_in_any_rank_s_file_is_refused_by_name(out: Path) -> No
     checkpoint.verify(folder)
 
 
-FOUR = ["dp=2,fsdp=2", "dp=2,tp=2", "fsdp=2,tp=2", "pp=2,dp=2", "pp=2,tp=2"]
+FOUR = ["dp=2,fsdp=2", "dp=2,tp=2", "fsdp=2,tp=2", "pp=2,dp=2", "pp=2,fsdp=2", "pp=2,tp=2"]
 
 
 @pytest.mark.slow
 def test_four_processes_in_every_combination(tmp_path: Path) -> None:
     start(tmp_path, "one", named_cases("one"), 1)
     for which in FOUR:
-        start(tmp_path, which, named_cases(which, which), 4)
-        for name in CASES:
+        staged = "pp" in which
+        start(tmp_path, which, named_cases(which, which) + (long_cases(which, which) if staged else []), 4)
+        for name in [*CASES, *(LONG if staged else [])]:
             test_losses_and_gradients_are_those_of_one_process(tmp_path, which, name)
     cases = [{"name": f"on one {which} half", "from": f"{which} half", **CASES["fused with dropout"]} for which in FOUR]
+    cases.append({"name": "on one long", "from": "pp=2,fsdp=2 interleaved half", **LONG["interleaved"]})
     start(tmp_path, "on one", cases, 1)  # and one process goes on from what each of them saved
-    whole = Outcome(tmp_path, "one", "fused with dropout")
-    for which in FOUR:
-        result = json.loads((tmp_path / "on one.json").read_text())[f"on one {which} half"]
-        assert result["losses"] == pytest.approx(whole.losses[2:], rel=1e-5)
+    for label, name in [*((f"{which} half", "fused with dropout") for which in FOUR), ("long", "interleaved")]:
+        ours, whole = Outcome(tmp_path, "on one", label), Outcome(tmp_path, "one", name)
+        assert ours.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    # and shards of stages go on from what one process saved, and bit for bit from what they saved
+    label, which = "on shards", "pp=2,fsdp=2"
+    case = {"mesh": which, "pp_stages": STAGES, **LONG["interleaved"]}
+    origins = ("one", which)
+    start(tmp_path, label, [{"name": f"{label} {o}", "from": f"{o} interleaved half", **case} for o in origins], 4)
+    whole = Outcome(tmp_path, which, "interleaved")
+    assert Outcome(tmp_path, label, "one").losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    ours = Outcome(tmp_path, label, which)
+    assert ours.losses == whole.losses[2:]
+    assert all(torch.equal(w, whole.weights[key]) for key, w in ours.weights.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["dp=2,fsdp=2,tp=2", "pp=2,dp=2,tp=2"])
+@pytest.mark.parametrize("which", ["dp=2,fsdp=2,tp=2", "pp=2,dp=2,tp=2", "pp=2,dp=2,fsdp=2", "pp=2,fsdp=2,tp=2"])
 def test_eight_processes_in_three_dimensions(tmp_path: Path, which: str) -> None:
     names = ("accumulation", "recompute")
     start(tmp_path, "one", [{"name": f"one {name}", **CASES[name]} for name in names], 1)
     start(tmp_path, which, [{"name": f"{which} {name}", "mesh": which, **CASES[name]} for name in names], 8)
     for name in names:
         test_losses_and_gradients_are_those_of_one_process(tmp_path, which, name)
+
+
+@pytest.mark.slow
+def test_sixteen_processes_in_every_dimension_at_once(tmp_path: Path) -> None:
+    """Hybrid shards of stages of tensor-parallel parts, two stages a rank."""
+    which, case = "dp=2,fsdp=2,tp=2,pp=2", {"dropout": 0.2, "micro": 1, "steps": 2, "batch": 10, "shape": {"layers": 4}}
+    start(tmp_path, "one", [{"name": "one all", **case}], 1)
+    start(tmp_path, which, [{"name": f"{which} all", "mesh": which, "pp_stages": STAGES, **case}], 16)
+    one, ours = Outcome(tmp_path, "one", "all"), Outcome(tmp_path, which, "all")
+    agree(ours.grads, one.grads, torch.float32)
+    assert ours.losses == pytest.approx(one.losses, rel=1e-5)
+    assert ours.norms == pytest.approx(one.norms, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -205,15 +274,47 @@ def test_a_pipeline_of_three_stages_with_blocks_left_over(tmp_path: Path) -> Non
     assert ours.losses == pytest.approx(one.losses, rel=1e-5)
 
 
-def test_stages_take_turns_with_few_micro_batches_in_flight() -> None:
-    for stages, micros in ((2, 5), (4, 3), (3, 8)):
-        for stage in range(stages):
-            order = list(pipeline.schedule(stage, stages, micros))
-            assert [i for what, i in order if what == "forward"] == list(range(micros))
-            assert [i for what, i in order if what == "backward"] == list(range(micros))
-            flying = [sum(1 if w == "forward" else -1 for w, _ in order[: n + 1]) for n in range(len(order))]
-            assert max(flying) == min(stages - stage, micros)
-            assert min(flying) == 0
+def play(ranks: int, each: int, micros: int) -> tuple[list[int], int]:
+    """A step by every rank's order, over links that give what was sent in the order sent: the most that each rank had in
+    flight, and the time (a stage's forward takes one unit, its backward two). Stops where all wait."""
+    orders = [list(stages.schedule(rank, ranks, each, micros)) for rank in range(ranks)]
+    links: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    clock, flying, most, waiting = [0] * ranks, [0] * ranks, [0] * ranks, list(orders)
+    moved = True
+    while moved:
+        moved = False
+        for rank in (r for r in range(ranks) if waiting[r]):
+            what, i, k = waiting[rank][0]
+            stage, way = rank + ranks * k, 1 if what == "forward" else -1
+            if 0 <= stage - way < ranks * each:
+                sent = links.get(((stage - way) % ranks, rank, way))
+                if not sent:
+                    continue
+                micro, source, arrived = sent.pop(0)
+                assert (micro, source) == (i, stage - way)
+                clock[rank] = max(clock[rank], arrived)
+            clock[rank] += 1 if way > 0 else 2
+            if 0 <= stage + way < ranks * each:
+                links.setdefault((rank, (stage + way) % ranks, way), []).append((i, stage, clock[rank]))
+            flying[rank] += way
+            most[rank] = max(most[rank], flying[rank])
+            waiting[rank] = waiting[rank][1:]
+            moved = True
+    assert not any(waiting)
+    assert flying == [0] * ranks
+    assert all(len(order) == len(set(order)) == 2 * each * micros for order in orders)
+    return most, max(clock)
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_stages_take_turns_with_few_micro_batches_in_flight(ranks: int, each: int) -> None:
+    for micros in range(1, 14):
+        most, time = play(ranks, each, micros)
+        assert most == [min(stages.ahead(r, ranks, each, micros) + 1, each * micros) for r in range(ranks)]
+        if each == 1:
+            assert most == [min(ranks - r, micros) for r in range(ranks)]
+        assert 1 - 3 * each * micros / time == pytest.approx(stages.idle(ranks, each, micros))
 
 
 # ------------------------------------------------------------------------------------------------- who a process is
@@ -285,7 +386,7 @@ def test_tensor_parallel_cuts_every_element_once() -> None:
         ({"fsdp": 2}, {"compile": True}, "--compile with --mesh fsdp"),
         ({"tp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh tp"),
         ({"pp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh pp"),
-        ({"pp": 2, "fsdp": 2}, {}, "--mesh pp=... with fsdp"),
+        ({"dp": 2}, {"pp_stages": 2}, r"--pp-stages must be 1 without a pipeline .*; it is 2"),
     ],
 )
 def test_what_is_not_built_together_is_refused(sizes: dict[str, int], flags: dict[str, Any], message: str) -> None:
@@ -300,14 +401,19 @@ def test_what_is_not_built_together_is_refused(sizes: dict[str, int], flags: dic
     [
         ("tp", torch.nn.Linear(2, 2), "--mesh tp=2 cuts fastlm's GPT and not a Linear"),
         ("pp", torch.nn.Linear(2, 2), "--mesh pp=2 cuts fastlm's GPT and not a Linear"),
-        ("pp", GPT(named("nano", layers=1)), "--mesh pp=2 needs a block for each stage; --layers is 1"),
+        ("pp", GPT(named("nano", layers=1)), "--mesh pp=2 needs a block for each of 2 stages; --layers is 1"),
+        (
+            "pp, two stages a rank",
+            GPT(named("nano", layers=3)),
+            "--mesh pp=2 with --pp-stages 2 needs a block for each of 4 stages; --layers is 3",
+        ),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused(name: str, model: torch.nn.Module, message: str) -> None:
     ranks = mesh.Group.__new__(mesh.Group)
-    ranks.sizes = {n: 2 if n == name else 1 for n in mesh.BUILT}
+    ranks.sizes = {n: 2 if n == name[:2] else 1 for n in mesh.BUILT}
     with pytest.raises(InputError, match=message):
-        tensor_parallel.cuts(model, 2) if name == "tp" else pipeline.cut(model, ranks, None)
+        tensor_parallel.cuts(model, 2) if name == "tp" else pipeline.cut(model, ranks, None, 1 + ("two" in name))
 
 
 def test_processes_and_mesh_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,8 @@ torch.set_num_threads(1)
 ranks, found = mesh.start(which, "cpu"), []
 for number, case in enumerate(json.loads(sys.argv[4])):
     machine.spare_page_faults()
-    shape = named("nano", case.pop("style", "llama"), layers=3, width=256, context=256, dropout=case.pop("dropout", 0.0))
+    sizes = {"layers": case.pop("layers", 3), "width": 256, "context": 256}
+    shape = named("nano", case.pop("style", "llama"), dropout=case.pop("dropout", 0.0), **sizes)
     made = config(mesh=which, steps=2, **case)
     folder = out / str(number)
     if ranks.first:
@@ -58,6 +59,10 @@ mesh.leave(0)
 """
 
 
+GROWING = [{"batch": 2}, {"batch": 16}]
+INTERLEAVED = [{"batch": 8 * micro, "micro": micro, "layers": 4, "pp_stages": 2} for micro in (1, 4)]
+
+
 def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[list[int]]]:
     """Of each rank, of each case: (peak so far, estimate)."""
     processes = math.prod(mesh.parse(which).values())
@@ -69,10 +74,19 @@ def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[lis
 
 
 @pytest.mark.parametrize(
-    "which", ["tp=1", "tp=2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=2", "pp=2"))]
+    "which, cases",
+    [
+        ("tp=1", GROWING),
+        ("tp=2", GROWING),
+        *(
+            pytest.param(which, cases, marks=pytest.mark.slow)
+            for which, cases in (("fsdp=2", GROWING), ("pp=2", GROWING), ("pp=2,fsdp=2", GROWING))
+        ),
+        *(pytest.param(which, INTERLEAVED, marks=pytest.mark.slow) for which in ("pp=2", "pp=2,fsdp=2")),
+    ],
 )
-def test_the_estimate_of_memory_is_what_a_job_takes(which: str, tmp_path: Path) -> None:
-    found = measure(which, tmp_path, {"batch": 2}, {"batch": 16})
+def test_the_estimate_of_memory_is_what_a_job_takes(which: str, cases: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = measure(which, tmp_path, *cases)
     (small, estimate), (large, more) = max(found, key=lambda rank: rank[1][0])  # the fullest rank is what is estimated
     assert 0.7 < (more - estimate) / (large - small) < 1.3
     assert 0.9 < more / large < 1.4
@@ -111,14 +125,13 @@ def test_the_plan_taken_fits_and_the_impossible_is_named() -> None:
     config.optim.batch, config.run.dtype = 6, "bfloat16"
     shape = named("1B", "llama", vocab=32000)
     found, refused = plans(shape, config, 8, 24 << 30, "cuda")
-    few, apart = "--batch 6 has no sample for each of 8 ranks", "pp with fsdp is not built"
-    assert refused == dict.fromkeys(("dp=8", "fsdp=8", "dp=2,fsdp=4", "dp=4,fsdp=2"), few) | dict.fromkeys(
-        ("pp=2,fsdp=4", "pp=2,fsdp=2,tp=2", "pp=2,dp=2,fsdp=2", "pp=4,fsdp=2"), apart
-    )
+    few = "--batch 6 has no sample for each of 8 ranks"
+    assert refused == dict.fromkeys(("dp=8", "fsdp=8", "dp=2,fsdp=4", "dp=4,fsdp=2"), few)
     assert found[0].fits
     assert {p.mesh for p in found} == {
         *("tp=8", "dp=2,tp=4", "fsdp=2,tp=4", "dp=4,tp=2", "fsdp=4,tp=2", "dp=2,fsdp=2,tp=2"),
         *("pp=8", "pp=2,tp=4", "pp=4,tp=2", "pp=2,dp=4", "pp=4,dp=2", "pp=2,dp=2,tp=2"),
+        *("pp=2,fsdp=4", "pp=4,fsdp=2", "pp=2,dp=2,fsdp=2", "pp=2,fsdp=2,tp=2"),
     }
     for plan in found:
         assert plan.fits == (plan.costs.memory <= 24 << 30)
@@ -129,8 +142,35 @@ def test_the_plan_taken_fits_and_the_impossible_is_named() -> None:
     assert refused == {"tp=2": "--mesh tp=2 must divide --heads, which is 3"}
     assert [p.mesh for p in found] == ["dp=2", "fsdp=2", "pp=2"]  # one that idles comes last
     found, refused = plans(named("nano", layers=1), Config(), 2, 8 << 30, "cpu")
-    assert refused == {"pp=2": "pp=2 needs a block for each stage; --layers is 1"}
+    assert refused == {"pp=2": "pp=2 needs a block for each of 2 stages; --layers is 1"}
     assert not plans(named("7B"), Config(), 1, 8 << 30, "cuda")[0][0].fits
+
+
+def test_several_stages_a_rank_idle_less_and_send_more() -> None:
+    shape, config = named("small", layers=8, heads=8, vocab=256), Config()
+    config.optim.batch, config.optim.micro = 16, 2
+    plain = {p.mesh: p for p in plans(shape, config, 4, 80 << 30, "cuda")[0]}
+    config.run.pp_stages = 2
+    found, refused = plans(shape, config, 4, 80 << 30, "cuda")
+    assert refused == {}
+    for plan in found:
+        one, pp = plain[plan.mesh], plan.sizes["pp"]
+        assert plan.costs.parts["weights"] == one.costs.parts["weights"]
+        if pp == 1:
+            assert plan == one
+            continue
+        micros = 16 // (plan.sizes["dp"] * plan.sizes["fsdp"]) // plan.micro
+        assert plan.idle == pytest.approx((pp - 1) / (pp - 1 + 2 * micros))
+        assert plan.idle < one.idle
+        assert plan.sent > one.sent
+        # a whole round ahead of the first backward
+        assert plan.costs.parts["activations"] > one.costs.parts["activations"]
+        assert f"--mesh {plan.mesh} --pp-stages 2" in plan.flags
+    sent = [p.costs.sent["pp: activations"] for p in (plain["pp=4"], *(p for p in found if p.mesh == "pp=4"))]
+    assert [n / (16 * shape.context * shape.width * 4) for n in sent] == [1, 3]  # the fullest rank is the last
+    config.run.pp_stages = 4
+    _, refused = plans(shape, config, 4, 80 << 30, "cuda")
+    assert refused == {"pp=4": "pp=4 with --pp-stages 4 needs a block for each of 16 stages; --layers is 8"}
 
 
 def test_the_command_prints_every_mesh_and_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +183,7 @@ def test_the_command_prints_every_mesh_and_what_to_take(capsys: pytest.CaptureFi
     assert found["take"].startswith("--mesh dp=4 --micro 8")
     assert {p["mesh"] for p in found["plans"]} == {
         *("dp=4", "dp=2,fsdp=2", "fsdp=4", "dp=2,tp=2", "fsdp=2,tp=2", "tp=4"),
-        *("pp=4", "pp=2,dp=2", "pp=2,tp=2"),
+        *("pp=4", "pp=2,dp=2", "pp=2,tp=2", "pp=2,fsdp=2"),
     }
     assert (
         cli.main(["plan", "--devices", "2", "--device", "cuda", "--memory", "8", "--size", "7B", "--batch", "2"]) == 1

@@ -177,7 +177,10 @@ class RunConfig:
     """Activation checkpointing: compute every other (half) or every (full) block again in the backward."""
     mesh: str = ""
     """Processes by dimension: dp=2 (the model on each), fsdp=4 (parameters cut over four), tp=2 (matrices and positions
-    cut over two), and products of them such as dp=2,fsdp=2; "": dp over all."""
+    cut over two), pp=2 (blocks cut into two stages), and products of them such as dp=2,fsdp=2; "": dp over all."""
+    pp_stages: int = 1
+    """Stages of a pipeline (--mesh pp=N) that each rank holds. 1: 1F1B. More: interleaved 1F1B, which idles less and sends
+    more."""
     nproc: int = 0
     """Processes to start on this machine; 0: as many as the mesh has, else one for each GPU, else one."""
     eval_every: int = 500
@@ -228,6 +231,7 @@ class Config:
             ("ramp", o.ramp, 0),
             ("keep", r.keep, 1),
             ("nproc", r.nproc, 0),
+            ("pp-stages", r.pp_stages, 1),
             ("eval-every", r.eval_every, 0),
             ("save-every", r.save_every, 0),
             ("max-bad", r.max_bad, 1),

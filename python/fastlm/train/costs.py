@@ -16,6 +16,7 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.loss import CHUNK_ELEMENTS
 from fastlm.train import lora
 from fastlm.train.config import Config
+from fastlm.train.stages import ahead, stage_of
 
 PROCESS = 450 << 20  # PyTorch, its libraries, and the pages of the corpus that were read
 
@@ -44,6 +45,7 @@ class Costs:
         """Raises InputError where tensor parallelism cannot cut the model."""
         c, m = model, config.model
         mesh = _Mesh(**(sizes or {}))
+        stages = mesh.pp * config.run.pp_stages
         with torch.device("meta"):
             plain = GPT(c)
             parameters = sum(p.numel() for p in plain.parameters())
@@ -58,10 +60,10 @@ class Costs:
         per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.width
         shapes = _shapes(plain, mesh.tp)
         ranks = []
-        for stage in range(mesh.pp):
-            blocks = [i for i in range(c.layers) if i * mesh.pp // c.layers == stage]
-            own = {n: p for n, p in named.items() if _on(n, stage, mesh.pp, blocks)}
-            ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, mesh, stage, device))
+        for at in range(mesh.pp):
+            blocks = [i for i in range(c.layers) if stage_of(i, c.layers, stages) % mesh.pp == at]
+            own = {n: p for n, p in named.items() if _on(n, at, mesh.pp, blocks)}
+            ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, mesh, at, device))
         parts, sent = max(ranks, key=lambda rank: sum(rank[0].values()))
         return cls(parameters, trained, per_token * c.context, parts, sent)
 
@@ -74,13 +76,13 @@ class _Mesh:
     tp: int = 1
 
 
-def _on(name: str, stage: int, stages: int, blocks: list[int]) -> bool:
-    """Whether a stage with these blocks holds a parameter; the last one has a copy of a tied embedding."""
+def _on(name: str, at: int, ranks: int, blocks: list[int]) -> bool:
+    """Whether a pipeline's rank with these blocks holds a parameter; the last one has a copy of a tied embedding."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) in blocks
-    if name == "embed.weight" and stage == stages - 1:
+    if name == "embed.weight" and at == ranks - 1:
         return True
-    return stage == (0 if name.startswith(("embed.", "place.")) else stages - 1)
+    return at == (0 if name.startswith(("embed.", "place.")) else ranks - 1)
 
 
 def _rank(
@@ -89,11 +91,11 @@ def _rank(
     named: Mapping[str, nn.Parameter],
     shapes: Mapping[str, torch.Size],
     mesh: _Mesh,
-    stage: int,
+    at: int,
     device: str,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes held and bytes sent by a rank of a stage that has the blocks of `c` and the parameters `named`."""
-    o, fsdp = config.optim, mesh.fsdp
+    """Bytes held and bytes sent by the pipeline's rank `at`, whose stages have the blocks of `c` and the parameters `named`."""
+    o, fsdp, each = config.optim, mesh.fsdp, config.run.pp_stages if mesh.pp > 1 else 1
     local = {n: shapes[n].numel() for n in named}  # elements that tensor parallelism leaves on a rank,
     held = {n: _ceil(shapes[n][0], fsdp) * shapes[n][1:].numel() for n in named}  # and what FSDP leaves of them
     mine = sum(held[n] for n, p in named.items() if p.requires_grad)
@@ -105,18 +107,19 @@ def _rank(
     share = _ceil(o.batch, mesh.dp * fsdp)
     micro = min(o.micro or share, share)
     micros, tokens = _ceil(share, micro), micro * c.context
-    last = stage == mesh.pp - 1
-    kept, working = _activations(c, config, tokens, mesh.tp, sum(local.values()), size)
+    last = at == mesh.pp - 1
+    stage = replace(c, layers=_ceil(c.layers, each))
+    kept, working = _activations(stage, config, tokens, mesh.tp, sum(local.values()), size)
     parts = {
         "weights": 4 * sum(held.values()),
         "gradients": 4 * mine,
         "optimizer": states_bytes,
         "average of weights": 4 * mine if o.ema else 0,
-        "activations": kept * min(mesh.pp - stage, micros) + working,
+        "activations": kept * min(ahead(at, mesh.pp, each, micros) + 1, each * micros) + working,
         "logits of one chunk": min(tokens * _ceil(c.vocab, mesh.tp), max(CHUNK_ELEMENTS, 16 * c.vocab)) * 12 * last,
     }
     if fsdp > 1:  # gathered: what is in no block for the whole step, and two blocks (one comes, one works)
-        block = sum(n for name, n in local.items() if name.startswith("blocks.0."))
+        block = sum(n for name, n in local.items() if name.startswith("blocks.")) // max(c.layers, 1)
         outside = sum(n for name, n in local.items() if not name.startswith("blocks."))
         parts["gathered weights"] = 2 * block * size + 4 * outside
         # gradients of accumulated micro-batches stay whole until the last; else those of one block and of the rest
@@ -124,7 +127,7 @@ def _rank(
     if device == "cpu":
         parts["copies that a checkpoint is written from"] = 4 * mine * (2 if o.ema else 1) + states_bytes
         parts["process"] = PROCESS
-    return parts, _sent(c, config, local, named, mesh, stage, tokens, micros, size)
+    return parts, _sent(c, config, local, named, mesh, at, tokens, micros, size)
 
 
 def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
@@ -138,9 +141,8 @@ def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
 
 
 def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> tuple[int, int]:
-    """Bytes that the forward of one micro-batch leaves for its backward; and in which backwards work.
-
-    `parameters` counts those of the rank."""
+    """Bytes that the forward of one micro-batch through the blocks of `c` leaves for its backward; and in which backwards
+    work, which go one at a time. `parameters` counts those of the rank."""
     kv = (c.kv_heads or c.heads) * (c.width // c.heads)
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
     block = (8 * c.width + 4 * (c.width + kv)) + branch
@@ -150,12 +152,14 @@ def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters:
     whole_positions = 2 * c.width if tp > 1 else 0  # inputs of qkv and up, gathered
     block = _ceil(block - whole_positions, tp) + whole_positions
     again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]
-    whole = c.layers - again + (1 if again else 0)  # blocks held whole at once: one of those computed again is
+    whole = c.layers - again
     held = tokens * (whole * block + _ceil(again * c.width, tp) + 4 * c.width) * size
     work = tokens * working * size
     if config.run.dtype != "float32":  # the residual stream and the norms stay float32; weights are cast once
         held += tokens * whole * _ceil(2 * c.width, tp) * 4
         work += parameters * size
+    if again:  # a block computed again is held whole then
+        work += tokens * (block * size + (_ceil(2 * c.width, tp) * 4 if config.run.dtype != "float32" else 0))
     return held, work
 
 
@@ -165,7 +169,7 @@ def _sent(
     local: Mapping[str, int],
     named: Mapping[str, nn.Parameter],
     mesh: _Mesh,
-    stage: int,
+    at: int,
     tokens: int,
     micros: int,
     size: int,
@@ -183,7 +187,7 @@ def _sent(
         out["fsdp: weights"] = micros * (fsdp - 1) * (2 * (linear * size + rest * 4) + once * 4) // fsdp
         out["fsdp: gradients"] = (fsdp - 1) * 4 * trained // fsdp
     if mesh.pp > 1:  # hidden states to the next stage, their gradients to the one before
-        ways = (stage > 0) + (stage < mesh.pp - 1)
+        ways = 2 * config.run.pp_stages - (at == 0) - (at == mesh.pp - 1)
         out["pp: activations"] = micros * tokens * c.width * 4 * ways // tp
     if tp > 1:
         again = {"none": 0, "half": _ceil(c.layers, 2), "full": c.layers}[config.run.recompute]

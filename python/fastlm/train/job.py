@@ -25,7 +25,7 @@ from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, joint_tokenizer, silent
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.train import checkpoint, export, lora, report, state
+from fastlm.train import checkpoint, export, lora, parallel, report, state
 from fastlm.train.callbacks import Callback, Picture, Progress, Samples, Tensorboard, Wandb
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs
@@ -213,6 +213,7 @@ class Job:
         cut = [name for name, size in getattr(self.ranks, "sizes", {}).items() if size > 1 and name != "dp"]
         if config.model.lora_rank and cut:
             raise InputError(f"--lora-rank trains whole models, by --mesh dp=N; it is not built for {cut[0]}")
+        parallel.check(config, self.ranks.sizes)
         self.device = self.ranks.device or pick_device(config.run.device)
         note = note if note is not None and first else silent
         given = None
@@ -277,9 +278,9 @@ class Job:
         self.model = model
 
     def sample(self, count: int) -> str:
-        """Text of the model as it stands, with the weights that evaluations use."""
+        """Text of the model as it stands, with the weights and in the type that evaluations use."""
         # A compiled model would be compiled again for every length that its cache grows to.
-        with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
+        with self.trainer.averaged(), self.trainer.autocast(), torch.compiler.set_stance("force_eager"):
             choose = sampler(0.8, seed=self.config.run.seed)
             return generate(self.model, self.data[0].tokenizer, "", count, choose)
 

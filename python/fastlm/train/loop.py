@@ -138,24 +138,22 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
         number = self.micro_batches(size)
-        ahead: dict[int, Tensor] = {}  # losses whose backward is to come
-        for what, i in self.layout.schedule(number):
-            with self.layout.last(i == number - 1), self.autocast():
+        ahead: dict[tuple[int, int], Tensor] = {}  # losses whose backward is to come
+        read: dict[int, tuple[np.ndarray, tuple[Tensor, ...], bool]] = {}  # micro-batches that a stage is to see yet
+        for what, i, stage in self.layout.schedule(number):
+            with self.layout.last(stage, i == number - 1), self.autocast():
                 if what == "backward":
-                    ahead.pop(i).backward()
+                    ahead.pop((i, stage)).backward()
                     continue
-                ids, batch = next(self.loader)
-                empty = not len(ids)
-                if empty:  # the other ranks wait for this one's collectives: a sample that counts nothing stands in
-                    ids = np.array([self.consumed])
-                    batch = self.data.batch(ids)
-                batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
+                if stage == 0:
+                    read[i] = self._next_micro_batch()
+                ids, batch, empty = read[i] if stage + 1 < len(self.layout.stages) else read.pop(i)
                 self.kernels.place(self.config.run.seed, self.step, ids)
-                loss, tokens = self.loss(self.model, *batch)
-                ahead[i] = loss * (unit * self.scale) * (0.0 if empty else 1.0)
+                loss, tokens = self.loss(self.layout.stages[stage], *batch)
+                ahead[i, stage] = loss * (unit * self.scale) * (0.0 if empty else 1.0)
             if not empty:
                 total += loss.detach()
-                count += tokens
+                count += tokens * (stage == 0)
         total, count = self.ranks.sum(total), self.ranks.sum(count)
         grads = self.layout.grads()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
@@ -180,6 +178,15 @@ class Trainer:
                 "size": size,
             }
         )
+
+    def _next_micro_batch(self) -> tuple[np.ndarray, tuple[Tensor, ...], bool]:
+        """Sample numbers and tensors; and whether they count nothing, standing in for samples that other ranks have."""
+        ids, batch = next(self.loader)
+        empty = not len(ids)
+        if empty:  # the other ranks wait for this one's collectives
+            ids = np.array([self.consumed])
+            batch = self.data.batch(ids)
+        return ids, tuple(t.to(self.device, non_blocking=True) for t in batch), empty
 
     def _after(self, found: Tensor) -> None:
         """Moving average and loss scale, both by the device's own verdict on the step."""

@@ -21,22 +21,34 @@ from fastlm.train.config import Config
 from fastlm.train.mesh import Group, Ranks
 
 if TYPE_CHECKING:
+    from fastlm.train.pipeline import Pipeline
     from fastlm.train.tensor_parallel import Cut, Tensors
 
-__all__ = ["Layout", "Ranks", "wrap"]
+__all__ = ["Layout", "Ranks", "check", "wrap"]
 
 
 class Layout:
-    """A model whole on every rank, or cut by tensor parallelism alone: what DDP and one process have."""
+    """A model whole on every rank, or cut by tensor parallelism and into the stages of a pipeline alone.
 
-    def __init__(self, model: nn.Module, ranks: Ranks, tensors: Tensors | None = None) -> None:
-        self.model, self.ranks, self.tensors = model, ranks, tensors
+    Of tied matrices a pipeline's last rank holds a copy that the same gradients keep the same.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, tensors: Tensors | None = None, pipe: Pipeline | None = None
+    ) -> None:
+        self.model, self.ranks, self.tensors, self.pipe = model, ranks, tensors, pipe
+        self.stages: list[nn.Module] = [model] if pipe is None else [*pipe.parts]  # what a step calls, by `schedule`
         self.cuts: Mapping[str, Cut] = {} if tensors is None else tensors.cuts
         self.part = (0, 1) if tensors is None else (tensors.rank, tensors.ranks)  # of the positions
-        self.params: dict[str, Tensor] = dict(model.named_parameters())
+        held = dict(model.named_parameters())
+        names = frozenset(held) if pipe is None else pipe.names
+        self._copy = "embed.weight" if "head.weight" in held.keys() - names else ""
+        self.params: dict[str, Tensor] = {
+            self._copy if n == "head.weight" and self._copy else n: p for n, p in held.items()
+        }
         self._local = {n: tuple(p.shape) for n, p in self.params.items()}  # as tensor parallelism leaves them
         self.writes = ranks.data_rank == 0  # whether this rank's shards go into checkpoints; another's are the same
-        self.elsewhere: frozenset[str] = frozenset()  # parameters that other stages of a pipeline hold
+        self.elsewhere = names - self.params.keys()  # parameters that other stages of a pipeline hold
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each trainable parameter of the plain model as the local tensor that an optimizer may change."""
@@ -44,6 +56,10 @@ class Layout:
 
     def grads(self) -> list[Tensor]:
         """The gradients of this step, complete, in the places where the optimizer looks for them. Called once a step."""
+        if self.pipe is not None:
+            self.pipe.finish()
+            if "head.weight" not in self.pipe.names and (self.pipe.first or self.pipe.last):  # tied, over both ends
+                torch.distributed.all_reduce(self.params["embed.weight"].grad, group=self.pipe.ends)
         if self.tensors is not None:
             self.tensors.complete([p.grad for n, p in self.params.items() if p.grad is not None and n not in self.cuts])
         return [p.grad for p in self.params.values() if p.grad is not None]
@@ -65,11 +81,11 @@ class Layout:
 
     def _norm_groups(self) -> list[Any]:
         """Groups over which squares are summed: of ranks that hold different parts."""
-        return [] if self.tensors is None else [self.tensors.group]
+        return [part.group for part in (self.pipe, self.tensors) if part is not None]
 
     def _counted(self, name: str) -> bool:
         """Whether this rank's part of a parameter is not another's too, of those over which squares are summed."""
-        return self.part[0] == 0 or name in self.cuts
+        return (self.part[0] == 0 or name in self.cuts) and not (self._copy and name == self._copy)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole parameter."""
@@ -81,6 +97,13 @@ class Layout:
 
     def pieces(self, name: str, t: Tensor) -> list[Piece]:
         """The boxes of the whole that `t` consists of, a tensor cut as the parameter `name`."""
+        return [self._once(name, piece) for piece in self._boxes(name, t)]
+
+    def _once(self, name: str, piece: Piece) -> Piece:
+        """Left to the first rank of a pipeline where this one's is a copy."""
+        return replace(piece, kept=False) if self._copy and name == self._copy else piece
+
+    def _boxes(self, name: str, t: Tensor) -> list[Piece]:
         cut, shape = self.cuts.get(name), self.shape(name)
         low, high = self._rows(name)
         rest = (0,) * (len(shape) - 1)
@@ -103,7 +126,7 @@ class Layout:
 
     def scalar(self, name: str, t: Tensor) -> Piece:
         """A value that the optimizer keeps of the whole parameter `name`."""
-        return Piece.whole(t)
+        return self._once(name, Piece.whole(t))
 
     def whole(self, name: str, t: Tensor) -> Tensor:
         """All ranks' pieces of `t`, a tensor cut as the parameter `name`, as one."""
@@ -116,15 +139,18 @@ class Layout:
         """This rank's piece of a whole tensor."""
         return self.cuts[name].take(t, self.part[0]) if name in self.cuts else t
 
-    def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch; gradients are only reduced in the last one of a step."""
+    def last(self, stage: int, micro: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around what one stage does of a micro-batch; gradients are only reduced in the last one of a step."""
         return contextlib.nullcontext()
 
-    def schedule(self, micros: int) -> Iterator[tuple[str, int]]:
-        """("forward" | "backward", number of the micro-batch) in the order of a step."""
+    def schedule(self, micros: int) -> Iterator[tuple[str, int, int]]:
+        """("forward" | "backward", number of the micro-batch, index in `stages`) in the order of a step."""
+        if self.pipe is not None:
+            yield from self.pipe.schedule(micros)
+            return
         for i in range(micros):
-            yield "forward", i
-            yield "backward", i
+            yield "forward", i, 0
+            yield "backward", i, 0
 
 
 class Replicated(Layout):
@@ -138,69 +164,39 @@ class Replicated(Layout):
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        self.stages = [self.wrapped]
 
-    def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
+    def last(self, stage: int, micro: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if micro else self.wrapped.no_sync()
 
 
-class Staged(Layout):
-    """A stage of a pipeline. Of tied matrices the last stage holds a copy that the same gradients keep the same."""
-
-    def __init__(self, model: nn.Module, ranks: Group, tensors: Tensors | None) -> None:
-        from fastlm.train import pipeline
-
-        names = frozenset(n for n, _ in model.named_parameters())
-        self.pipe = pipeline.cut(model, ranks, tensors)
-        super().__init__(model, ranks, tensors)
-        self._copy = "" if "head.weight" in names or not self.pipe.last else "embed.weight"
-        self.params = {self._copy if n == "head.weight" and self._copy else n: p for n, p in self.params.items()}
-        self._local = {n: tuple(p.shape) for n, p in self.params.items()}
-        self._tied = "head.weight" not in names and (self.pipe.first or self.pipe.last)
-        self.elsewhere = names - self.params.keys()
-        self._mean = (ranks.mesh["dp"].get_group(), ranks.sizes["dp"])
-
-    def schedule(self, micros: int) -> Iterator[tuple[str, int]]:
-        from fastlm.train import pipeline
-
-        return pipeline.schedule(self.pipe.stage, self.pipe.stages, micros)
+class Averaged(Layout):
+    """Stages that are repeated over dp, their gradients averaged after the last backward: DDP knows of no pipelines."""
 
     def grads(self) -> list[Tensor]:
-        self.pipe.finish()
-        group, ranks = self._mean
+        assert isinstance(self.ranks, Group)
         found = [p.grad for p in self.params.values() if p.grad is not None]
-        if self._tied:
-            torch.distributed.all_reduce(self.params["embed.weight"].grad, group=self.pipe.ends)
-        if ranks > 1 and found:
-            flat = torch.cat([g.reshape(-1) for g in found])
-            torch.distributed.all_reduce(flat, group=group)
-            for g, mean in zip(found, (flat / ranks).split([g.numel() for g in found])):
-                g.copy_(mean.view(g.shape))
+        flat = torch.cat([g.reshape(-1) for g in found])
+        torch.distributed.all_reduce(flat, group=self.ranks.mesh["dp"].get_group())
+        for g, mean in zip(found, (flat / self.ranks.sizes["dp"]).split([g.numel() for g in found])):
+            g.copy_(mean.view(g.shape))
         return super().grads()
-
-    def _norm_groups(self) -> list[Any]:
-        return [self.pipe.group, *super()._norm_groups()]
-
-    def _counted(self, name: str) -> bool:
-        return super()._counted(name) and name != self._copy
-
-    def pieces(self, name: str, t: Tensor) -> list[Piece]:
-        return [replace(p, kept=p.kept and name != self._copy) for p in super().pieces(name, t)]
-
-    def scalar(self, name: str, t: Tensor) -> Piece:
-        return replace(Piece.whole(t), kept=name != self._copy)
 
 
 class Sharded(Layout):
     """FSDP2 (Zhao et al. 2023): each parameter cut along its first dimension, gathered where a forward needs it.
 
-    With dp > 1 the shards are repeated over dp (hybrid sharding). The linear layers' weights travel in the autocast type,
-    the very numbers that autocast would make of them; all others, and every gradient's sum, in float32.
+    With dp > 1 the shards are repeated over dp (hybrid sharding). Each stage of a pipeline is sharded for itself: its
+    gradients are reduced after its own last backward, and what FSDP keeps of a backward is no other stage's. The linear
+    layers' weights travel in the autocast type, the very numbers that autocast would make of them; all others, and every
+    gradient's sum, in float32.
     """
 
-    def __init__(self, model: nn.Module, ranks: Group, config: Config, tensors: Tensors | None) -> None:
+    def __init__(
+        self, model: nn.Module, ranks: Group, config: Config, tensors: Tensors | None, pipe: Pipeline | None
+    ) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        local = {n: tuple(p.shape) for n, p in model.named_parameters()}
         mesh = ranks.mesh["dp", "fsdp"] if ranks.sizes["dp"] > 1 else ranks.mesh["fsdp"]
         narrow: dict[str, Any] = {}
         if config.run.dtype != "float32":
@@ -208,20 +204,20 @@ class Sharded(Layout):
                 param_dtype=getattr(torch, config.run.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
             )
             narrow = {"mp_policy": policy}
-        for block in _blocks(model):
-            if narrow:
-                for part in block.children():
-                    if list(part.parameters()) and _only_linear(part):
-                        fully_shard(part, mesh=mesh, **narrow)
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        super().__init__(model, ranks, tensors)
-        self._local = local
+        for root in [model] if pipe is None else pipe.parts:
+            for block in _blocks(root):
+                if narrow:
+                    for part in block.children():
+                        if list(part.parameters()) and _only_linear(part):
+                            fully_shard(part, mesh=mesh, **narrow)
+                fully_shard(block, mesh=mesh)
+            fully_shard(root, mesh=mesh)
+            root.register_forward_hook(_let_go)
+        super().__init__(model, ranks, tensors, pipe)
         self._group = ranks.mesh["fsdp"].get_group()
         self._parts, self._at = ranks.sizes["fsdp"], ranks.mesh.get_local_rank("fsdp")
         self.writes = ranks.mesh.get_local_rank("dp") == 0
-        self._sharded = dict(model.named_parameters())
-        self.params = {}
+        self._sharded, self.params = self.params, {}
         for name, p in self._sharded.items():
             own = nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad)  # type: ignore[attr-defined]
             assert own.data_ptr() == p.to_local().data_ptr()  # type: ignore[attr-defined]
@@ -261,9 +257,16 @@ class Sharded(Layout):
     def own(self, name: str, t: Tensor) -> Tensor:
         return super().own(name, t)[slice(*self._rows(name))]
 
-    def last(self, micro: bool) -> contextlib.AbstractContextManager[Any]:
-        self.model.set_requires_gradient_sync(micro)  # type: ignore[operator]
+    def last(self, stage: int, micro: bool) -> contextlib.AbstractContextManager[Any]:
+        self.stages[stage].set_requires_gradient_sync(micro)  # type: ignore[operator]
         return contextlib.nullcontext()
+
+
+def _let_go(root: nn.Module, *_: Any) -> None:
+    """FSDP keeps what is in no block gathered until a backward; none follows an evaluation, whose weights may be others
+    than those of the next step (the moving average's, the best ones)."""
+    if not torch.is_grad_enabled():
+        root.reshard()  # type: ignore[operator]
 
 
 def _only_linear(module: nn.Module) -> bool:
@@ -273,23 +276,31 @@ def _only_linear(module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that a model repeats: the items of its ModuleLists."""
-    return [item for m in model.modules() if isinstance(m, nn.ModuleList) for item in m]
+    """The modules that a model repeats: the items of its ModuleLists that hold parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return [item for m in lists for item in m if any(True for _ in item.parameters())]
+
+
+def check(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raise InputError for what is not built together, or makes no sense together, with a mesh of these sizes."""
+    for name in (n for n in ("fsdp", "tp", "pp") if sizes.get(n, 1) > 1):
+        if config.run.compile:
+            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+        if name != "fsdp" and config.model.lora_rank:
+            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if config.run.pp_stages > 1 and sizes.get("pp", 1) == 1:
+        raise InputError(
+            f"--pp-stages must be 1 without a pipeline (--mesh pp=N with N above 1); it is {config.run.pp_stages}"
+        )
 
 
 def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Layout]:
     """The model to call in a step, and what this process holds of it."""
+    check(config, ranks.sizes)
     if not isinstance(ranks, Group):
         return model, Layout(model, ranks)
     sizes = ranks.sizes
-    tensors = None
-    for name in ("fsdp", "tp", "pp"):
-        if sizes[name] > 1 and config.run.compile:
-            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
-        if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
-            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
-    if sizes["pp"] > 1 and sizes["fsdp"] > 1:
-        raise InputError("--mesh pp=... with fsdp=... is not built; use pp with dp and tp")
+    tensors = pipe = None
     if sizes["fsdp"] > 1 or sizes["tp"] > 1 or sizes["pp"] > 1:
         with torch.no_grad():
             for t in [*model.parameters(), *model.buffers()]:  # one process's values, whatever each drew
@@ -298,11 +309,15 @@ def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Lay
         from fastlm.train import tensor_parallel
 
         tensors = tensor_parallel.cut(model, ranks.mesh["tp"].get_group())
-    if sizes["fsdp"] > 1:
-        return model, Sharded(model, ranks, config, tensors)
     if sizes["pp"] > 1:
-        return model, Staged(model, ranks, tensors)
-    if sizes["dp"] == 1 and tensors is not None:
-        return model, Layout(model, ranks, tensors)
+        from fastlm.train import pipeline
+
+        pipe = pipeline.cut(model, ranks, tensors, config.run.pp_stages)
+    if sizes["fsdp"] > 1:
+        return model, Sharded(model, ranks, config, tensors, pipe)
+    if pipe is not None and sizes["dp"] > 1:
+        return model, Averaged(model, ranks, tensors, pipe)
+    if sizes["dp"] == 1 and (tensors is not None or pipe is not None):
+        return model, Layout(model, ranks, tensors, pipe)
     layout = Replicated(model, ranks, tensors)
     return layout.wrapped, layout

@@ -1,10 +1,10 @@
 """Pipeline parallelism over fastlm's GPT: each rank of the group keeps some of the blocks, and micro-batches flow through.
 
-`cut(model, ...)` leaves a stage its blocks (the first also the embedding, the last norm and head) and puts modules that
-pass things on in the others' places, so the model's forward stays as it is written. In training a stage that is not the
-last returns a zero in place of the loss: its backward waits for the gradient that the next stage sends. So the trainer
-runs the same lines on every stage, in the order of `schedule`: one forward, one backward (1F1B, Narayanan et al. 2019),
-with at most as many micro-batches in flight as there are stages behind.
+`cut(model, ...)` leaves a rank the blocks of its stages (the first rank also the embedding, the last one norm and head) and
+makes a `Stage` of each: a module that runs the model's forward, as it is written, with modules that pass things on in the
+place of what other stages compute. In training a stage that is not the last returns a zero in place of the loss: its
+backward waits for the gradient that the next stage sends. So the trainer runs the same lines on every stage, in the order
+that stages.py says.
 """
 
 from __future__ import annotations
@@ -20,49 +20,53 @@ from fastlm import rng
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import GPT
 from fastlm.train.mesh import Group
+from fastlm.train.stages import schedule, stage_of
 from fastlm.train.tensor_parallel import Tensors
 
-__all__ = ["Pipeline", "cut", "schedule"]
-
-
-def schedule(stage: int, stages: int, micros: int) -> Iterator[tuple[str, int]]:
-    """("forward" | "backward", number of the micro-batch) in the order of a stage."""
-    ahead = min(stages - 1 - stage, micros)
-    for i in range(micros + ahead):
-        if i < micros:
-            yield "forward", i
-        if i >= ahead:
-            yield "backward", i - ahead
+__all__ = ["Pipeline", "Stage", "cut"]
 
 
 class Pipeline:
-    """A stage's links to the one before and the one behind. Activations are float32 [B, positions, C]."""
+    """A rank's links to the one before and the one behind. Activations are float32 [B, positions, C]."""
 
-    def __init__(self, ranks: Group, width: int, tensors: Tensors | None) -> None:
+    parts: list[Stage]  # the rank's stages, in their order
+    names: frozenset[str]  # of the whole model's parameters
+
+    def __init__(self, ranks: Group, width: int, tensors: Tensors | None, each: int) -> None:
         assert ranks.device is not None
-        self.stages, self.width, self.tensors, self.device = ranks.sizes["pp"], width, tensors, ranks.device
-        apart = ranks.size // self.stages  # ranks of neighbouring stages
-        self.stage = ranks.rank // apart
-        self.first, self.last = self.stage == 0, self.stage == self.stages - 1
-        self.ranks = [ranks.rank % apart + apart * stage for stage in range(self.stages)]
+        self.size, self.each, self.stages = ranks.sizes["pp"], each, ranks.sizes["pp"] * each
+        self.width, self.tensors, self.device = width, tensors, ranks.device
+        apart = ranks.size // self.size  # ranks of neighbouring stages
+        self.rank = ranks.rank // apart
+        self.first, self.last = self.rank == 0, self.rank == self.size - 1  # whether it holds the first stage, the last
+        self.ranks = [ranks.rank % apart + apart * at for at in range(self.size)]
+        self.running = False  # whether one of the stages is
         made: list[Any] = []
         for at in range(apart):  # every rank takes part in making every group
-            column = [at + apart * stage for stage in range(self.stages)]
-            # each direction has a group of its own: on a GPU the transfers of one group wait for each other
-            groups = [dist.new_group(column) for _ in range(3)] + [dist.new_group([column[0], column[-1]])]
+            column = [at + apart * rank for rank in range(self.size)]
+            # Each direction has a group of its own, and so has the way from the last rank round to the first: on a GPU the
+            # transfers of one group wait for each other.
+            groups = [dist.new_group(column) for _ in range(3 if each == 1 else 5)]
+            groups.append(dist.new_group([column[0], column[-1]]))
             made = groups if column == self.ranks else made
-        self.group, self._down, self._up, self.ends = made
+        self.group, *self._links, self.ends = made
         self._sent: list[tuple[Any, Tensor]] = []
 
-    def send(self, x: Tensor, by: int) -> None:
-        """To the neighbour `by` stages on; returns before it has arrived."""
+    def _link(self, source: int, target: int) -> Any:
+        """The group in which neighbouring stages talk in this direction."""
+        around = min(source, target) % self.size == self.size - 1
+        return self._links[(source > target) + 2 * around]
+
+    def send(self, x: Tensor, source: int, target: int) -> None:
+        """From a stage of this rank to a neighbour; returns before it has arrived."""
         x = x.detach().contiguous()
         self._sent = [(work, t) for work, t in self._sent if not work.is_completed()]
-        self._sent.append((dist.isend(x, self.ranks[self.stage + by], group=self._down if by > 0 else self._up), x))
+        work = dist.isend(x, self.ranks[target % self.size], group=self._link(source, target))
+        self._sent.append((work, x))
 
-    def receive(self, shape: tuple[int, ...], by: int) -> Tensor:
+    def receive(self, shape: tuple[int, ...], source: int, target: int) -> Tensor:
         x = torch.empty(shape, device=self.device)
-        dist.recv(x, self.ranks[self.stage + by], group=self._up if by > 0 else self._down)
+        dist.recv(x, self.ranks[source % self.size], group=self._link(source, target))
         return x
 
     def finish(self) -> None:
@@ -72,67 +76,71 @@ class Pipeline:
         self._sent.clear()
 
     def share(self, out: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The last stage's result on every stage."""
+        """The last stage's result on every rank."""
         out = out.float().contiguous() if self.last else torch.empty(shape, device=self.device)
         dist.broadcast(out, self.ranks[-1], group=self.group)
         return out
+
+    def schedule(self, micros: int) -> Iterator[tuple[str, int, int]]:
+        """This rank's order of a step."""
+        return schedule(self.rank, self.size, self.each, micros)
 
 
 class _Send(torch.autograd.Function):
     """Hidden states to the next stage; zero in the loss's place, whose backward waits for their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pipe: Pipeline) -> Tensor:
-        pipe.send(x.float(), 1)
-        ctx.pipe, ctx.shape, ctx.dtype = pipe, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, pipe: Pipeline, stage: int) -> Tensor:
+        pipe.send(x.float(), stage, stage + 1)
+        ctx.pipe, ctx.stage, ctx.shape, ctx.dtype = pipe, stage, x.shape, x.dtype
         return x.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return ctx.pipe.receive(ctx.shape, 1).to(ctx.dtype), None
+        return ctx.pipe.receive(ctx.shape, ctx.stage + 1, ctx.stage).to(ctx.dtype), None, None
 
 
 class _Receive(torch.autograd.Function):
     """Hidden states of the stage before, which gets their gradient. `anchor` makes autograd ask for it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], pipe: Pipeline) -> Tensor:
-        ctx.pipe = pipe
-        return pipe.receive(shape, -1)
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], pipe: Pipeline, stage: int) -> Tensor:
+        ctx.pipe, ctx.stage = pipe, stage
+        return pipe.receive(shape, stage - 1, stage)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        ctx.pipe.send(grad.float(), -1)
-        return torch.zeros((), device=grad.device), None, None
+        ctx.pipe.send(grad.float(), ctx.stage, ctx.stage - 1)
+        return torch.zeros((), device=grad.device), None, None, None
 
 
 class _Incoming(nn.Module):
     """In the embedding's place."""
 
-    def __init__(self, pipe: Pipeline) -> None:
+    def __init__(self, pipe: Pipeline, stage: int) -> None:
         super().__init__()
-        self.pipe = pipe
+        self.pipe, self.stage = pipe, stage
 
     def forward(self, tokens: Tensor) -> Tensor:
         pipe, length = self.pipe, tokens.shape[1]
         if pipe.tensors is not None and pipe.tensors.split:
             length //= pipe.tensors.ranks
         anchor = torch.zeros((), device=tokens.device, requires_grad=True)
-        x: Tensor = _Receive.apply(anchor, (tokens.shape[0], length, pipe.width), pipe)
+        x: Tensor = _Receive.apply(anchor, (tokens.shape[0], length, pipe.width), pipe, self.stage)
         return x
 
 
 class _Outgoing(nn.Module):
     """In the head's place."""
 
-    def __init__(self, pipe: Pipeline) -> None:
+    def __init__(self, pipe: Pipeline, stage: int) -> None:
         super().__init__()
-        self.pipe = pipe
+        self.pipe, self.stage = pipe, stage
 
     def forward(self, x: Tensor) -> Tensor:
-        zero: Tensor = _Send.apply(x, self.pipe)
+        zero: Tensor = _Send.apply(x, self.pipe, self.stage)
         return zero
 
 
@@ -150,46 +158,87 @@ class _Nothing(nn.Module):
         return 0.0
 
 
-class _Stage(GPT):
+class Stage(nn.Module):
+    """One stage of a model: what it holds of it, under the model's own names. Its forward is the model's."""
+
+    def __init__(self, model: GPT, pipe: Pipeline, number: int) -> None:
+        super().__init__()
+        self._whole = (model,)  # no child: its parameters are not all the stage's
+        first, last = number == 0, number == pipe.stages - 1
+        self.embed = model.embed if first else _Incoming(pipe, number)
+        self.place = model.place if first or model.place is None else _Nothing()
+        self.drop = model.drop if first else _Elsewhere()
+        self.blocks = nn.ModuleList(
+            block if stage_of(i, len(model.blocks), pipe.stages) == number else _Elsewhere()
+            for i, block in enumerate(model.blocks)
+        )
+        self.norm = model.norm if last else _Elsewhere()
+        self.head = model.head if last else _Outgoing(pipe, number)
+        self.pipe = pipe
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        model = self._whole[0]
+        held, model._modules, self.pipe.running = model._modules, self._modules, True
+        try:
+            out: Tensor = model(*args, **kwargs)
+            return out
+        finally:
+            model._modules, self.pipe.running = held, False
+
+
+class _Staged(GPT):
+    """The model as a whole: it evaluates by the rank's stages in turn; training calls the stages themselves."""
+
     pipe: Pipeline
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        out = super().forward(tokens, targets, *args, **kwargs)
+        pipe, cache = self.pipe, kwargs.get("cache")
+        if pipe.running:
+            return super().forward(tokens, targets, *args, **kwargs)
         if torch.is_grad_enabled():
-            return out
-        shape = () if targets is not None else (*tokens.shape, self.config.vocab)
-        out = self.pipe.share(out, shape)
-        self.pipe.finish()
+            raise RuntimeError("a model cut into stages trains by its stages; call it under torch.no_grad()")
+        length = 0 if cache is None else cache.length
+        for part in pipe.parts:
+            if cache is not None:  # each stage reads the same positions
+                cache.length = length
+            out = part(tokens, targets, *args, **kwargs)
+        out = pipe.share(out, () if targets is not None else (*tokens.shape, self.config.vocab))
+        pipe.finish()
         return out
 
     def loss(self, x: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
-        if self.pipe.last:
-            return super().loss(x, targets, smoothing, z_loss)
-        zero: Tensor = _Send.apply(x, self.pipe)
-        return zero
+        if isinstance(self.head, _Outgoing):
+            zero: Tensor = self.head(x)
+            return zero
+        return super().loss(x, targets, smoothing, z_loss)
 
 
-def cut(model: nn.Module, ranks: Group, tensors: Tensors | None) -> Pipeline:
-    """Leave this stage its part of `model`, the same on every rank before (but for what tensor parallelism cut).
+def cut(model: nn.Module, ranks: Group, tensors: Tensors | None, each: int = 1) -> Pipeline:
+    """Leave this rank the parts of `model`, the same on every rank before (but for what tensor parallelism cut), that its
+    `each` stages have.
 
     Raises InputError for a model that is not fastlm's GPT, or has fewer blocks than there are stages.
     """
-    stages = ranks.sizes["pp"]
+    size = ranks.sizes["pp"]
     if not isinstance(model, GPT):
-        raise InputError(f"--mesh pp={stages} cuts fastlm's GPT and not a {type(model).__name__}; use dp or fsdp")
+        raise InputError(f"--mesh pp={size} cuts fastlm's GPT and not a {type(model).__name__}; use dp or fsdp")
     layers = model.config.layers
-    if layers < stages:
-        raise InputError(f"--mesh pp={stages} needs a block for each stage; --layers is {layers}")
-    pipe = Pipeline(ranks, model.config.width, tensors)
+    if layers < size * each:
+        several = f" with --pp-stages {each}" if each > 1 else ""
+        raise InputError(
+            f"--mesh pp={size}{several} needs a block for each of {size * each} stages; --layers is {layers}"
+        )
+    pipe = Pipeline(ranks, model.config.width, tensors, each)
+    pipe.names = frozenset(name for name, _ in model.named_parameters())
+    pipe.parts = [Stage(model, pipe, pipe.rank + pipe.size * k) for k in range(each)]
     for i in range(layers):
-        if i * stages // layers != pipe.stage:
+        if stage_of(i, layers, pipe.stages) % pipe.size != pipe.rank:
             model.blocks[i] = _Elsewhere()
     if not pipe.first:
-        model.embed, model.drop = _Incoming(pipe), _Elsewhere()  # type: ignore[assignment]
-        if model.place is not None:
-            model.place = _Nothing()  # type: ignore[assignment]
+        model.embed, model.drop = _Elsewhere(), _Elsewhere()  # type: ignore[assignment]
+        model.place = None if model.place is None else _Nothing()  # type: ignore[assignment]
     if not pipe.last:
-        model.norm, model.head = _Elsewhere(), _Outgoing(pipe)  # type: ignore[assignment]
+        model.norm, model.head = _Elsewhere(), _Elsewhere()  # type: ignore[assignment]
     model.contexts = rng.checkpoint_context(model)  # what is recomputed is of an earlier micro-batch than the last set
-    model.__class__, model.pipe = type(type(model).__name__, (_Stage, type(model)), {}), pipe  # type: ignore[assignment]
+    model.__class__, model.pipe = type(type(model).__name__, (_Staged, type(model)), {}), pipe  # type: ignore[assignment]
     return pipe

@@ -12,6 +12,7 @@ from fastlm.models.gpt import GPTConfig
 from fastlm.train.config import Config
 from fastlm.train.costs import Costs
 from fastlm.train.mesh import BUILT
+from fastlm.train.stages import idle
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class Plan:
     sizes: dict[str, int]
     micro: int  # samples of one forward
     recompute: str
+    stages: int  # of a pipeline, on each rank
     costs: Costs
     flops: float  # of one rank in a step, recomputation counted
-    idle: float  # part of the step in which a stage of a pipeline has nothing to do
+    idle: float  # part of the step in which a rank of a pipeline has nothing to do
     fits: bool
 
     @property
@@ -34,6 +36,7 @@ class Plan:
     @property
     def flags(self) -> str:
         words = [f"--mesh {self.mesh}"] if self.mesh else []
+        words += [f"--pp-stages {self.stages}"] if self.stages > 1 else []
         return " ".join([*words, f"--micro {self.micro}", f"--recompute {self.recompute}"])
 
 
@@ -68,15 +71,17 @@ def plans(
         if data > config.optim.batch:
             refused[mesh] = f"--batch {config.optim.batch} has no sample for each of {data} ranks"
             continue
-        if sizes["pp"] > shape.layers:
-            refused[mesh] = f"pp={sizes['pp']} needs a block for each stage; --layers is {shape.layers}"
+        stages = sizes["pp"] * config.run.pp_stages
+        if sizes["pp"] > 1 and stages > shape.layers:
+            several = f" with --pp-stages {config.run.pp_stages}" if config.run.pp_stages > 1 else ""
+            refused[mesh] = (
+                f"pp={sizes['pp']}{several} needs a block for each of {stages} stages; --layers is {shape.layers}"
+            )
         for name in ("fsdp", "tp", "pp"):
             if sizes[name] > 1 and config.run.compile:
                 refused[mesh] = f"--compile with {name} is not built"
             if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
                 refused[mesh] = f"--lora-rank with {name} is not built"
-        if sizes["pp"] > 1 and sizes["fsdp"] > 1:
-            refused[mesh] = "pp with fsdp is not built"
         if mesh in refused:
             continue
         try:
@@ -99,7 +104,7 @@ def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, mem
     micros = [min(config.optim.micro, share)] if config.optim.micro else [share]
     while not config.optim.micro and micros[-1] > 1:
         micros.append(-(-micros[-1] // 2))
-    found = []
+    found, each = [], config.run.pp_stages if sizes["pp"] > 1 else 1
     for recompute in order[order.index(config.run.recompute) :]:
         for micro in micros:
             changed = copy.deepcopy(config)
@@ -107,7 +112,6 @@ def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, mem
             costs = Costs.of(shape, changed, device, sizes)
             again = {"none": 0.0, "half": 1 / 2, "full": 1.0}[recompute] / 3  # a forward is a third of a step
             flops = costs.flops_per_sample * config.optim.batch / math.prod(sizes.values()) * (1 + again)
-            ahead = sizes["pp"] - 1  # micro-batches that a stage waits while the pipeline fills and empties
-            idle = ahead / (-(-share // micro) + ahead)
-            found.append(Plan(mesh, sizes, micro, recompute, costs, flops, idle, costs.memory <= memory))
+            waits = idle(sizes["pp"], each, -(-share // micro))
+            found.append(Plan(mesh, sizes, micro, recompute, each, costs, flops, waits, costs.memory <= memory))
     return min(found, key=_worth)
