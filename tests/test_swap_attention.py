@@ -101,9 +101,9 @@ def test_what_the_op_does_not_take_is_torchs_and_said(caplog):
     assert "a Flat calls PyTorch's own scaled_dot_product_attention: the op takes [batch" in caplog.text
 
 
-def test_distributed_tensors_are_torchs_and_said(caplog):
-    """The op has no sharding rule. A group of one process is enough to make such tensors."""
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+def test_distributed_tensors_are_the_ops():
+    """A group of one process is enough to make such tensors; test_dtensor.py has two."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     class Direct(nn.Module):
         def forward(self, q):
@@ -111,16 +111,13 @@ def test_distributed_tensors_are_torchs_and_said(caplog):
 
     model = Direct()
     q = torch.randn(1, 2, 5, 8)
-    expected = model(q)
     fastlm.swap(model)
-    tensors._told.clear()
+    expected = model(q)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        spread = distribute_tensor(q, init_device_mesh("cpu", (1,)), [Replicate()])
-        with caplog.at_level(logging.WARNING, "fastlm"), torch.no_grad():
-            got = model(spread)
-        torch.testing.assert_close(got.to_local(), expected)
+        mesh = init_device_mesh("cpu", (1,))
+        assert torch.equal(model(distribute_tensor(q, mesh, [Shard(1)])).to_local(), expected)
+        with pytest.raises(ValueError, match=r"attention: q is placed \(Shard\(dim=2\),\)"):
+            model(distribute_tensor(q, mesh, [Shard(2)]))
     finally:
         torch.distributed.destroy_process_group()
-    assert "DTensor" in caplog.text
-    assert "a Direct calls PyTorch's own scaled_dot_product_attention" in caplog.text

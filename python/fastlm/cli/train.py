@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     launch.die_with_launcher()
     ranks = mesh.start(config.run.mesh, config.run.device)
     try:
-        return _train(config, corpus, options, ranks)
+        with ranks.watch():  # from the first line of the corpus to the report: a lost rank ends the others in seconds
+            return _train(config, corpus, options, ranks)
     except mesh.PeerError:
         return 2  # the rank that could not go on has said why
     finally:

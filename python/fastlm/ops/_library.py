@@ -8,6 +8,7 @@ key costs a third of what ``register_autograd`` does per call.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,19 @@ def _runner(
         return backend.run(name, direction, device, args)
 
     return run
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def sharded(*tensors: Any) -> bool:
+    """Whether one of them is a DTensor; there is none before torch.distributed.tensor is imported, and it is not here."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            module = sys.modules.get("torch.distributed.tensor")
+            if module is not None and isinstance(tensor, module.DTensor):
+                return True
+    return False
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device, op: str) -> Tensor:

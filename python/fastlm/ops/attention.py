@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_p, check_tensor, define, seed_tensor
+from fastlm.ops._library import check_p, check_tensor, define, seed_tensor, sharded
 
 OP = "attention"
 Offset = tuple[Tensor | None, int, int | None, int | None]
@@ -376,6 +376,9 @@ def attention(
         return_lse: return log(sum(exp(score))) as well.
         check: check the values of cu_seqlens and seqlens_k on a GPU too, which waits for it. On a CPU they always are.
 
+    DTensors are served where q, k and v are sharded alike by batch or heads (packed: by heads); bias may be a replicated one.
+    Every other argument is that of the whole.
+
     Returns:
         out, or (out, lse). out: shaped and laid out like q, in q's dtype (under autocast q, k, v are cast to the
         autocast dtype). lse: float32 [B, Hq, Lq] (packed: [Hq, T]), before dropout, differentiable. A query that
@@ -387,6 +390,15 @@ def attention(
         fastlm.backend.BackendError: a forced backend that cannot serve.
         RuntimeError: on double backward.
     """
+    if sharded(q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqlens_k):
+        from fastlm.ops import _dtensor
+
+        return _dtensor.attention(
+            attention, q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
+            scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k,
+            return_lse=return_lse, check=check,
+        )  # fmt: skip
     _, args = _arguments(
         q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, scale=scale,
         dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

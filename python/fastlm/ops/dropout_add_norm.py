@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_p, check_tensor, define, seed_tensor
+from fastlm.ops._library import check_p, check_tensor, define, seed_tensor, sharded
 
 OP = "dropout_add_norm"
 NORMS = ("layer", "rms", "none")
@@ -255,6 +255,9 @@ def dropout_add_norm(
             an int64 tensor with the global number of each row. The mask depends on seed, that number and column alone.
         training: False switches dropout off.
 
+    DTensors are served where x, residual and rowscale are sharded alike by rows (any axis but the last) and the vectors are
+    replicated: each rank computes its rows, with their part of the mask of the whole. seed and offset are the whole's.
+
     Returns:
         (y, new_residual), or y alone with ``return_residual=False``; with ``norm=None`` new_residual alone.
         y has x's dtype, under autocast the autocast dtype. It is the norm of the rounded new_residual.
@@ -265,6 +268,14 @@ def dropout_add_norm(
         fastlm.backend.BackendError: a forced backend that cannot serve.
         RuntimeError: on double backward.
     """
+    if sharded(x, residual, weight, bias, layerscale, rowscale, offset):
+        from fastlm.ops import _dtensor
+
+        return _dtensor.dropout_add_norm(
+            dropout_add_norm, x, residual, weight, bias, norm=norm, p=p, eps=eps, weight_offset=weight_offset,
+            layerscale=layerscale, rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual,
+            quantize=quantize, seed=seed, offset=offset, training=training,
+        )  # fmt: skip
     _, args = _arguments(
         x, residual, weight, bias, norm=norm, p=p, eps=eps, weight_offset=weight_offset, layerscale=layerscale,
         rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual, quantize=quantize,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_tensor, define
+from fastlm.ops._library import check_tensor, define, sharded
 
 OP = "rotary"
 _OPTIONS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor"
@@ -116,6 +116,8 @@ def rotary(
         interleaved: pairs are (0, 1), (2, 3) ... as in GPT-J; else (0, R/2), (1, R/2 + 1) ... as in Llama.
         inverse: turn back.
 
+    A DTensor x is served where it is sharded by batch or heads (packed: by heads); the other arguments are the whole's.
+
     Returns:
         A tensor of x's shape, dtype and, where x is dense, strides.
 
@@ -124,6 +126,10 @@ def rotary(
         fastlm.backend.BackendError: a forced backend that cannot serve.
         RuntimeError: on double backward.
     """
+    if sharded(x, cos, sin, positions):
+        from fastlm.ops import _dtensor
+
+        return _dtensor.rotary(rotary, x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
     _, args = _arguments(x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
     out: Tensor = torch.ops.fastlm.rotary(*args)
     return out.squeeze(0).transpose(0, 1) if x.dim() == 3 else out

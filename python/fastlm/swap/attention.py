@@ -79,7 +79,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
     """Why the op does not take what ``F.scaled_dot_product_attention`` was given, or ""."""
     shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}" if not q.is_nested else "nested tensors"
     if not plain(q, k, v, None if mask is None or mask.dtype == torch.bool else mask):
-        return "its tensors are nested, not floating, or DTensors"
+        return "its tensors are nested or not floating"
     if not all(x.dim() == 4 for x in (q, k, v)) or q.shape[3] == 0:
         return f"the op takes [batch, heads, length, head size], not {shapes}"
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:

@@ -87,7 +87,7 @@ def _refusal(
         return "it got nested tensors, or tensors of another class"
     weights = (mha.in_proj_weight, mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight, mha.out_proj.weight)
     if not plain(*inputs, *weights, mha.in_proj_bias, mha.out_proj.bias):
-        return "it got DTensors, or tensors that are not floating"
+        return "it got tensors that are not floating"
     dim = query.dim()
     if dim not in (2, 3) or key.dim() != dim or value.dim() != dim or key.shape[:-1] != value.shape[:-1]:
         return f"it got shapes {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"

@@ -12,26 +12,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _told: set[str] = set()
 
 
-def _dtensor() -> type | None:
-    if not torch.distributed.is_available():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return DTensor
-
-
-_DTENSOR = _dtensor()
-
-
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether the ops take these: floating, not nested, and not DTensors, for which they have no sharding rule."""
+    """Whether the ops take these: floating and not nested. A DTensor that lies as an op cannot serve it raises there."""
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.dtype not in _FLOATS or tensor.is_nested:
-            return False
-        if _DTENSOR is not None and isinstance(tensor, _DTENSOR):
-            tell("a module of a swapped class got a DTensor: PyTorch's own ops serve it")
             return False
     return True
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
-from fastlm.train import checkpoint, optim, parallel, state
+from fastlm.train import checkpoint, optim, parallel, signals, state
 from fastlm.train.callbacks import Callback, Metrics, warn
 from fastlm.train.config import Config
 from fastlm.train.kernels import Kernels
@@ -100,7 +98,7 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step, or until something stops it; returns why it ended."""
         run = self.config.run
-        with self._signals(), self.ranks.watch():
+        with signals.heard(self._ask), self.ranks.watch():
             for callback in self.callbacks:
                 callback.start(self)
             self._load_ahead()
@@ -431,21 +429,6 @@ class Trainer:
         elif self.ema:
             self.ema = self._averages()
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop after the step, with a checkpoint; a second one ends the process at once."""
-
-        def ask(number: int, frame: object) -> None:
-            if self.asked:
-                os._exit(128 + number)
-            self.asked = f"signal {signal.Signals(number).name}"
-            warn(f"{signal.Signals(number).name}: saving after this step; once more to exit at once")
-
-        old = {}
-        with contextlib.suppress(ValueError):  # not the main thread: signals are someone else's
-            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _ask(self, stop: str) -> None:
+        """A signal ends the loop after the step, with a checkpoint; the first one names it."""
+        self.asked = self.asked or stop

@@ -34,6 +34,8 @@ T = TypeVar("T")
 BUILT = ("pp", "dp", "fsdp", "tp")  # dimensions of a mesh, outermost first
 PLANNED = ("cp", "ep")
 BEAT, SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a rank counts as lost
+FAILED = 5.0  # seconds that a rank has to end by itself when another has ended with an error
+MEET = timedelta(minutes=2)  # until the ranks must have met
 TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
 
 
@@ -161,6 +163,8 @@ class Group(Ranks):
 
     Ranks that differ in pp and tp alone read the same samples; `data_rank` counts those that do not."""
 
+    _watching = _leaving = False
+
     def __init__(self, sizes: Mapping[str, int], place: Place, env: Mapping[str, str], device: str) -> None:
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -185,8 +189,10 @@ class Group(Ranks):
         self._where = (host, port)
         hosts = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._key = f"fastlm/{place.restarts}"
-        store = dist.TCPStore(host, port, self.size, hosts, timeout=timedelta(seconds=120), wait_for_workers=False)
         try:
+            store = dist.TCPStore(host, port, self.size, hosts, timeout=MEET, wait_for_workers=False)
+            store.set(f"{self._key}/met/{self.rank}", "")
+            store.wait([f"{self._key}/met/{rank}" for rank in range(self.size)], MEET)
             self.folder = (
                 store.get("fastlm/folder").decode() if place.restarts and store.check(["fastlm/folder"]) else ""
             )
@@ -201,7 +207,7 @@ class Group(Ranks):
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"rank {self.rank}: the {self.size} ranks did not meet at {host}:{port}: {error}"
+                f"rank {self.rank}: the {self.size} ranks did not meet at {host}:{port}: {str(error).splitlines()[0]}"
             ) from error
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -274,11 +280,18 @@ class Group(Ranks):
 
     @contextlib.contextmanager
     def watch(self) -> Any:
-        stop = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(stop,), daemon=True, name="fastlm-beat")
+        if self._watching:  # the one that is open already sees all that this one would
+            yield
+            return
+        self._watching, self._leaving, stop = True, False, threading.Event()
+        outcome = ["failed"]
+        thread = threading.Thread(target=self._beat, args=(stop, outcome), daemon=True, name="fastlm-beat")
         thread.start()
         try:
             yield
+            self._leaving = True
+            self._meet()  # no rank takes the meeting place away while another one still listens there
+            outcome[0] = "end"
         except RuntimeError as error:
             # gloo and NCCL raise this when a connection breaks; errors of the model's own are told apart by their source
             if any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer", "socket")):
@@ -287,35 +300,46 @@ class Group(Ranks):
         finally:
             stop.set()
             thread.join()
+            self._watching = False
 
-    def _beat(self, stop: threading.Event) -> None:
-        """Say "I live" through the store and listen for the others; leave when one is silent for SILENT seconds."""
+    def _meet(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier(group=self._control)
+
+    def _beat(self, stop: threading.Event, outcome: list[str]) -> None:
+        """Say "I live" through the store and listen for the others; leave when one has been silent for SILENT seconds, or
+        failed FAILED seconds ago. At the end say how it ended.
+
+        Silence counts from a rank's first sign of life on: it may come to where it is watched later than this one."""
         import torch.distributed as dist
 
         host, port = self._where
-        count, heard = 0, {r: (-1, time.monotonic()) for r in range(self.size) if r != self.rank}
-        done: set[int] = set()
+        count = 0
+        heard: dict[int, tuple[str, float]] = {}  # what a rank said last, and since when
         try:
             # a client of its own: a store's client serves one caller at a time, and a collective may hold the other
             store = dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=SILENT), wait_for_workers=False)
             while True:
-                ended = stop.wait(BEAT)
                 count += 1
-                store.set(f"{self._key}/beat/{self.rank}", "end" if ended else str(count))
-                if ended:
-                    return
-                now = time.monotonic()
-                for rank, (last, when) in heard.items():
+                store.set(f"{self._key}/beat/{self.rank}", str(count))
+                for rank in range(self.size):
                     key = f"{self._key}/beat/{rank}"
-                    said = store.get(key).decode() if store.check([key]) else "0"
-                    if said == "end":
-                        done.add(rank)
-                    elif int(said) != last:
-                        heard[rank] = (int(said), now)
-                    elif now - when > SILENT and rank not in done:
+                    if rank == self.rank or not store.check([key]):
+                        continue
+                    said, now = store.get(key).decode(), time.monotonic()
+                    if said != heard.get(rank, ("", 0.0))[0]:
+                        heard[rank] = (said, now)
+                    elif said == "failed" and now - heard[rank][1] > FAILED:
+                        self._lost(f"rank {rank} ended with an error, for the reason it gave")
+                    elif said not in ("failed", "end") and now - heard[rank][1] > SILENT:
                         self._lost(f"rank {rank} has shown no sign of life for {SILENT:.0f} seconds")
+                if stop.wait(BEAT):
+                    store.set(f"{self._key}/beat/{self.rank}", outcome[0])
+                    return
         except RuntimeError as error:
-            if not stop.is_set() and 0 not in done:
+            # rank 0, which may keep the meeting place, may have left it in order when this rank is about to
+            if not stop.wait(SILENT if self._leaving else 0.0) and heard.get(0, ("", 0.0))[0] != "end":
                 self._lost(f"the ranks' meeting place at {host}:{port} is gone ({str(error).splitlines()[0][:120]})")
 
     def _lost(self, why: str) -> None:
@@ -350,7 +374,7 @@ def leave(status: int) -> NoReturn:
 def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
     """The ranks that this process belongs to; meets the others if there are any."""
     place, sizes = find(env), parse(mesh)
-    if place is None or (place.size == 1 and place.by != "slurm"):
+    if place is None or place.size == 1:
         if math.prod(sizes.values()) > 1:
             raise InputError(f"--mesh {mesh} needs {math.prod(sizes.values())} processes, and this is one alone")
         return Ranks()
