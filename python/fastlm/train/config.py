@@ -179,8 +179,7 @@ class RunConfig:
     """Processes by dimension: dp=2 (the model on each), fsdp=4 (parameters cut over four), tp=2 (matrices and positions
     cut over two), pp=2 (blocks cut into two stages), and products of them such as dp=2,fsdp=2; "": dp over all."""
     pp_stages: int = 1
-    """Stages of a pipeline (--mesh pp=N) that each rank holds. 1: 1F1B. More: interleaved 1F1B, which idles less and sends
-    more."""
+    """Stages of a pipeline (--mesh pp=N) on each rank: 1 for 1F1B; more for interleaved 1F1B, which idles less, sends more."""
     nproc: int = 0
     """Processes to start on this machine; 0: as many as the mesh has, else one for each GPU, else one."""
     eval_every: int = 500
