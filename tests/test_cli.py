@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 import fastlm
 import pytest
 from fastlm.cli import main as cli
-from fastlm.train import checkpoint
+from fastlm.train import checkpoint, config
 from fastlm.train.callbacks import read_metrics
 
 KERNELS = "fused" if callable(getattr(fastlm, "swap", None)) else "torch"
@@ -109,9 +112,32 @@ def test_unknown_flags_and_commands_exit_with_2() -> None:
 
 
 def test_help_documents_every_flag() -> None:
-    text = call("train", "--help").stdout
-    for flag in ("--kernels", "--resume", "--dropout", "--steps", "--optimizer", "CORPUS"):
-        assert flag in text
+    """Each field of the configuration is a flag, and what its docstring says is said beside it."""
+    text = subprocess.run(
+        [sys.executable, "-m", "fastlm", "train", "--help"],
+        env={**os.environ, "COLUMNS": "400", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    ).stdout
+    text = " ".join(text.replace("│", " ").split())
+    documented = 0
+    for group in ast.parse(Path(config.__file__).read_text()).body:
+        if not isinstance(group, ast.ClassDef) or group.name == "Config":
+            continue
+        for field, doc in itertools.pairwise(group.body):
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            assert isinstance(field.target, ast.Name)
+            flag = "--" + field.target.id.replace("_", "-")
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), flag
+            assert isinstance(doc, ast.Expr), f"{flag} is not documented"
+            assert isinstance(doc.value, ast.Constant)
+            assert " ".join(str(doc.value.value).split()) in text, flag
+            documented += 1
+    assert documented == sum(len(group) for group in config.Config().to_dict().values())
+    for word in ("CORPUS", "--resume", "--fork", "--other-data"):
+        assert word in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,40 @@ def _many(tmp_path: Path) -> Path:
 
 def ready(path: Path, tmp_path: Path, **options: object):
     return prepare((str(path),), Options(**options), cache=tmp_path / "cache")  # type: ignore[arg-type]
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from fastlm.data import Options, prepare
+from fastlm.train.machine import peak_memory
+before = peak_memory(torch.device("cpu"))
+prepare((sys.argv[1],), Options(workers=1), cache=Path(sys.argv[2]))
+print(before, peak_memory(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_corpus(kind: str, tmp_path: Path) -> None:
+    """A book cut into blocks, and rows that are documents: four times the text takes the same memory, in one process."""
+    text, peaks = words(0, 1 << 17), []
+    for size in (16, 64):
+        path = tmp_path / f"{size}.{kind}"
+        with path.open("w") as file:
+            for i in range(size * 8):  # no two parts are the same
+                if kind == "txt":
+                    file.write(f"{i}\n{text}")
+                else:
+                    rows = (f"{i} {at} {text[at : at + 2048]}" for at in range(0, len(text), 2048))
+                    file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+        command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        before, peak = map(int, done.stdout.split())
+        assert peak > before
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 12 << 20, peaks  # of the 48 MiB that the text has grown by
 
 
 # --------------------------------------------------------------------------------------------- formats, jobs and workers

@@ -31,6 +31,7 @@ WORDS = """
     --steps 40 --save-every 3 --eval-every 5 --eval-tokens 512 --sample 8 --keep 2 --keep-every 9 --device cpu --threads 1
     --quiet
 """.split()  # noqa: SIM905
+LIMIT = 400  # seconds after which a run that nobody was to kill counts as hung
 CLOCKS = {"tokens_per_s", "stall", "seconds"}
 
 
@@ -40,7 +41,7 @@ class Place:
     def __init__(self, folder: Path, kernels: str, server: subprocess.Popen[str]) -> None:
         self.folder, self.words, self.server = folder, [*WORDS, "--kernels", kernels], server
         (folder / "book.txt").write_text("".join(f"line {i * i % 97} about {i % 13} things\n" for i in range(2000)))
-        start = time.monotonic()
+        self.seconds, start = 0.0, time.monotonic()
         assert self.attempt("never") == 0, self.said()
         self.seconds = time.monotonic() - start
         self.operations = kill_worker.operations(folder / "log")
@@ -69,14 +70,19 @@ class Place:
         print(json.dumps(args), file=self.server.stdin, flush=True)
         child = int(self.server.stdout.readline())
 
+        hung = False
+
         def kill() -> None:
+            nonlocal hung
+            hung = not seconds
             with contextlib.suppress(ProcessLookupError):  # it ended by itself
                 os.kill(child, signal.SIGKILL)
 
-        clock = threading.Timer(seconds or 120, kill)
+        clock = threading.Timer(seconds or LIMIT, kill)
         clock.start()
         status = int(self.server.stdout.readline())
         clock.cancel()
+        assert not hung, f"a run that takes {self.seconds:.1f} s had not ended after {LIMIT}: {how}\n{self.said()}"
         return status
 
     def outcome(self, name: str) -> dict[str, Any]:

@@ -215,6 +215,10 @@ class Job:
             raise InputError(f"--lora-rank trains whole models, by --mesh dp=N; it is not built for {cut[0]}")
         parallel.check(config, self.ranks.sizes)
         self.device = self.ranks.device or pick_device(config.run.device)
+        # once more when the vocabulary is known; but bytes and BPE have 256 at least, and preparing data may take hours
+        if not config.model.init and config.data.tokenizer != "chars":
+            least = Costs.of(config.model.resolve(256), config, self.device.type, self.ranks.sizes)
+            check_memory(least, self.device, self.ranks)
         note = note if note is not None and first else silent
         given = None
         if config.model.init and origin is None:
@@ -231,12 +235,7 @@ class Job:
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
         self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes)
-        limit = memory_limit(self.device)
-        if limit and self.costs.memory > limit:
-            raise InputError(
-                f"training this model takes about {self.costs.memory / 2**30:.1f} GiB and the machine has "
-                f"{limit / 2**30:.1f}: choose a smaller --size, --micro or --recompute full"
-            )
+        check_memory(self.costs, self.device, self.ranks)
         state.seed_all(config.run.seed)
         model = GPT(self.shape)
         if given is not None:
@@ -403,6 +402,17 @@ def resume(
 
 
 fork = functools.partial(resume, fork=True)
+
+
+def check_memory(costs: Costs, device: torch.device, ranks: Ranks) -> None:
+    """InputError unless what the ranks of this machine need fits it; a GPU belongs to one rank."""
+    limit, sharing = memory_limit(device), 1 if device.type == "cuda" else ranks.on_host
+    if limit and costs.memory * sharing > limit:
+        each = f" ({sharing} processes of {costs.memory / 2**30:.1f})" if sharing > 1 else ""
+        raise InputError(
+            f"training this model takes about {costs.memory * sharing / 2**30:.1f} GiB{each} and the machine has "
+            f"{limit / 2**30:.1f}: choose a smaller --size, --micro, fewer processes, or --recompute full"
+        )
 
 
 def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -121,6 +122,7 @@ class Ranks:
     device: torch.device | None = None
     sizes: Mapping[str, int] = {}  # of the mesh, by dimension
     restarts = 0
+    on_host = 1  # ranks of this machine
     folder: str = ""  # of the run that a restart by torchrun goes on with
 
     @property
@@ -211,6 +213,7 @@ class Group(Ranks):
             ) from error
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.on_host = self.gather(platform.node()).count(platform.node())
         shape = tuple(sizes.get(name, 1) for name in BUILT)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=BUILT)
         self.sizes = dict(zip(BUILT, shape))
