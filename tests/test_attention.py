@@ -226,6 +226,22 @@ def test_no_nan_where_a_mask_hides_rows_at_64_mod_128(backend, keys, dtype):
             assert not grads[3].masked_fill(mask, 0).any()
 
 
+def test_rows_that_attend_to_nothing_take_no_gradient_of_lse(backend):
+    """Ring attention with all parts hidden gives them dlse of inf or NaN."""
+    q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., :4, :] = float("-inf")
+    bias.requires_grad_()
+    out, lse = op(q, k, v, bias=bias, return_lse=True)
+    for value in (float("inf"), float("nan")):
+        dlse = torch.ones_like(lse)
+        clean = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.ones_like(out), dlse), retain_graph=True)
+        dlse[..., :4] = value
+        got = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.ones_like(out), dlse), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
+        assert not got[0][:, :, :4].any()
+
+
 @pytest.mark.parametrize("size", [1e-20, 1e4, 1e18])
 def test_huge_and_tiny_scores(backend, size):
     torch.manual_seed(0)

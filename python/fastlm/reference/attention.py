@@ -226,6 +226,8 @@ def _backward(
     """dq, dk, dv and the gradient of the scores before they meet bias, all wide."""
     k, v = call.hide(k), call.hide(v)
     s, tanh = call.scores(q, k)
+    if dlse is not None:  # nothing pulls at a row that sees nothing, whatever it is given: 0 * inf is no number
+        dlse = dlse.masked_fill((s == float("-inf")).all(3), 0.0)
     probabilities = _probabilities(s)
     keep = call.keep(s)
     dropped = probabilities if keep is None else probabilities * keep
