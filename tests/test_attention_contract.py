@@ -8,7 +8,7 @@ import fastlm
 import pytest
 import torch
 from attention_cases import BACKENDS, BF16, F32, Case, arguments, inputs, leaves
-from fastlm.ops.attention import _arguments
+from fastlm.ops.attention import _arguments, _backend_arguments
 from torch.library import opcheck
 
 op = fastlm.ops.attention
@@ -178,3 +178,35 @@ def test_which_tells_backend_and_reason():
     assert fastlm.backend.which("attention", Q.double(), K.double(), K.double()).backend == "reference"
     if "cpu" in BACKENDS:
         assert fastlm.backend.which("attention", Q, K, K, causal=True).backend == "cpu"
+
+
+def test_which_says_why_other_devices_run_the_reference():
+    _, args = _backend_arguments(Q, K, K)
+    choice = fastlm.backend.choose("attention", "forward", torch.device("mps"), args)
+    assert choice.backend == "reference"
+    assert choice.reason == "next in order"
+    ((name, why),) = choice.rejected
+    assert name == "triton"
+    assert "serve CUDA tensors; these are on mps" in why or "triton is not installed" in why
+
+
+SMALL = Case(heads=2, kv_heads=2, queries=5, keys=6, head_size=3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", [replace(SMALL, **options) for options in (
+    dict(kv_heads=1, causal=True, softcap=2.0, window=(3, -1)), dict(bias="bhqk", alibi=True, p=0.3),
+    dict(bias="hk", valid=(6, 2), scale=0.7), dict(bias="q", p=0.2, causal="upper_left"), dict(mask="bqk"),
+    dict(lengths=((4, 6), (0, 2), (3, 1)), causal=True, kv_heads=1, p=0.2),
+)], ids=str)  # fmt: skip
+def test_gradcheck_of_the_reference(case):
+    """Of both outputs, in float64, by finite differences."""
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    x = leaves(tensors)
+
+    def call(*values):
+        given = {**tensors, **dict(zip(x, values, strict=True))}
+        out, lse = op(given["q"], given["k"], given["v"], **arguments(case, given), return_lse=True)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)  # differences of infinities are no gradients
+
+    with fastlm.backend.use("reference"):
+        assert torch.autograd.gradcheck(call, tuple(x.values()), fast_mode=False)
