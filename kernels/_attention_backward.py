@@ -34,6 +34,7 @@ from fastlm.kernels._attention_tiles import (
     tiles,
 )
 from fastlm.kernels._common import TL_DTYPE, launch, to_dtype
+from fastlm.reference.attention import Options
 from torch import Tensor
 
 _STRIDES = "q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d g_b g_h g_l g_d l_b l_h"
@@ -43,10 +44,10 @@ _DELTA_INTS = "heads rows size blocks g_b g_h g_l g_d o_b o_h o_l o_d l_b l_h"
 
 @triton.jit(do_not_specialize=_DELTA_INTS.split())
 def _delta_kernel(
-    dout, out, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
+    dout, out, lse, dlse, delta, heads, rows, size, blocks, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d, l_b, l_h,
     VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """D of each row."""
+    """D of each row; 0 of one that sees nothing, whatever its gradients are: its probabilities are 0, and 0 * inf is not."""
     pid = tl.program_id(0)
     i_M = pid % blocks * M + tl.arange(0, M)
     ok_M = i_M < rows
@@ -60,7 +61,8 @@ def _delta_kernel(
     place = b * l_b + head * l_h + i_M
     if dlse is not None:
         sum_M = sum_M - tl.load(dlse + place, ok_M, other=0.0).to(tl.float32)
-    tl.store(delta + place, sum_M, ok_M)
+    none_M = tl.load(lse + place, ok_M, other=0.0) == float("-inf")
+    tl.store(delta + place, tl.where(none_M, 0.0, sum_M), ok_M)
 
 
 @triton.jit
@@ -81,6 +83,7 @@ def _gradient(
         scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
     )  # fmt: skip
     dp = tl.dot(over, tl.trans(under), input_precision="ieee")
+    lse = tl.where(lse == float("inf"), float("nan"), lse)  # a score of inf leaves no probabilities
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees nothing
     if NATURAL:
         p = tl.exp2((x - lse) * LOG2E)
@@ -345,8 +348,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``fastlm.kernels.attention.backward``."""
     *options_, need_dbias, dbias_shape = options
-    bias: Tensor | None = options_[0]
-    packed = options_[4] is not None
+    bias = Options.of(options).bias
+    packed = Options.of(options).cu_seqlens_q is not None
     make = torch.zeros_like if packed else torch.empty_like
     dq, dk, dv = make(q), make(k), make(v)
     if q.numel() == 0 or k.numel() == 0:
@@ -394,7 +397,7 @@ def backward(
         blocks = triton.cdiv(call.rows, tile)
         launch(
             _delta_kernel, (blocks * call.heads * (1 if packed else call.batch),),
-            dout, out, dlse, delta, call.heads, call.rows, size, blocks, *call.strides(dout), *call.strides(out), *rows,
+            dout, out, lse, dlse, delta, call.heads, call.rows, size, blocks, *call.strides(dout), *call.strides(out), *rows,
             VEC=call.vec, UNIT=call.unit, EVEN=call.constants["EVEN"], DIM=call.dim, M=tile, num_warps=4, num_stages=1,
         )  # fmt: skip
         _, n, chosen = options_of("attention_backward_kv")

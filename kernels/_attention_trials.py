@@ -8,6 +8,7 @@ import torch
 from fastlm.kernels import table
 from fastlm.kernels._common import OfflineCase, recording
 from fastlm.kernels.attention import backward, forward
+from fastlm.reference.attention import Options
 from torch import Tensor
 
 _TENSOR_CORES = ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel")
@@ -39,7 +40,7 @@ def _recorded(
         added = torch.empty(shape, dtype=dtype, device="meta").expand(*whole.values())
     seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
     valid = torch.empty(batch, dtype=torch.int32, device="meta") if rows < 17 else None
-    options = (added, None, seed, None, None, None, valid, 0, 0, int(causal), -1, -1, 0.0, size**-0.5, p, 0, 0, 0)
+    options = Options(bias=added, seed=seed, seqlens_k=valid, causal=int(causal), scale=size**-0.5, p=p)
     kind = table.DTYPE_NAME[dtype]
     name = f"{size} {kind}{' causal' if causal else ''}{' dropout' if p else ''}{' bias ' + bias if bias else ''}"
     flops = 4 * batch * heads * rows * keys * size // (2 if causal else 1)
@@ -82,6 +83,54 @@ def offline_cases() -> list[OfflineCase]:
                     rule["arch"], dtypes[rule["dtype"][0]], rule["size"], causal=True, p=p, bias=bias,
                     rows=1 if kernel == "attention_decode" else 2048, thorough=True,
                 )  # fmt: skip
+    return cases + [case for arch in (80, 90) for case in _featured(arch)]
+
+
+def _featured(arch: int) -> list[OfflineCase]:
+    """What the other cases lack, one small call each: every option, float16, head sizes that are padded, odd strides."""
+    batch, heads, length = 2, 4, 512
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ends = meta(batch + 1, dtype=torch.int32)
+    packed = Options(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=length, max_seqlen_k=length)
+    mask = meta(1, 1, length, length, dtype=torch.bool).expand(batch, heads, -1, -1)
+    plain, whole = torch.bfloat16, meta(batch, heads, length, length)
+    calls: tuple[tuple[str, int, torch.dtype, Options], ...] = (
+        ("float16", 128, torch.float16, Options(causal=1)),
+        ("alibi window", 64, plain, Options(causal=1, window_left=256, alibi_slopes=meta(heads, dtype=torch.float32))),
+        ("softcap", 128, plain, Options(causal=1, softcap=30.0)),
+        ("mask", 64, plain, Options(bias=mask)),
+        ("whole bias", 64, plain, Options(bias=whole)),
+        ("packed", 128, plain, packed._replace(causal=1)),
+        ("size 32", 32, plain, Options(causal=1)),
+        ("size 16", 16, plain, Options()),
+        ("size 96", 96, plain, Options(causal=1)),
+        ("size 72", 72, torch.float32, Options(causal=1)),
+        ("odd strides", 64, plain, Options(causal=1)),
+        ("gaps", 64, plain, Options(causal=1)),
+    )
+    cases: list[OfflineCase] = []
+    for name, size, dtype, options in calls:
+        options = options._replace(scale=size**-0.5)
+        gap = dict(zip(("odd strides", "gaps"), (1, 2))).get(name, 0)  # rows of a size + 1; every second element
+        last = size + 1 if gap == 1 else size * max(gap, 1)
+        x = meta(batch, length, heads, last, dtype=dtype)[..., :: max(gap, 1)][..., :size].transpose(1, 2)
+        lse = meta(batch, heads, length, dtype=torch.float32)
+        if options.cu_seqlens_q is not None:
+            x, lse = meta(batch * length, heads, size, dtype=dtype), meta(heads, batch * length, dtype=torch.float32)
+        given = dict(
+            bytes_moved=4 * x.numel() * x.element_size(), flops=4 * batch * heads * length * length * size,
+            tensor_cores=_TENSOR_CORES if dtype != torch.float32 else (), thorough=True,
+        )  # fmt: skip
+        with recording(arch, f"attention {name}", **given) as recorded:
+            forward(x, x, x, *options, dtype)
+        cases += recorded
+        added = options.bias is not None and options.bias.dtype != torch.bool
+        with recording(arch, f"attention {name} backward", **given) as recorded:
+            backward(x, None, x, x, x, x, lse, *options, added, [batch, heads, length, length] if added else [])
+        cases += recorded
     return cases
 
 
@@ -158,7 +207,7 @@ def trial(
             added = normal(1, length, heads, length).expand(batch, -1, -1, -1)
         seed = torch.tensor(1, device=device) if p else None
         valid = torch.full((batch,), keys, dtype=torch.int32, device=device) if decode else None
-        options = (added, None, seed, None, None, None, valid, 0, 0, 1, -1, -1, 0.0, size**-0.5, p, 0, 0, 0)
+        options = Options(bias=added, seed=seed, seqlens_k=valid, causal=1, scale=size**-0.5, p=p)
         if "backward" not in kernel:
             return (q, k, v, *options, dtype)
         return (dout, None, q, k, v, *forward(q, k, v, *options, dtype), *options, added is not None, shape)

@@ -41,6 +41,7 @@ from fastlm.kernels._attention_tiles import (
     vectors,
 )
 from fastlm.kernels._common import TL_DTYPE, arch_of, launch, to_dtype
+from fastlm.reference.attention import Options
 from torch import Tensor
 
 _FORWARD_INTS = f"{CALL_INTS} q_b q_h q_l q_d k_b k_h k_l k_d v_b v_h v_l v_d o_b o_h o_l o_d l_b l_h pieces piece"
@@ -147,12 +148,13 @@ def _forward_kernel(
                 scale, cap_scale, softcap, MASKED, NATURAL, SOFTCAP, LEFT, RIGHT, BIAS,
             )  # fmt: skip
             new = tl.maximum(m, tl.max(x_MN, 1))
+            top = tl.where(tl.abs(new) == float("inf"), 0.0, new)  # inf - inf is no number
             if NATURAL:  # differences first: scores may be huge
-                safe = tl.where(new == float("-inf"), 0.0, new)
+                safe = top
                 p_MN = tl.exp2((x_MN - safe[:, None]) * LOG2E)
                 alpha = tl.exp2((m - safe) * LOG2E)
             else:  # one multiply-add a score
-                safe = tl.where(new == float("-inf"), 0.0, new * c)
+                safe = top * c
                 p_MN = tl.exp2(x_MN * c - safe[:, None])
                 alpha = tl.exp2(tl.where(m == float("-inf"), m, m * c) - safe)
             l = l * alpha + tl.sum(p_MN, 1)
@@ -163,9 +165,11 @@ def _forward_kernel(
             v_ND = load_tile(v, j_N, ok_N, v_l, v_d, size, DTYPE, UNIT, VEC, EVEN, DIM)
             acc = tl.dot(operand(p_MN, DTYPE), v_ND, acc * alpha[:, None], input_precision="ieee")
     # The logarithm of the sum in natural units, with what rounding m * c took from every exponent given back.
-    none_M = m == float("-inf")
+    # A row that sees nothing has sum 0; one of NaN has sum NaN, one with a score of inf sum inf and no probabilities.
+    none_M = (m == float("-inf")) & (l == 0.0)
     safe_l = tl.where(none_M, 1.0, l)
-    top_M = tl.where(none_M, 0.0, m)
+    divisor_M = tl.where(l == float("inf"), float("nan"), safe_l)
+    top_M = tl.where(tl.abs(m) == float("inf"), 0.0, m)
     lse_M = top_M * unit + tl.log(safe_l)
     if not NATURAL:
         lse_M -= tl.fma(top_M, c, -(top_M * c)) * LN2
@@ -176,13 +180,13 @@ def _forward_kernel(
         row_M = row_M * pieces + part_number
         tl.store(ends + row_M, lse_M, ok_M)
         place = part + row_M[:, None] * (size * VEC) + d_1D
-        tl.store(place, tl.div_rn(acc, safe_l[:, None]), ok_MD)
+        tl.store(place, tl.div_rn(acc, divisor_M[:, None]), ok_MD)
     else:
         tl.store(lse + row_M, lse_M, ok_M)
         place = out + (b64 * o_b + start_q.to(tl.int64) * o_l) * VEC
         place = place + (head64_M * o_h + i_M.to(tl.int64) * o_l)[:, None] * VEC
         place = place + (d_1D if UNIT else d_1D.to(tl.int64) * o_d)
-        value = tl.div_rn(acc, safe_l[:, None]) * keep_scale
+        value = tl.div_rn(acc, divisor_M[:, None]) * keep_scale
         tl.store(place, to_dtype(value, out.dtype.element_ty), ok_MD)
 
 
@@ -201,8 +205,7 @@ def _combine_kernel(
         ok_RP = ok_R[:, None] & (at_P < pieces)[None, :]
         place = r_R.to(tl.int64)[:, None] * pieces + at_P[None, :]
         top_R = tl.maximum(top_R, tl.max(tl.load(ends + place, ok_RP, other=float("-inf")), 1))
-    none_R = top_R == float("-inf")
-    safe_R = tl.where(none_R, 0.0, top_R)
+    safe_R = tl.where(tl.abs(top_R) == float("inf"), 0.0, top_R)
     sum_R = tl.zeros([ROWS], tl.float32)
     acc_RD = tl.zeros([ROWS, DIM], tl.float32)
     for first in range(0, pieces, PIECES):
@@ -214,6 +217,7 @@ def _combine_kernel(
         ok_RPD = ok_RP[:, :, None] & (d_D < size * VEC)[None, None, :]
         value = tl.load(part + place[:, :, None] * (size * VEC) + d_D[None, None, :], ok_RPD, other=0.0)
         acc_RD += tl.sum(value * weight_RP[:, :, None], 1)
+    none_R = (top_R == float("-inf")) & (sum_R == 0.0)
     sum_R = tl.where(none_R, 1.0, sum_R)
     tl.store(lse + r_R, tl.where(none_R, top_R, top_R + tl.log(sum_R)), ok_R)
     i_R = r_R % rows
@@ -240,7 +244,7 @@ def piece_size(programs: int, keys: int) -> int:
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of the schema; ``options`` are those of ``fastlm.reference.attention.forward``."""
     out_dtype = options[-1]
-    packed = options[4] is not None
+    packed = Options.of(options).cu_seqlens_q is not None
     out = torch.zeros_like(q, dtype=out_dtype) if packed else torch.empty_like(q, dtype=out_dtype)
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
     make: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
@@ -296,7 +300,8 @@ def backward(
 
 
 def _serves(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor], options: tuple[Any, ...]) -> Support:
-    bias, q0, k0 = options[0], options[16], options[17]
+    given_options = Options.of(options)
+    bias, q0, k0 = given_options.bias, given_options.q0, given_options.k0
     for name, t in ({"q": q, "k": k, "v": v} | given).items():
         if t.dtype not in TL_DTYPE:
             return Support(False, f"the triton kernel takes float32, bfloat16 and float16; {name} is {t.dtype}")

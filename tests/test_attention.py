@@ -20,13 +20,16 @@ from attention_cases import (
     FEATURES,
     HEAD_SIZES,
     Case,
+    arguments,
     compose,
     draw,
     full_grid,
     grid,
     inputs,
+    leaves,
     run,
     truth,
+    with_gradients,
 )  # fmt: skip
 from fastlm.reference.attention import dropout_mask
 from hypothesis import given, settings
@@ -195,13 +198,26 @@ def test_out_is_laid_out_like_q(backend):
     assert dq.stride() == q.stride()
 
 
-@pytest.mark.parametrize("causal", [False, "upper_left"])
+@pytest.mark.parametrize("option", [
+    dict(), dict(causal="upper_left"), dict(mask="qk"), dict(mask="bk", scale=0.1), dict(bias="bhqk"), dict(bias="hk"),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(64, 192), (192, 64), (65, 70)])
-def test_agrees_with_sdpa(backend, causal, lengths):
-    case = Case(queries=lengths[0], keys=lengths[1], causal=causal, kv_heads=2)
+def test_agrees_with_sdpa(backend, option, lengths):
+    case = Case(queries=lengths[0], keys=lengths[1], kv_heads=2, **option)
     t = inputs(case, torch.Generator().manual_seed(0))
-    expected = F.scaled_dot_product_attention(t["q"], t["k"], t["v"], is_causal=bool(causal), enable_gqa=True)
-    torch.testing.assert_close(op(t["q"], t["k"], t["v"], causal=causal), expected)
+    results = []
+    for ours in (True, False):
+        x = leaves(t)
+        given = {**t, **x}
+        if ours:
+            out = op(x["q"], x["k"], x["v"], **arguments(case, given))
+        else:
+            out = F.scaled_dot_product_attention(
+                x["q"], x["k"], x["v"], given.get("bias", given.get("mask")), is_causal=bool(case.causal),
+                scale=case.scale, enable_gqa=True,
+            )  # fmt: skip
+        results.append(with_gradients(out, None, x, t))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("keys", [64, 192, 320])
@@ -224,6 +240,22 @@ def test_no_nan_where_a_mask_hides_rows_at_64_mod_128(backend, keys, dtype):
         assert (lse[:, :, hidden] == float("-inf")).all()
         if bias is not mask:
             assert not grads[3].masked_fill(mask, 0).any()
+
+
+def test_rows_that_attend_to_nothing_take_no_gradient_of_lse(backend):
+    """Ring attention with all parts hidden gives them dlse of inf or NaN."""
+    q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., :4, :] = float("-inf")
+    bias.requires_grad_()
+    out, lse = op(q, k, v, bias=bias, return_lse=True)
+    for value in (float("inf"), float("nan")):
+        dlse = torch.ones_like(lse)
+        clean = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.ones_like(out), dlse), retain_graph=True)
+        dlse[..., :4] = value
+        got = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.ones_like(out), dlse), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
+        assert not got[0][:, :, :4].any()
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e4, 1e18])
@@ -268,6 +300,7 @@ def test_what_lies_behind_the_valid_part_of_a_cache_never_leaks(backend, dtype):
     Case(lengths=((170, 200), (0, 3), (129, 129)), causal=True, alibi=True, kv_heads=2), Case(queries=1, keys=3000),
     Case(batch=1, heads=4, kv_heads=1, queries=1, keys=3000, valid=(2900,), causal=True, bias="bhk", p=0.1),
     Case(bias="bhqk"), Case(bias="h", batch=3), Case(alibi=True, window=(100, 20), softcap=5.0, p=0.1),
+    Case(bias="qk", batch=3), Case(bias="hqk", kv_heads=2, batch=3), Case(bias="bqk", heads=4, kv_heads=4),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @needs_cpu

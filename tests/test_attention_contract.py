@@ -8,7 +8,7 @@ import fastlm
 import pytest
 import torch
 from attention_cases import BACKENDS, BF16, F32, Case, arguments, inputs, leaves
-from fastlm.ops.attention import _arguments
+from fastlm.ops.attention import _arguments, _backend_arguments
 from torch.library import opcheck
 
 op = fastlm.ops.attention
@@ -139,7 +139,9 @@ BAD = [
     (dict(bias=torch.zeros(6, 9).int()), TypeError, r"bias is int32"),
     (dict(alibi_slopes=torch.ones(2)), ValueError, r"alibi_slopes has shape \[2\]; it must be \[4\] or \[2, 4\]"),
     (dict(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError, r"alibi_slopes requires a gradient"),
-    (dict(softcap=-1.0), ValueError, r"softcap is -1.0; it must be finite and not negative"),
+    (dict(softcap=-1.0), ValueError, r"softcap is -1.0; it must be finite in float32 and not negative"),
+    (dict(causal=[]), ValueError, r"causal is \[\]; it must be False, True or"),
+    (dict(scale=1e39), ValueError, r"scale is 1e\+39; it must be finite in float32"),
     (dict(scale=float("nan")), ValueError, r"scale is nan"),
     (dict(scale="1"), TypeError, r"scale is a str"),
     (dict(dropout_p=1.0), ValueError, r"dropout_p is 1.0; it must be at least 0 and below 1"),
@@ -150,6 +152,8 @@ BAD = [
     (dict(offset=(torch.arange(3), 0, 0, 0)), ValueError, r"batch_ids has shape \[3\]; it must be \[2\]"),
     (dict(seqlens_k=torch.ones(3).int()), ValueError, r"seqlens_k has shape \[3\]; it must be \[2\]"),
     (dict(seqlens_k=torch.tensor([3, 10])), ValueError, r"seqlens_k is \[3, 10\]; each must be between 0 and the 9 keys"),
+    (dict(seqlens_k=torch.tensor([2**32 + 3, 3])), ValueError, r"seqlens_k is \[4294967299, 3\]; each must be between 0"),
+    (packed | dict(cu_seqlens_q=torch.tensor([0, 2**32 + 4, 10])), ValueError, r"with lengths \[4294967300, -4294967290\]"),
     (dict(max_seqlen_q=4), ValueError, r"max_seqlen_q is 4 without cu_seqlens_q"),
     (dict(cu_seqlens_k=CU), ValueError, r"it must be \[T, heads, head size\] with cu_seqlens"),
     (packed | dict(cu_seqlens_q=None, cu_seqlens_k=CU), ValueError, r"cu_seqlens_k was given without cu_seqlens_q"),
@@ -174,3 +178,35 @@ def test_which_tells_backend_and_reason():
     assert fastlm.backend.which("attention", Q.double(), K.double(), K.double()).backend == "reference"
     if "cpu" in BACKENDS:
         assert fastlm.backend.which("attention", Q, K, K, causal=True).backend == "cpu"
+
+
+def test_which_says_why_other_devices_run_the_reference():
+    _, args = _backend_arguments(Q, K, K)
+    choice = fastlm.backend.choose("attention", "forward", torch.device("mps"), args)
+    assert choice.backend == "reference"
+    assert choice.reason == "next in order"
+    ((name, why),) = choice.rejected
+    assert name == "triton"
+    assert "serve CUDA tensors; these are on mps" in why or "triton is not installed" in why
+
+
+SMALL = Case(heads=2, kv_heads=2, queries=5, keys=6, head_size=3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", [replace(SMALL, **options) for options in (
+    dict(kv_heads=1, causal=True, softcap=2.0, window=(3, -1)), dict(bias="bhqk", alibi=True, p=0.3),
+    dict(bias="hk", valid=(6, 2), scale=0.7), dict(bias="q", p=0.2, causal="upper_left"), dict(mask="bqk"),
+    dict(lengths=((4, 6), (0, 2), (3, 1)), causal=True, kv_heads=1, p=0.2),
+)], ids=str)  # fmt: skip
+def test_gradcheck_of_the_reference(case):
+    """Of both outputs, in float64, by finite differences."""
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    x = leaves(tensors)
+
+    def call(*values):
+        given = {**tensors, **dict(zip(x, values, strict=True))}
+        out, lse = op(given["q"], given["k"], given["v"], **arguments(case, given), return_lse=True)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)  # differences of infinities are no gradients
+
+    with fastlm.backend.use("reference"):
+        assert torch.autograd.gradcheck(call, tuple(x.values()), fast_mode=False)

@@ -173,6 +173,59 @@ def test_a_shared_table_and_given_positions():
     assert not torch.allclose(module(x, positions=places * 2), module(x))
 
 
+def test_a_shard_of_the_heads_draws_the_masks_of_the_whole():
+    """What tensor parallelism leaves on a rank: some heads, and ``rng.FIRST_HEAD``."""
+    whole = make("causal, grouped", dropout=0.5, bias=False)
+    x = torch.randn(B, L, W)
+    fastlm.rng.set(whole, 1, 2, [3, 4])
+    expected, size, total = whole(x), whole.head_size, 0
+    q, k, v = whole.qkv.weight.view(-1, size, W).split((H, 2, 2))
+    for rank in range(2):
+        part = fastlm.nn.Attention(W, H // 2, kv_heads=1, head_size=size, causal=True, dropout=0.5, bias=False)
+        with torch.no_grad():
+            heads = slice(rank * H // 2, (rank + 1) * H // 2)
+            part.qkv.weight.copy_(torch.cat((q[heads], k[rank : rank + 1], v[rank : rank + 1])).flatten(0, 1))
+            part.out.weight.copy_(whole.out.weight.view(W, H, size)[:, heads].flatten(1))
+        fastlm.rng.set(part, 1, 2, [3, 4])
+        setattr(part, fastlm.rng.FIRST_HEAD, rank * H // 2)
+        total = total + part(x)
+    torch.testing.assert_close(total, expected)
+
+
+@torch.no_grad()
+def test_a_cache_has_the_dtype_of_attention_and_is_never_converted():
+    module = make("rotary")
+    x = torch.randn(B, L, W)
+    wide = module.new_cache(B, 20)
+    assert wide.k.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = module.new_cache(B, 20)
+        assert cache.k.dtype == torch.bfloat16
+        parts = torch.cat([module(part, cache=cache) for part in x.split((9, 4), 1)], 1)
+        torch.testing.assert_close(parts, module(x), rtol=5e-2, atol=5e-2)
+        with pytest.raises(TypeError, match=r"cache.k is torch.float32 .*; they must be torch.bfloat16"):
+            module(x, cache=wide)
+    with pytest.raises(TypeError, match=r"cache.k is torch.bfloat16 .*; they must be torch.float32"):
+        module(x, cache=cache)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_what_does_not_fit_a_cache_raises_when_compiled_too(compiler):
+    torch._dynamo.reset()
+    module = make("causal, grouped")
+    x = torch.randn(B, 4, W)
+    cache = module.new_cache(B, 6)
+    call = torch.compile(lambda x: module(x, cache=cache), fullgraph=True, backend=compiler)
+    first = call(x)
+    torch.testing.assert_close(first, module(x))
+    assert cache.seqlens.tolist() == [4, 4]
+    before = cache.k.clone()
+    with pytest.raises(RuntimeError, match="KVCache: what is read does not fit"):
+        call(x)
+    assert torch.equal(cache.k, before)
+
+
 def test_dropout_follows_the_samples_and_training():
     module = make("causal, grouped", dropout=0.5)
     x = torch.randn(4, L, W)

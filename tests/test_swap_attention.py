@@ -101,6 +101,75 @@ def test_what_the_op_does_not_take_is_torchs_and_said(caplog):
     assert "a Flat calls PyTorch's own scaled_dot_product_attention: the op takes [batch" in caplog.text
 
 
+class Square(nn.Module):
+    """Attention of what it is given with itself, four heads of ``size``."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4 * size))
+
+    def forward(self, x, mask=None):
+        q = (x * self.scale).unflatten(-1, (4, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, mask, 0.0, mask is None)
+
+
+def _no_reference(*args):
+    raise AssertionError("the reference materialises the scores")
+
+
+@pytest.mark.parametrize("size,dtype", [(264, torch.float32), (16, torch.float64)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_no_kernel_serves_is_torchs_and_said(caplog, monkeypatch, size, dtype, compiled):
+    torch._dynamo.reset()
+    model = Square(size).to(dtype)
+    x = torch.randn(2, 9, 4 * size, dtype=dtype)
+    expected = model(x)
+    (row,) = fastlm.swap(model).rows
+    monkeypatch.setattr("fastlm.reference.attention.forward", _no_reference)
+    tensors._told.clear()
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        assert torch.equal(call(x), expected)
+    if not compiled:
+        assert "a Square calls PyTorch's own scaled_dot_product_attention: no kernel serves it" in caplog.text
+    if dtype == torch.float64:
+        assert row.backend == "torch"
+        assert "PyTorch's own attention runs: no kernel serves it: not cpu, " in row.why
+    with fastlm.backend.use("reference"), pytest.raises(AssertionError, match="materialises"):
+        model(x)
+
+
+def test_without_a_compiled_core_torchs_own_runs(monkeypatch):
+    from fastlm.swap import attention
+
+    monkeypatch.setattr("fastlm.cpu.attention._C", None)
+    monkeypatch.setattr("fastlm.reference.attention.forward", _no_reference)
+    attention._asked.cache_clear()
+    try:
+        model, mha = Square(8), nn.MultiheadAttention(32, 4, batch_first=True)
+        x = torch.randn(2, 9, 32)
+        run = lambda: (model(x), mha(x, x, x, need_weights=False)[0])
+        expected = run()
+        report = [*fastlm.swap(model).rows, *fastlm.swap(mha).rows]
+        assert [row.backend for row in report] == ["torch"] * 2
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    finally:
+        attention._asked.cache_clear()
+
+
+def test_a_reason_is_told_once_whatever_the_shapes(caplog):
+    model = Square(264)
+    fastlm.swap(model)
+    tensors._told.clear()
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        for number in range(1, 5):
+            tensors.tell(f"a Block2 got [{number}, 4], [1, {number}] of float32")
+            tensors.tell(f"a Block3 got [{', '.join('4' * number)}], [1, 5] of float32")
+            tensors.tell(f"a Block3 got [{number}], [5] of float64")
+    assert [r.getMessage().split()[2] for r in caplog.records] == ["Block2", "Block3", "Block3"]
+    assert len(tensors._told) == 3
+
+
 def test_distributed_tensors_are_the_ops():
     """A group of one process is enough to make such tensors; test_dtensor.py has two."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh

@@ -43,6 +43,7 @@ from test_attention import (  # noqa: F401 - collected here, with the fixture ``
     test_large_negative_bias_does_not_hide_a_row,
     test_out_is_laid_out_like_q,
     test_packed_sequences_draw_the_mask_of_a_batch,
+    test_rows_that_attend_to_nothing_take_no_gradient_of_lse,
     test_seeds_and_generator_govern_the_mask,
     test_what_lies_behind_the_valid_part_of_a_cache_never_leaks,
 )
@@ -284,3 +285,40 @@ def test_small_tiles_obey_the_rule(m, n):
     case = Case(batch=1, heads=2, kv_heads=1, queries=40, keys=77, causal=True, window=(30, 0), p=0.2, bias="k")
     with table.pinned(tiles(m, n)):
         assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+@pytest.mark.parametrize("queries,extra", [
+    (33, {}), (3, {}), pytest.param(33, dict(dropout_p=0.5, seed=3), marks=pytest.mark.slow),
+    pytest.param(3, dict(scale=2.0), marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_no_value_that_is_not_finite_is_lost(queries, extra):
+    """NaN and inf in q, k and v come out where the reference's do; three queries see keys in pieces.
+
+    Gradients may have more of them: in what pads a tile, 0 * inf is NaN for the keys that hold the inf.
+    """
+    keys = 40 if queries > 16 else 300
+    for value in (float("nan"), float("inf"), -float("inf")):
+        t = {n: torch.randn(1, 3, length, 16) for n, length in (("q", queries), ("k", keys), ("v", keys))}
+        for head, (name, place) in enumerate((("q", (1, 3)), ("k", (5, 0)), ("v", (7, 2)))):
+            t[name][0, head][place] = value
+        results = {}
+        for backend in ("reference", "triton"):
+            x = {n: tensor.clone().requires_grad_() for n, tensor in t.items()}
+            with fastlm.backend.use(backend), np.errstate(all="ignore"):
+                out, lse = op(**x, **extra, return_lse=True)
+                grads = torch.autograd.grad((out, lse), tuple(x.values()), (torch.ones_like(out), torch.ones_like(lse)))
+            results[backend] = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+        for key, expected in results["reference"].items():
+            got = results["triton"][key]
+            if key in ("out", "lse"):
+                assert torch.equal(got.isnan(), expected.isnan()), (value, key)
+                assert torch.equal(got.isinf(), expected.isinf()), (value, key)
+            elif not extra.get("dropout_p"):  # what is dropped is 0 here, and NaN * 0 in the reference
+                assert not (got.isfinite() & ~expected.isfinite()).any(), (value, key)
+
+
+def test_a_row_of_scores_that_are_no_numbers_has_no_lse():
+    q, k = torch.full((1, 1, 40, 16), float("nan")), torch.randn(1, 1, 40, 16)
+    out, lse = op(q, k, k, return_lse=True)
+    assert out.isnan().all()
+    assert lse.isnan().all()

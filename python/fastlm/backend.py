@@ -27,6 +27,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FOLDER = {"reference": "fastlm.reference", "cpu": "fastlm.cpu", "triton": "fastlm.kernels", "cuda": "fastlm.cuda"}
 # Tried in this order. On a CPU, Triton means its interpreter, thousands of times slower: only when forced.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_ELSEWHERE = ("triton", "reference")  # on other devices, where the reference serves alone: Triton's refusal says so
 
 log = logging.getLogger("fastlm")
 
@@ -139,7 +140,7 @@ def choose(op: str, direction: str, device: torch.device, args: tuple[Any, ...])
             raise BackendError(f"fastlm.{op} {direction}: backend {name!r} is forced and cannot serve: {support.why}")
         return Choice(op, name, "forced" + (f"; {support.why}" if support.why else ""))
     rejected: list[tuple[str, str]] = []
-    for name in _ORDER.get(device.type, ("reference",)):
+    for name in _ORDER.get(device.type, _ELSEWHERE):
         support = _support(op, name, direction, device, args)
         if support.ok:
             reason = support.why or ("first choice" if not rejected else "next in order")

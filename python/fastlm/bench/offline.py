@@ -186,7 +186,15 @@ def faults(case: Any, figures: Figures) -> list[str]:
         found.append(f"{case.name} sm_{case.arch}: spills {figures.spill_bytes} bytes at {figures.registers} registers")
     if case.tensor_cores and not figures.tensor_cores:
         found.append(f"{case.name} sm_{case.arch}: uses no tensor core")
+    elif _promises_wgmma(case) and figures.tensor_cores != "wgmma":
+        found.append(f"{case.name} sm_{case.arch}: uses {figures.tensor_cores}, not wgmma")
     return found
+
+
+def _promises_wgmma(case: Any) -> bool:
+    """Attention on Hopper up to head size 128; tiles of decoding and of larger heads have fewer rows than wgmma needs."""
+    shape = case.constexprs
+    return bool(case.tensor_cores) and case.arch >= 90 and shape.get("DIM", 256) <= 128 and not shape.get("PACK")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -35,13 +35,17 @@ class KVCache:
         self.seqlens.zero_()
 
     def append(self, k: Tensor, v: Tensor) -> Tensor:
-        """Writes k, v [B, G, L, D] behind the valid part; returns int32 [B], where each row now ends.
+        """Writes k, v [B, G, L, D], of the cache's dtype, behind the valid part; returns int32 [B], where each row now ends.
 
-        ``seqlens`` is not moved. What does not fit raises ValueError on a CPU; on a GPU, where looking would wait for
-        the device, it goes to the last place and never outside.
+        ``seqlens`` is not moved. What does not fit raises ValueError on a CPU, and RuntimeError when compiled; on a GPU,
+        where looking would wait for the device, it goes to the last place and never outside: the last position then
+        holds what came last, and the caller must count.
         """
         length = k.shape[2]
-        if self.seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.seqlens.device.type == "cpu" and torch.compiler.is_compiling():
+            fits = (self.seqlens <= self.size - length).all()
+            torch._assert_async(fits, "KVCache: what is read does not fit; make it larger or reset() it")
+        elif self.seqlens.device.type == "cpu":
             longest = int(self.seqlens.max()) if self.seqlens.numel() else 0
             if longest + length > self.size:
                 raise ValueError(
@@ -50,8 +54,8 @@ class KVCache:
                 )
         place = self.seqlens.long().unsqueeze(1) + torch.arange(length, device=k.device)
         index = place.clamp(max=self.size - 1)[:, None, :, None].expand(k.shape)
-        self.k.scatter_(2, index, k.to(self.k.dtype))
-        self.v.scatter_(2, index, v.to(self.v.dtype))
+        self.k.scatter_(2, index, k)
+        self.v.scatter_(2, index, v)
         return (self.seqlens + length).clamp(max=self.size)
 
 
@@ -139,10 +143,13 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(head_size, device=device, dtype=dtype)) if qk_norm else None
 
     def new_cache(self, batch: int, size: int, *, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for ``batch`` rows of at most ``size`` positions, on the parameters' device, of their dtype."""
+        """An empty cache for ``batch`` rows of at most ``size`` positions, on the parameters' device.
+
+        ``dtype`` None: what forward attends in here, the autocast dtype under autocast, else the parameters'.
+        """
         weight = self.qkv.weight
         shape = (batch, self.kv_heads, size, self.head_size)
-        k = torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
+        k = torch.zeros(shape, device=weight.device, dtype=dtype or _computed(weight))
         return KVCache(k, torch.zeros_like(k), torch.zeros(batch, dtype=torch.int32, device=weight.device))
 
     def rope(self, positions: Tensor) -> Rope:
@@ -183,6 +190,7 @@ class Attention(nn.Module):
             x's shape, in the projection's dtype.
 
         Raises:
+            TypeError: a cache of another dtype than attention runs in.
             ValueError: arguments that do not go together or do not fit, named.
             RuntimeError: a cache while gradients are recorded.
         """
@@ -204,19 +212,19 @@ class Attention(nn.Module):
         if not packed:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            self._check(cache, k, packed)
+            self._check(cache, q, k, packed)
         if self.rotary is not None:
             q, k = self._turn(q, k, cache, cu_seqlens, positions, rope)
         seqlens_k = None
         if cache is not None:
-            seqlens_k = cache.append(k, v)
-            k, v = cache.k.to(q.dtype), cache.v.to(q.dtype)
+            seqlens_k = cache.append(k.to(cache.k.dtype), v.to(cache.v.dtype))
+            k, v = cache.k, cache.v
         p = self.dropout if self.training else 0.0
         seed = offset = None
         if p > 0:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             seed, ids = rng.batch(self, 0, sequences, x.device)
-            offset = None if ids is None else (ids, 0, None, None)
+            offset = None if ids is None else (ids, getattr(self, rng.FIRST_HEAD, 0), None, None)
         y = ops.attention(
             q, k, v, causal=self.causal, window=self.window, bias=mask, softcap=self.softcap, scale=self.scale,
             alibi_slopes=alibi_slopes(self.heads, x.device) if self.alibi else None, dropout_p=p, seed=seed,
@@ -225,7 +233,7 @@ class Attention(nn.Module):
         )  # fmt: skip
         assert isinstance(y, Tensor)
         if cache is not None:
-            cache.seqlens.add_(x.shape[1] if lengths is None else lengths)
+            cache.seqlens.add_(x.shape[1] if lengths is None else lengths).clamp_(max=cache.size)
         return self.out((y if packed else y.transpose(1, 2)).flatten(-2))
 
     def _turn(
@@ -256,7 +264,7 @@ class Attention(nn.Module):
         turn = dict(positions=positions, interleaved=self.interleaved)
         return ops.rotary(q, *rope, **turn), ops.rotary(k, *rope, **turn)  # type: ignore[arg-type]
 
-    def _check(self, cache: KVCache, k: Tensor, packed: bool) -> None:
+    def _check(self, cache: KVCache, q: Tensor, k: Tensor, packed: bool) -> None:
         if packed:
             raise ValueError("Attention: cache was given with cu_seqlens; a cache takes [B, L, W]")
         if not self.causal:
@@ -266,12 +274,25 @@ class Attention(nn.Module):
         if cache.k.shape[:2] != k.shape[:2] or cache.k.shape[3] != k.shape[3]:
             wanted = [*k.shape[:2], "size", k.shape[3]]
             raise ValueError(f"Attention: cache.k has shape {list(cache.k.shape)}; it must be {wanted}")
+        dtype = _computed(q)
+        if not cache.k.dtype == cache.v.dtype == dtype:  # else the whole cache would be converted for each token
+            raise TypeError(
+                f"Attention: cache.k is {cache.k.dtype} and cache.v {cache.v.dtype}; they must be {dtype}, in which "
+                f"attention runs here (new_cache under the same autocast, or with dtype, makes such a cache)"
+            )
 
     def extra_repr(self) -> str:
         parts = [f"{self.width}, heads={self.heads}"]
         plain = dict(kv_heads=self.heads, dropout=0.0, causal=False, window=None, softcap=0.0, alibi=False, rotary=None)
         parts += [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
         return ", ".join(parts)
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """The dtype in which ``ops.attention`` takes ``x``."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:

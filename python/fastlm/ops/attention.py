@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlm import backend
 from fastlm.ops._library import check_p, check_tensor, define, seed_tensor, sharded
+from fastlm.reference.attention import Options
 
 OP = "attention"
 Offset = tuple[Tensor | None, int, int | None, int | None]
@@ -27,7 +28,8 @@ _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS} bool need_dbias) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_N_OPTIONS = 18
+_N_OPTIONS = len(Options._fields)
+_LARGEST = torch.finfo(torch.float32).max
 _NONE, _LOWER_RIGHT, _UPPER_LEFT, _NONE_UPPER_LEFT = 0, 1, 2, 3  # causal in the schema; the last two: no shift
 
 
@@ -43,36 +45,39 @@ def _fake_backward(dout, dlse, q, k, v, out, lse, bias, *options):
 
 
 def _prepare(direction: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The torch schema's arguments to a backend's: bias expanded, scale resolved, values checked."""
+    """The torch schema's arguments to a backend's: bias expanded, scale resolved, values checked, lengths in int32."""
     first = 3 if direction == "forward" else 7
     q, k, v = args[first - 3 : first] if direction == "forward" else args[2:5]
-    bias = args[first]
-    options = list(args[first : first + _N_OPTIONS])
-    if bias is not None:
-        options[0] = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if options[13] is None:
-        options[13] = 1 / math.sqrt(q.shape[-1])
-    rest = args[first + _N_OPTIONS :]
+    given, rest = Options.of(args[first:]), args[first + _N_OPTIONS :]
+    if direction == "forward" and (rest[1] or q.device.type == "cpu"):
+        _check_values(q, k, given)
+    options = given._replace(
+        bias=None if given.bias is None else given.bias.expand(*q.shape[:3], k.shape[2]),
+        scale=1 / math.sqrt(q.shape[-1]) if given.scale is None else given.scale,
+        cu_seqlens_q=_int32(given.cu_seqlens_q),
+        cu_seqlens_k=_int32(given.cu_seqlens_k),
+        seqlens_k=_int32(given.seqlens_k),
+    )
     if direction == "forward":
-        if rest[1] or q.device.type == "cpu":
-            _check_values(q, k, *options[4:9])
         return (q, k, v, *options, rest[0])
-    return (*args[:first], *options, rest[0], list(bias.shape) if rest[0] else [])
+    return (*args[:first], *options, rest[0], list(given.bias.shape) if rest[0] and given.bias is not None else [])
 
 
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> None:
+def _int32(lengths: Tensor | None) -> Tensor | None:
+    """What is too large for int32 stays too large: unchecked, on a GPU, the kernels cut it to what there is."""
+    if lengths is None:
+        return None
+    if lengths.dtype == torch.int64:
+        lengths = lengths.clamp(-(2**31), 2**31 - 1)
+    return lengths.to(torch.int32).contiguous()
+
+
+def _check_values(q: Tensor, k: Tensor, options: Options) -> None:
     """Raises ValueError where lengths lead outside the tensors."""
+    seqlens_k = options.seqlens_k
     for name, cu, tokens, longest in (
-        ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
-        ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
+        ("q", options.cu_seqlens_q, q.shape[0], options.max_seqlen_q),
+        ("k", options.cu_seqlens_k, k.shape[0], options.max_seqlen_k),
     ):
         if cu is None:
             continue
@@ -169,8 +174,7 @@ def _arguments(
     )
     longest_q = longest_k = 0
     if packed:
-        cu_seqlens_q = _int32(cu_seqlens_q)
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else _int32(cu_seqlens_k)
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         longest_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
         longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     if bias is not None:
@@ -178,17 +182,19 @@ def _arguments(
     if alibi_slopes is not None:
         alibi_slopes = _slopes(alibi_slopes, sequences, q.shape[1], device)
 
-    kind = {False: _NONE, True: _LOWER_RIGHT, "upper_left": _UPPER_LEFT}.get(causal)
+    kinds = {False: _NONE, True: _LOWER_RIGHT, "upper_left": _UPPER_LEFT}
+    kind = kinds.get(causal) if isinstance(causal, (int, str)) else None
     if kind is None:
         raise ValueError(f'{OP}: causal is {causal!r}; it must be False, True or "upper_left"')
     left, right = _window(window)
     if kind != _NONE:
         right = -1  # causality is the tighter bound
-    for name, value, low in (("softcap", softcap, 0.0), ("scale", scale, -math.inf)):
+    for name, value, low in (("softcap", softcap, 0.0), ("scale", scale, -_LARGEST)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))):
             raise TypeError(f"{OP}: {name} is a {type(value).__name__}; it must be a float")
-        if value is not None and not (low <= value < math.inf):
-            raise ValueError(f"{OP}: {name} is {value}; it must be finite{' and not negative' if low == 0 else ''}")
+        if value is not None and not (low <= value <= _LARGEST):
+            limit = " and not negative" if low == 0 else ""
+            raise ValueError(f"{OP}: {name} is {value}; it must be finite in float32{limit}")
     check_p(dropout_p, OP, "dropout_p")
     p = float(dropout_p) if dropout_p * 65536 > 0.5 else 0.0  # below that nothing would be dropped
     batch_ids, head0, q0, k0 = _offset(offset, sequences, device)
@@ -200,14 +206,10 @@ def _arguments(
     else:
         seed = seed_tensor(seed, device, OP)
     return device, (
-        q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, _int32(seqlens_k), longest_q,
+        q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k, longest_q,
         longest_k, kind, left, right, float(softcap), None if scale is None else float(scale), p, head0, q0 or 0,
         k0 or 0, q.dtype, check,
     )  # fmt: skip
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -274,7 +276,7 @@ def _bias_4d(bias: Tensor, q: Tensor, k: Tensor, device: torch.device) -> Tensor
     given = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     if len(given) != 4 or any(have != 1 and have != need for have, need in zip(given, whole)):
         raise ValueError(f"{OP}: bias has shape {list(bias.shape)}; it must be broadcastable to {list(whole)}")
-    return bias if bias.dim() == 4 else bias.view(given) if bias.is_contiguous() else bias.reshape(given)
+    return bias.reshape(given)  # a view: axes of size 1 fit any strides
 
 
 def _slopes(slopes: Tensor, sequences: int, heads: int, device: torch.device) -> Tensor:

@@ -12,13 +12,42 @@ Arithmetic is float32, or float64 for float64 inputs. Slow, and right on every d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.backend import YES, Support
 from fastlm.reference import philox
+
+
+class Options(NamedTuple):
+    """The schema's options, in its order: what follows q, k and v forward, and lse backward."""
+
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    seed: Tensor | None = None
+    batch_ids: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    scale: float | None = None
+    p: float = 0.0
+    head0: int = 0
+    q0: int = 0
+    k0: int = 0
+
+    @classmethod
+    def of(cls, args: Sequence[Any]) -> Options:
+        """The first of ``args``."""
+        return cls(*args[: len(cls._fields)])
 
 
 def serves_forward(*args: object) -> Support:
@@ -197,6 +226,8 @@ def _backward(
     """dq, dk, dv and the gradient of the scores before they meet bias, all wide."""
     k, v = call.hide(k), call.hide(v)
     s, tanh = call.scores(q, k)
+    if dlse is not None:  # nothing pulls at a row that sees nothing, whatever it is given: 0 * inf is no number
+        dlse = dlse.masked_fill((s == float("-inf")).all(3), 0.0)
     probabilities = _probabilities(s)
     keep = call.keep(s)
     dropped = probabilities if keep is None else probabilities * keep

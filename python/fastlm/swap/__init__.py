@@ -101,4 +101,6 @@ def _backend(module: nn.Module, model: nn.Module, rewrite: Rewrite) -> tuple[str
         choice = backend.which(rewrite.op, *((x,) * rewrite.inputs))
     except backend.BackendError as error:
         return "none", str(error)
+    if rewrite.op == "attention" and (why := attention.why_reference(choice)):
+        return "torch", f"PyTorch's own attention runs: {why}"
     return choice.backend, "; ".join([choice.reason, *(f"not {name}: {why}" for name, why in choice.rejected)])

@@ -2,20 +2,22 @@
 
 The call stays where it is and keeps its arguments; only the name is replaced, by a method that serves it with
 ``ops.attention`` (dropout, masks with their gradient, ``is_causal``, ``enable_gqa``, ``scale``). What the op does not take
-at a call (other ranks, value heads of another size, DTensors) is PyTorch's own. Seeds come from ``fastlm.rng``, one place
-per call in the source.
+at a call (other ranks, value heads of another size, DTensors) is PyTorch's own, and so is what no kernel serves (head sizes
+above 256, float64, no compiled core), because the reference keeps all the scores. Seeds come from ``fastlm.rng``, one
+place per call in the source.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm import ops, rng
+from fastlm import backend, ops, rng
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
 from fastlm.swap.tensors import plain, tell
@@ -94,7 +96,41 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
         return "it got a mask with is_causal"
     if mask is not None and (mask.dim() > 4 or mask.device != q.device):
         return f"its mask has shape {list(mask.shape)} on {mask.device}"
-    return ""
+    return unserved(q, q.shape[3], mask)
+
+
+def unserved(x: Tensor, head_size: int, mask: Tensor | None) -> str:
+    """Why no kernel serves attention of ``x``'s device and dtype, only the reference that keeps all scores, or "".
+
+    Nothing is refused while a backend is forced.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _unserved(x.device, dtype, int(head_size), None if mask is None else mask.dtype)
+
+
+def _unserved(device: torch.device, dtype: torch.dtype, head_size: int, mask: torch.dtype | None) -> str:
+    return "" if backend.forced() else _asked(device, dtype, head_size, mask)
+
+
+# Under torch.compile it is asked once, while tracing. torch.compiler.assume_constant_result sets this mark, and imports the
+# compiler, which takes a second that `import fastlm` does not have.
+_unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # every call asks; what decides is few
+def _asked(device: torch.device, dtype: torch.dtype, head_size: int, mask: torch.dtype | None) -> str:
+    q = torch.empty(1, 1, 1, head_size, device=device, dtype=dtype)
+    bias = None if mask is None else torch.empty(1, 1, 1, 1, device=device, dtype=mask)
+    return why_reference(backend.which("attention", q, q, q, bias=bias))
+
+
+def why_reference(choice: backend.Choice) -> str:
+    """Why no kernel serves, or ""."""
+    if choice.backend != "reference" or not choice.rejected:
+        return ""
+    return "no kernel serves it: " + "; ".join(f"not {name}, {why}" for name, why in choice.rejected)
 
 
 def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.swap.attention import attend
+from fastlm.swap.attention import attend, unserved
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.tensors import plain, tell
 
@@ -102,7 +102,9 @@ def _refusal(
         return f"key_padding_mask has shape {list(padding.shape)}"
     if any(t is not None and t.dtype != torch.bool and not t.is_floating_point() for t in (mask, padding)):
         return "a mask is neither boolean nor floating"
-    return "it got is_causal without attn_mask" if is_causal and mask is None else ""
+    if is_causal and mask is None:
+        return "it got is_causal without attn_mask"
+    return unserved(query, mha.head_dim, padding if mask is None else mask)
 
 
 def _project(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

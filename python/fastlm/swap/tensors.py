@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("fastlm")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = re.compile(r"(?<!\w)\d[\d., ]*")  # not those of a name, as of a class or dtype
 _told: set[str] = set()
 
 
@@ -23,7 +25,10 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def tell(what: str) -> None:
-    """Logs ``what`` once."""
-    if not torch.compiler.is_compiling() and what not in _told:
-        _told.add(what)
+    """Logs ``what`` once, whatever numbers are in it: a decoder's shapes are others at each step."""
+    if torch.compiler.is_compiling():
+        return
+    kind = _NUMBERS.sub("", what)
+    if kind not in _told:
+        _told.add(kind)
         log.warning("fastlm.swap: %s", what)
