@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import fastlm
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from fastlm.train import CheckpointError, Config, Trainer, checkpoint, job, opti
 from fastlm.train.callbacks import read_metrics
 from torch import nn
 
-KERNELS = ["torch", *(["fused"] if callable(getattr(fastlm, "swap", None)) else [])]
+KERNELS = ["torch", "fused"]
 
 
 @pytest.fixture(autouse=True)
