@@ -15,7 +15,7 @@ from fastlm.cli import main as cli
 from fastlm.train import checkpoint
 from fastlm.train.callbacks import read_metrics
 
-SMALL = tuple("--layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --threads 1".split())
+SMALL = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --threads 1".split()  # noqa: SIM905
 
 
 @pytest.fixture(autouse=True)
