@@ -428,3 +428,33 @@ def test_a_weight_too_small_for_one_sample_is_refused(book: str, tmp_path: Path)
     with pytest.raises(InputError, match=r"--weights: 0.0001 of corpus 2 .* must be at least"):
         job.start(tiny(weights=(1.0, 1e-4)), (book, str(other)))
     assert shares([1.0, 1e-3]).tolist() == [1023, 1]
+
+
+@pytest.mark.parametrize(
+    "which", ["fsdp=2", pytest.param("tp=2", marks=pytest.mark.slow), pytest.param("pp=2", marks=pytest.mark.slow)]
+)
+def test_two_processes_sample_after_each_evaluation(book: str, which: str) -> None:  # noqa: F811
+    words = [
+        *SMALL,
+        "--threads",
+        "1",
+        "--layers",
+        "2",
+        "--steps",
+        "6",
+        "--eval-every",
+        "2",
+        "--ramp",
+        "4",
+        "--batch",
+        "8",
+    ]
+    command = [sys.executable, "-m", "fastlm", "train", book, *words, "--mesh", which, "--name", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = read_metrics(Path("runs/run"), "samples.jsonl")
+    assert [row["step"] for row in found] == [2, 4, 6]
+    assert all(row["text"] for row in found)
+    rows = read_metrics(Path("runs/run"))
+    assert [row["samples"] for row in rows] == [1, 2, 4, 6, 8, 8]  # a first step of fewer samples than ranks
+    assert all(row["loss"] is not None and not row["bad"] for row in rows)
