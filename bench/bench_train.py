@@ -378,6 +378,8 @@ def fast_run(
     shape = ModelConfig(style=best["style"], layers=config.layers, heads=config.heads, width=config.width,
                         context=config.context, dropout=best.get("dropout", 0.0)).resolve(text.vocab)  # fmt: skip
 
+    folder = tempfile.TemporaryDirectory(prefix="fastlm-bench-", ignore_cleanup_errors=True)
+
     def make(steps: int) -> Stepped:
         torch.manual_seed(seed)
         settings = Config(
@@ -385,7 +387,7 @@ def fast_run(
                               warmup=max(1, steps // 20), min_lr=0.02, schedule=best.get("schedule", "linear")),
             run=RunConfig(dtype=best["dtype"], seed=seed, quiet=True),
         )  # fmt: skip
-        return Stepped(settings, GPT(shape), text.source(seed), tempfile.mkdtemp(prefix="fastlm-bench-")).begin()
+        return Stepped(settings, GPT(shape), text.source(seed), folder.name).begin()
 
     trial = make(MANY)
     for _ in range(3):
@@ -402,6 +404,7 @@ def fast_run(
             if curve[-1][1] <= plain["loss"]:
                 break
     run.close()
+    folder.cleanup()
     reached = curve[-1][1] <= plain["loss"]
     ratio = took / plain["seconds"] if reached else None
     return {"seconds": took, "loss": curve[-1][1], "target": plain["loss"], "ratio": ratio, "curve": curve}
