@@ -23,10 +23,12 @@ from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, joint_tokenizer, silent
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lora, report, state
-from fastlm.train.callbacks import Picture, Samples, warn
+from fastlm.train.callbacks import Picture, Samples, standard, warn
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs
-from fastlm.train.folders import find_init, find_run, forked_from, new_folder, read_config, write_config
+from fastlm.train.folders import find_init, forked_from, new_folder, write_config
+from fastlm.train.folders import find_run as find_run  # for those who use jobs
+from fastlm.train.folders import read_config as read_config
 from fastlm.train.generation import generate, sampler
 from fastlm.train.loop import Trainer
 from fastlm.train.machine import apply, memory_limit, pick_device, spare_page_faults
@@ -142,6 +144,7 @@ class Job:
         config = copy.deepcopy(config)  # --init fills in the shape
         spare_page_faults()
         apply(config.run)
+        standard(config.run)  # a package that a flag needs and that is missing is named before there is a folder
         self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
         first = self.ranks.first
         cut = [name for name, size in getattr(self.ranks, "sizes", {}).items() if size > 1 and name != "dp"]
@@ -279,9 +282,7 @@ class Job:
                 try:
                     report.write_result(self.folder, result)
                     report.write(self.folder)
-                except (
-                    InputError
-                ) as another:  # a full disk refuses the report too; what is raised is why training ended
+                except InputError as another:  # a full disk refuses the report too, but is not why training ended
                     warn(str(another))
             raise
         return self.finish(why, say)
@@ -345,7 +346,6 @@ def resume(
 
 
 fork = functools.partial(resume, fork=True)
-__all__ = ["find_init", "find_run", "new_folder", "read_config", "write_config"]  # the folders, for those who use jobs
 
 
 def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:
