@@ -59,7 +59,7 @@ class Stepped(Trainer):
     def begin(self) -> Stepped:
         for callback in self.callbacks:
             callback.start(self)
-        self._load_ahead()
+        self.load_ahead()
         self._clock = time.perf_counter()
         return self
 
@@ -86,7 +86,7 @@ def trainer(i: Inputs, config: GPTConfig, batch: int, dtype: str, device: str, k
     torch.manual_seed(0)
     settings = Config(
         optim=OptimConfig(steps=MANY, batch=batch, lr=1e-4, warmup=1, schedule="constant"),
-        run=RunConfig(kernels=kernels, dtype=dtype, device=device),  # type: ignore[arg-type]
+        run=RunConfig(kernels=kernels, dtype=dtype, device=device, quiet=True),  # type: ignore[arg-type]
     )
     return Stepped(settings, GPT(config), i.source, i.folder.name).begin()
 
@@ -337,7 +337,7 @@ class Text:
         from fastlm.train.config import DataConfig
         from fastlm.train.job import read_data, validation
 
-        self.data = read_data((), DataConfig(), lambda done, total: None)
+        self.data = read_data((), DataConfig(), config.context)
         self.config, self.source_of = config, TokenSource
         self.vocab = self.data[0].tokenizer.vocab
         self.loss_of = validation(self.data, Config(), config.context, torch.device("cpu"))
@@ -378,14 +378,16 @@ def fast_run(
     shape = ModelConfig(style=best["style"], layers=config.layers, heads=config.heads, width=config.width,
                         context=config.context, dropout=best.get("dropout", 0.0)).resolve(text.vocab)  # fmt: skip
 
+    folder = tempfile.TemporaryDirectory(prefix="fastlm-bench-", ignore_cleanup_errors=True)
+
     def make(steps: int) -> Stepped:
         torch.manual_seed(seed)
         settings = Config(
             optim=OptimConfig(steps=steps, batch=batch, lr=best["lr"], optimizer=best["optimizer"],
                               warmup=max(1, steps // 20), min_lr=0.02, schedule=best.get("schedule", "linear")),
-            run=RunConfig(dtype=best["dtype"], seed=seed),
+            run=RunConfig(dtype=best["dtype"], seed=seed, quiet=True),
         )  # fmt: skip
-        return Stepped(settings, GPT(shape), text.source(seed), tempfile.mkdtemp(prefix="fastlm-bench-")).begin()
+        return Stepped(settings, GPT(shape), text.source(seed), folder.name).begin()
 
     trial = make(MANY)
     for _ in range(3):
@@ -402,6 +404,7 @@ def fast_run(
             if curve[-1][1] <= plain["loss"]:
                 break
     run.close()
+    folder.cleanup()
     reached = curve[-1][1] <= plain["loss"]
     ratio = took / plain["seconds"] if reached else None
     return {"seconds": took, "loss": curve[-1][1], "target": plain["loss"], "ratio": ratio, "curve": curve}

@@ -13,16 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import fastlm
 import pytest
 from fastlm.cli import main as cli
 from fastlm.train import checkpoint, config
 from fastlm.train.callbacks import read_metrics
 
-KERNELS = "fused" if callable(getattr(fastlm, "swap", None)) else "torch"
-SMALL = (
-    f"--kernels {KERNELS} --layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --threads 1".split()
-)
+SMALL = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --threads 1".split()  # noqa: SIM905
 
 LIMIT = 240  # seconds after which a process counts as hung; nothing here is a test of speed
 

@@ -169,8 +169,8 @@ def test_skipped_samples_stay_skipped_after_a_resume(many: Path, place: Path, mo
     judged = made.trainer._judge
     bad = iter([1])
 
-    def judge(step: int, loss: float, found: bool) -> None:
-        judged(step, loss * (100 if step == 7 and next(bad, 0) else 1), found)
+    def judge(step: int, loss: float, found: bool) -> bool:
+        return judged(step, loss * (100 if step == 7 and next(bad, 0) else 1), found)
 
     made.trainer._judge = judge  # type: ignore[method-assign]
 

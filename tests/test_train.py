@@ -11,7 +11,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import fastlm
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from fastlm.train import CheckpointError, Config, Trainer, checkpoint, job, mesh
 from fastlm.train.callbacks import read_metrics
 from torch import nn
 
-KERNELS = ["torch", *(["fused"] if callable(getattr(fastlm, "swap", None)) else [])]
+KERNELS = ["torch", "fused"]
 
 
 @pytest.fixture(autouse=True)

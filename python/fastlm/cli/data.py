@@ -101,7 +101,7 @@ def show(
         raise InputError(f"the sample's number must be at least 0; it is {n}")
     if run:
         config, corpus = job.read_config(job.find_run(run))
-        data, context, seed = config.data, config.model.resolve(256).context, config.run.seed
+        data, context, seed = config.data, config.model.length(), config.run.seed
     with reading() as note:
         found = job.read_data(corpus, data, context, note)
     inputs, targets, *documents = (

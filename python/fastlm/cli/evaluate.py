@@ -1,6 +1,7 @@
 """`fastlm eval [RUN] [TEXT ...]`: loss, perplexity and bits per byte on the run's validation split or on any text.
 
-It reads and measures as the run does: packed documents stay apart, and a text is prepared like a further validation set.
+It reads and measures as the run does: under its --dtype, with packed documents apart; a text is prepared like a further
+validation set.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastlm.cli.data import reading
 from fastlm.data import prepare
 from fastlm.train import job
 from fastlm.train.config import Config
+from fastlm.train.machine import autocast
 
 
 def evaluate(
@@ -48,7 +50,7 @@ def evaluate(
             data = [prepare(text, options, tokenizer=tokenizer, whole=True, note=note)]
         else:
             data = job.read_data(corpus, config.data, context, note)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(place, config.run.dtype):
         measured = job.validation(data, config, context, place)(model, True)
     nats, count = measured["val_loss"], int(measured["val_tokens"])
     size = sum(d.manifest["val"]["bytes"] for d in data)

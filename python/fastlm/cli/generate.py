@@ -46,14 +46,14 @@ def generate(
     model, tokenizer = job.load(job.find_run(run, out), device)
     ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
     start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
-    choose = job.sampler(temperature, top_k, top_p, min_p, seed)
+    choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
     for number in range(num):
         if num > 1:
             print(f"--- {number + 1} of {num}")
         text = TextStream(tokenizer)
 
         def stream(logits: torch.Tensor, text: TextStream = text) -> torch.Tensor:
-            token = choose(logits[:, : tokenizer.vocab])  # rows beyond the vocabulary mean nothing
+            token = choose(logits)
             sys.stdout.write(text.push(int(token)))
             sys.stdout.flush()
             return token

@@ -66,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # what the file system refuses, wherever that was
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fastlm {argv[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def run() -> NoReturn:

@@ -12,6 +12,7 @@ import tyro
 from fastlm.cli.data import reading
 from fastlm.train import job, launch, mesh
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from fastlm.train.folders import find_init, find_origin
 
 
 def _value(argv: list[str], flag: str) -> str:
@@ -25,9 +26,10 @@ def _value(argv: list[str], flag: str) -> str:
 
 
 def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
-    """Configuration, corpus and {resume, fork, other_data}. With --resume or --fork the defaults are that run's."""
+    """Configuration, corpus and {resume, fork, other_data, origin}. With --resume or --fork the defaults are that run's."""
     origin = _value(argv, "--resume") or _value(argv, "--fork")
-    base, known_corpus = job.read_config(job.find_run(origin)) if origin else (Config(), ())
+    folder = find_origin(origin, _value(argv, "--out")) if origin else None
+    base, known_corpus = job.read_config(folder) if folder else (Config(), ())
     if _value(argv, "--fork"):
         base.run.name = ""
 
@@ -53,12 +55,14 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
             fork: Run from whose last checkpoint a new run starts.
             other_data: Go on although the data differ from the checkpoint's.
         """
-        options = {"resume": resume, "fork": fork, "other_data": other_data}
+        options = {"resume": resume, "fork": fork, "other_data": other_data, "origin": folder}
         return Config(model, data, optim, run), corpus or known_corpus, options
 
     init = _value(argv, "--init")
     if init and not origin and not _value(argv, "--tokenizer"):
-        base.data.tokenizer = job.tokenizer_of(Path(init), base.data.tokenizer)
+        base.data.tokenizer = job.tokenizer_of(
+            find_init(init, _value(argv, "--out") or base.run.out), base.data.tokenizer
+        )
     return tyro.cli(train, prog="fastlm train", args=argv)
 
 
@@ -82,12 +86,11 @@ def main(argv: list[str]) -> int:
 
 
 def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ranks: mesh.Ranks) -> int:
-    origin = options["resume"] or options["fork"]
+    folder = options["origin"]
     if ranks.restarts and ranks.folder:  # torchrun started all ranks again: the run goes on
-        origin = options["resume"] = ranks.folder
+        options["resume"], folder = ranks.folder, Path(ranks.folder)
     say = print if ranks.first else lambda *words: None
-    if origin:
-        folder = job.find_run(origin)
+    if folder is not None:
         for line in job.read_config(folder)[0].differences(config):
             say(f"changed: {line}")
         go = job.resume if options["resume"] else job.fork

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlm.data.errors import InputError
 from fastlm.data.pack import Rows
 from fastlm.data.prepare import Prepared
-from fastlm.data.sample import Windows, key, mixture, permute
+from fastlm.data.sample import ROUND, Windows, key, mixture, permute, shares
 
 
 class Source(Protocol):
@@ -51,6 +51,12 @@ class TokenSource:
                     f"{context}: give more text or a smaller --context"
                 )
             self.parts.append(part)
+        for number, count in enumerate(shares(self.weights)):
+            if not count:
+                raise InputError(
+                    f"--weights: {self.weights[number]} of corpus {number + 1} among a sum of {sum(self.weights)} gives it "
+                    f"no sample of {ROUND}: it must be at least {sum(self.weights) / ROUND}"
+                )
 
     def batch(self, ids: np.ndarray) -> tuple[Tensor, ...]:
         if len(self.parts) == 1:

@@ -77,13 +77,18 @@ class Windows:
         return tokens[:, :-1], tokens[:, 1:]
 
 
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """Samples of each source in a round."""
+    ends = np.rint(np.cumsum(np.array(weights, dtype=np.float64) / sum(weights)) * ROUND)
+    return np.diff(ends.astype(np.int64), prepend=0)
+
+
 def mixture(n: np.ndarray, weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(source, number within the source) of samples n: each round of ROUND samples holds fixed shares of the sources."""
     if len(weights) == 1:
         return np.zeros(len(n), dtype=np.int64), n
-    share = np.array(weights, dtype=np.float64) / sum(weights)
-    ends = np.rint(np.cumsum(share) * ROUND).astype(np.int64)
-    counts = np.diff(ends, prepend=0)
+    counts = shares(weights)
+    ends = np.cumsum(counts)
     place = np.empty(len(n), dtype=np.int64)
     for number in np.unique(n // ROUND):
         rows = n // ROUND == number

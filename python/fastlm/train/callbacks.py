@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,17 +18,35 @@ from typing import TYPE_CHECKING, Any
 from fastlm.data.errors import InputError
 
 if TYPE_CHECKING:
+    from fastlm.train.config import RunConfig
     from fastlm.train.loop import Trainer
 
 
 class Callback:
+    everywhere = (
+        False  # whether every rank has one, since what it asks of the model needs them all; only the first writes
+    )
+
     def start(self, trainer: Trainer) -> None: ...
 
     def step(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
 
     def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None: ...
 
+    def rewind(self, trainer: Trainer) -> None:
+        """The trainer went back to an earlier step, after a loss spike."""
+
     def end(self, trainer: Trainer) -> None: ...
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole whenever it has its name. Raises InputError where it cannot be written."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -42,19 +61,29 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
     return rows
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of a file of metrics that are of later steps."""
+    rows = [row for row in read_metrics(path.parent, path.name) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 class Metrics(Callback):
     """metrics.jsonl, one line a step. Going on after a kill first drops the lines after the checkpoint."""
 
     def start(self, trainer: Trainer) -> None:
         self.path = trainer.folder / "metrics.jsonl"
-        self.rewind(trainer.step)
+        self._open(trainer)
 
-    def rewind(self, step: int) -> None:
-        rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(draft, self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+    def rewind(self, trainer: Trainer) -> None:
+        self.file.close()
+        self._open(trainer)
+
+    def _open(self, trainer: Trainer) -> None:
+        keep_until(self.path, trainer.step)
+        try:
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
     def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         try:
@@ -117,6 +146,12 @@ class Progress(Callback):
             self.bar.stop()
 
 
+def set_name(key: str) -> str:
+    """The further validation set whose loss a metric `val_NAME_loss` is; "" for every other metric."""
+    found = re.fullmatch(r"val_(\w+)_loss", key)
+    return found[1] if found else ""
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") -> None:
     """Training and validation loss of runs against the step, in one picture (a path or a file object, png or svg)."""
     import matplotlib
@@ -136,9 +171,12 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") ->
             line = axes.plot([s for s, _ in train], smooth, label=f"{prefix}training", linewidth=1.2)
             if len(runs) == 1:
                 axes.plot(*zip(*train), color=line[0].get_color(), alpha=0.15, linewidth=0.6)
-        val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-        if val:
-            axes.plot(*zip(*val), "o-", label=f"{prefix}validation", markersize=3.5)
+        for key in sorted(
+            {k for r in rows for k in r if k == "val_loss" or set_name(k)}, key=lambda k: k != "val_loss"
+        ):
+            val = [(r["step"], r[key]) for r in rows if key in r]
+            label = f"validation {set_name(key)}".rstrip()
+            axes.plot(*zip(*val), "o-", label=f"{prefix}{label}", markersize=3.5)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.has_data():
@@ -151,24 +189,30 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") ->
 class Samples(Callback):
     """samples.jsonl: after each evaluation a text of the model, one line {step, val_loss, text}."""
 
+    everywhere = True  # of a cut model no rank alone can run its part
+
     def __init__(self, write: Callable[[int], str]) -> None:
         self.write = write  # so many tokens of text
 
     def start(self, trainer: Trainer) -> None:
         self.path = trainer.folder / "samples.jsonl"
-        rows = [row for row in read_metrics(trainer.folder, self.path.name) if row["step"] <= trainer.step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(draft, self.path)
+        self.rewind(trainer)
+
+    def rewind(self, trainer: Trainer) -> None:
+        if trainer.ranks.first:
+            keep_until(self.path, trainer.step)
 
     def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None:
-        if any(hasattr(p, "device_mesh") for p in trainer.plain.parameters()):
-            return  # sharded weights: one rank alone cannot run the model
         last = trainer.step == trainer.config.optim.steps
         text = self.write(trainer.config.run.sample // (1 if last else 4))
         row = {"step": trainer.step, "val_loss": found.get("val_loss"), "text": text}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if not trainer.ranks.first:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 class Picture(Callback):
@@ -222,6 +266,14 @@ class Wandb(Callback):
         if self.run is not None:
             self.wandb.finish()
             self.run = None
+
+
+def standard(run: RunConfig) -> list[Callback]:
+    """Those that the flags of a run ask for."""
+    found: list[Callback] = [Metrics()]
+    found += [] if run.quiet else [Progress()]
+    found += [Tensorboard()] if run.tensorboard else []
+    return found + ([Wandb(run.wandb)] if run.wandb else [])
 
 
 def warn(text: str) -> None:

@@ -68,6 +68,10 @@ class ModelConfig:
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    def length(self) -> int:
+        """The context, which no vocabulary changes."""
+        return self.resolve(self.rows or 256).context
+
     def take_shape(self, shape: GPTConfig) -> None:
         """The shape of --init into the fields; InputError for a flag that says otherwise."""
         for name in SHAPE:
@@ -132,7 +136,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; biases, norms and embeddings' norms have none."""
+    """Decoupled weight decay of matrices, the embeddings' among them; biases and norms have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: not clipped."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -14,13 +14,19 @@ from fastlm.models.gpt import GPT
 
 
 def sampler(
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 1,
+    vocab: int | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """Logits [B, V] to tokens [B]. Temperature 0 takes the likeliest; the filters apply in the order of the arguments."""
+    """Logits [B, V] to tokens [B]. Temperature 0 takes the likeliest; the filters apply in the order of the arguments.
+    Only the first `vocab` of the V are drawn from: rows that an embedding has beyond its vocabulary mean nothing."""
     generator = torch.Generator().manual_seed(seed)
 
     def sample(logits: Tensor) -> Tensor:
-        h = logits.float().cpu()
+        h = logits[:, :vocab].float().cpu()
         if temperature == 0:
             return h.argmax(-1).to(logits.device)
         h = h / temperature

@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,77 +21,18 @@ from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batch
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, joint_tokenizer, silent
-from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lora, parallel, report, state
-from fastlm.train.callbacks import Callback, Picture, Progress, Samples, Tensorboard, Wandb
+from fastlm.train.callbacks import Picture, Samples, standard, warn
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs
+from fastlm.train.folders import find_init, forked_from, new_folder, write_config
+from fastlm.train.folders import find_run as find_run  # for those who use jobs
+from fastlm.train.folders import read_config as read_config
 from fastlm.train.generation import generate, sampler
 from fastlm.train.loop import Trainer
-from fastlm.train.machine import memory_limit, pick_device, spare_page_faults
+from fastlm.train.machine import apply, autocast, memory_limit, pick_device, spare_page_faults
 from fastlm.train.mesh import Ranks
-
-# --------------------------------------------------------------------------------------------------------------- folders
-
-
-def new_folder(config: Config, first: bool = True) -> Path:
-    """runs/NAME, made now; a folder that is there already is never written into."""
-    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-    folder, number = Path(config.run.out) / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if config.run.name:
-                raise InputError(
-                    f"the run {folder} exists and is not overwritten: choose another --name, or --resume {folder}"
-                ) from None
-            number += 1
-            folder = Path(config.run.out) / f"{name}-{number}"
-        except OSError as error:
-            raise InputError(f"cannot make the run's folder {folder}: {error.strerror}") from error
-
-
-def find_run(name: str | None, out: str = "runs") -> Path:
-    """The folder of a run by path or name; without one, the run that was written to last."""
-    if name:
-        for folder in (Path(name), Path(out) / name):
-            if (folder / "config.json").is_file() or (folder / "state.json").is_file():
-                return folder
-        raise InputError(f"there is no run {name} (a folder with config.json, here or in {out}/)")
-    runs = [p.parent for p in Path(out).glob("*/config.json") if checkpoint.steps(p.parent)]
-    if not runs:
-        raise InputError(f"{out}/ holds no run with a checkpoint; train one first, or name its folder")
-    return max(runs, key=lambda folder: max(p.stat().st_mtime for _, p in checkpoint.steps(folder)))
-
-
-def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        return Config.from_dict(saved["config"]), tuple(saved["corpus"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
-
-
-def write_config(folder: Path, config: Config, corpus: tuple[str, ...], model: GPTConfig, data: list[Prepared]) -> None:
-    where = [str(Path(c).resolve()) if Path(c).exists() else c for c in corpus]
-    saved = config.to_dict()
-    pairs = [given.partition("=") for given in config.data.val]
-    saved["data"]["val"] = [f"{n}={Path(p).resolve() if Path(p).exists() else p}" for n, _, p in pairs]
-    body: dict[str, Any] = {
-        "config": saved,
-        "corpus": where,
-        "model": dataclasses.asdict(model),
-        "tokenizer": data[0].tokenizer.spec(),
-        "data": [
-            {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
-        ],
-    }
-    if body["tokenizer"]["kind"] != "bytes":
-        report.write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
-    report.write_text(folder / "config.json", json.dumps(body, indent=1))
-
 
 # ------------------------------------------------------------------------------------------------------------- the parts
 
@@ -198,16 +136,15 @@ class Job:
         note: Any = None,
         ranks: Ranks | None = None,
         origin: Path | None = None,
+        fork: Path | None = None,
     ) -> None:
-        """Into `folder`, or a new one. `origin` is the run whose checkpoint comes next, which then gives the weights."""
+        """Into `folder`, or a new one. `origin` is the run whose checkpoint comes next, which then gives the weights;
+        `fork` that checkpoint, if the run starts from another's."""
         config.check()
         config = copy.deepcopy(config)  # --init fills in the shape
         spare_page_faults()
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-        if config.run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        apply(config.run)
+        standard(config.run)  # a package that a flag needs and that is missing is named before there is a folder
         self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
         first = self.ranks.first
         cut = [name for name, size in getattr(self.ranks, "sizes", {}).items() if size > 1 and name != "dp"]
@@ -222,9 +159,10 @@ class Job:
         note = note if note is not None and first else silent
         given = None
         if config.model.init and origin is None:
+            config.model.init = str(find_init(config.model.init, config.run.out))
             given = export.read_model(Path(config.model.init))
             config.model.take_shape(given.shape)
-        context = config.model.resolve(256).context
+        context = config.model.length()
         self.data = self.ranks.in_turn(  # the others find it prepared
             lambda: read_data(corpus, config.data, context, note)
         )
@@ -247,18 +185,12 @@ class Job:
                 state.load_model(model, base, origin / lora.BASE)
             base = state.model_tensors(model)
             lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
-        callbacks: list[Callback] = [Picture()]
-        callbacks += [] if config.run.quiet else [Progress()]
-        callbacks += [Tensorboard()] if config.run.tensorboard else []
-        callbacks += [Wandb(config.run.wandb)] if config.run.wandb else []
-        if config.run.sample and self.ranks.size == 1:  # callbacks run on one rank, a sharded model needs them all
-            callbacks += [Samples(lambda count: self.sample(count))]
 
         def make_folder() -> Path:
             made = folder or new_folder(config)
             if config.model.lora_rank and made != origin:
                 checkpoint.write_base(made / lora.BASE, base)
-            write_config(made, config, corpus, self.shape, self.data)
+            write_config(made, config, corpus, self.shape, self.data, fork)
             checkpoint.clean(made)
             return made
 
@@ -270,7 +202,7 @@ class Job:
             self.source,
             self.folder,
             evaluate=validation(self.data, config, self.shape.context, self.device, self.named, self.ranks),
-            callbacks=callbacks,
+            callbacks=[Picture(), *([Samples(self.sample)] if config.run.sample else [])],
             ranks=self.ranks,
             flops_per_sample=self.costs.flops_per_sample,
         )
@@ -279,17 +211,19 @@ class Job:
     def sample(self, count: int) -> str:
         """Text of the model as it stands, with the weights and in the type that evaluations use."""
         # A compiled model would be compiled again for every length that its cache grows to.
-        with self.trainer.averaged(), self.trainer.autocast(), torch.compiler.set_stance("force_eager"):
-            choose = sampler(0.8, seed=self.config.run.seed)
+        averaged, typed = self.trainer.averaged(), autocast(self.device, self.config.run.dtype)
+        with averaged, typed, torch.compiler.set_stance("force_eager"):
+            choose = sampler(0.8, seed=self.config.run.seed, vocab=self.data[0].tokenizer.vocab)
             return generate(self.model, self.data[0].tokenizer, "", count, choose)
 
     def finish(self, why: str, say: Callable[[str], None]) -> Result:
         """What the run reached, said and written to result.json."""
         trainer, found = self.trainer, dict(self.trainer.latest)
         if why.startswith("early"):
-            step = int(trainer.best["step"])
-            trainer.load_weights(self.folder / "checkpoints" / f"best-{step:08d}")
-            say(f"stopped {why}; the best weights, of step {step}, are restored")
+            best = (
+                f"the best weights, of step {trainer.best['step']}, are restored" if trainer.best else "none was finite"
+            )
+            say(f"stopped {why}; {best}")
             found = {}
         if not why.startswith("signal") and not found.get("whole"):
             found = {"step": trainer.step, "whole": True, **trainer.measure(whole=True)}
@@ -345,10 +279,12 @@ class Job:
             why = self.trainer.fit()
         except InputError as error:  # it says why training cannot go on: the report says it too
             if self.ranks.first:
-                report.write_result(
-                    self.folder, {"why": str(error), "step": self.trainer.step, "best": self.trainer.best}
-                )
-                report.write(self.folder)
+                result = {"why": str(error), "step": self.trainer.step, "best": self.trainer.best}
+                try:
+                    report.write_result(self.folder, result)
+                    report.write(self.folder)
+                except InputError as another:  # a full disk refuses the report too, but is not why training ended
+                    warn(str(another))
             raise
         return self.finish(why, say)
 
@@ -384,18 +320,27 @@ def resume(
     ranks: Ranks | None = None,
     fork: bool = False,
 ) -> Job:
-    """The job of a run's folder at its last whole checkpoint, or from the start when it has none; with `fork` a new run
-    that starts at that checkpoint."""
+    """The job of a run's folder at its last whole checkpoint, or from the start when it has none (a fork that was killed
+    before its first save: where it forked); with `fork` a new run that starts at that checkpoint."""
     ranks = ranks or Ranks()
     say = say if ranks.first else lambda text: None
     if ranks.first and not fork:
         checkpoint.clean(folder)
+    earlier = None if fork else forked_from(folder)
     wanted = ranks.first and (fork or checkpoint.steps(folder))
     found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if wanted else None))
+    start = found if fork else None
+    if found is None and earlier is not None:
+        found = start = earlier
+        say(f"{folder} holds no checkpoint yet: it starts once more from {earlier}")
     origin = folder if found is not None else None
-    job = Job(config, corpus, folder=None if fork else folder, note=note, ranks=ranks, origin=origin)
+    job = Job(
+        config, corpus, folder=None if fork else folder, note=note, ranks=ranks, origin=origin, fork=start or earlier
+    )
     if found is not None:
-        job.trainer.restore(found, other_data=other_data)
+        job.trainer.restore(found, other_data=other_data, verified=found != earlier)
+    if start is not None:
+        job.trainer.begin_own()
     step = job.trainer.step
     say(f"a new run from step {step} of {folder}" if fork else f"going on from step {step} of {config.optim.steps}")
     return job

@@ -7,6 +7,7 @@ is sound is decided on the device and the optimizer told there, so no step waits
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
-from fastlm.train import checkpoint, optim, parallel, signals, state
-from fastlm.train.callbacks import Callback, Metrics, warn
+from fastlm.train import checkpoint, guards, optim, parallel, signals, state
+from fastlm.train.callbacks import Callback, standard, warn
 from fastlm.train.config import Config
 from fastlm.train.kernels import Kernels
-from fastlm.train.machine import peak_flops, peak_memory, pick_device
+from fastlm.train.machine import apply, autocast, peak_flops, peak_memory, pick_device
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 FLUSH = 10  # steps whose metrics may wait on a GPU before they are read
@@ -39,8 +40,9 @@ def token_loss(
 class Trainer:
     """Trains `model` on `data` by `config` into `folder`.
 
-    `loss(model, *batch)` gives a summed loss and the number it is a sum over; `evaluate(model)` a dictionary with
-    "val_loss". `Trainer(config, model, DatasetSource(dataset, seed), folder, loss=...).fit()` trains one's own module.
+    `loss(model, *batch)` gives a summed loss and the number it is a sum over; `evaluate(model, whole)` a dictionary with
+    "val_loss", of all the validation data where `whole` is true. `Trainer(config, model, DatasetSource(dataset, seed),
+    folder, loss=...).fit()` trains one's own module.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class Trainer:
         flops_per_sample: float = 0.0,
     ) -> None:
         config.check()
+        if config.run.patience and evaluate is None:
+            raise InputError(f"--patience {config.run.patience} needs validation losses: give Trainer an `evaluate`")
+        apply(config.run)
         self.config, self.data, self.folder = config, data, Path(folder)
         self.ranks = ranks or parallel.Ranks()
         self.device = self.ranks.device or pick_device(config.run.device)
@@ -74,7 +79,8 @@ class Trainer:
         options = {k: v for k, v in (("smoothing", config.optim.smoothing), ("z_loss", config.optim.z_loss)) if v}
         self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
         self.evaluate_with = evaluate
-        self.callbacks: list[Callback] = [Metrics(), *callbacks] if self.ranks.first else []
+        callbacks = [*standard(config.run), *callbacks]  # one rank's, but for those that need all
+        self.callbacks = [c for c in callbacks if self.ranks.first or getattr(c, "everywhere", False)]
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
         self.ema = self._averages() if config.optim.ema else {}
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
@@ -85,6 +91,7 @@ class Trainer:
         self.bad_in_row = self.bad_steps = 0
         self.mean_loss: float | None = None
         self.skipped: list[tuple[int, int]] = []
+        self.rolled_back = (-1, 0)  # to which step, how often in a row
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
         self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
@@ -101,7 +108,7 @@ class Trainer:
         with signals.heard(self._ask), self.ranks.watch():
             for callback in self.callbacks:
                 callback.start(self)
-            self._load_ahead()
+            self.load_ahead()
             self._clock = time.perf_counter()
             try:
                 # what the ranks agreed on decides, and is never written back: a signal may come at any point of this
@@ -112,19 +119,21 @@ class Trainer:
                     if (run.eval_every and self.step % run.eval_every == 0) or last:
                         improved = self.evaluate(whole=last)
                     due = bool(run.save_every) and self.step % run.save_every == 0
-                    self.flush(force=last or improved or due)  # the lines of a saved step are written before it is
-                    if improved or last or (run.save_every and self.step % run.save_every == 0):
+                    if self.flush(force=last or improved or due):  # a saved step's lines are written before it is
+                        continue  # a spike sent the run back: there is no such step any more
+                    if improved or last or due:
                         self.save(best=improved)
                     if run.patience and self.waited >= run.patience:
                         self.stop = f"early: no better validation loss in {self.waited} evaluations"
                 self.flush(force=True)
-                if why and self.last_saved != self.step and not self.bad_in_row:
+                if why and self.last_saved != self.step:  # a skipped step left the weights sound
                     self.save()
                 self.saver.wait()
+                if why.startswith("early") and self.best:
+                    self.load_weights(self.folder / "checkpoints" / f"best-{int(self.best['step']):08d}")
             finally:
                 self.loader.close()
-                for callback in self.callbacks:
-                    callback.end(self)
+                guards.end(self, self.callbacks)
         return why or "all steps done"
 
     def train_step(self) -> None:
@@ -139,7 +148,7 @@ class Trainer:
         ahead: dict[tuple[int, int], Tensor] = {}  # losses whose backward is to come
         read: dict[int, tuple[np.ndarray, tuple[Tensor, ...], bool]] = {}  # micro-batches that a stage is to see yet
         for what, i, stage in self.layout.schedule(number):
-            with self.layout.last(stage, i == number - 1), self.autocast():
+            with self.layout.last(stage, i == number - 1), autocast(self.device, self.config.run.dtype):
                 if what == "backward":
                     ahead.pop((i, stage)).backward()
                     continue
@@ -205,7 +214,7 @@ class Trainer:
         cfg = self.config.optim
         if step >= cfg.ramp:
             return cfg.batch
-        low = max(cfg.batch // 8, self.ranks.size_of_data)
+        low = max(cfg.batch // 8, 1)  # whatever the ranks: one without a sample of its own joins with none
         return min(cfg.batch, low + (cfg.batch - low) * step // cfg.ramp)
 
     def nominal(self, size: int) -> float:
@@ -224,22 +233,18 @@ class Trainer:
             yield from np.array_split(own, self.micro_batches(size))
             sample, step = sample + size, step + 1
 
-    def _load_ahead(self) -> None:
+    def load_ahead(self) -> None:
         pin = self.device.type == "cuda"
         self.loader = Prefetch(self.data, self.plan(self.step, self.consumed), pin=pin)
         self._stalled = 0.0
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.run.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.run.dtype))
-
     # --------------------------------------------------------------------------------------- measuring and evaluating
 
-    def flush(self, force: bool = False) -> None:
-        """Read the metrics of the last steps off the device, hand them to the callbacks, and judge them."""
+    def flush(self, force: bool = False) -> bool:
+        """Read the metrics of the last steps off the device, hand them to the callbacks, and judge them; True when one of
+        them sent the run back to a checkpoint, which undoes those after it too."""
         if not self.pending or (self.device.type != "cpu" and len(self.pending) < FLUSH and not force):
-            return
+            return False
         rows, self.pending = self.pending, []
         keys = ("loss", "grad_norm", "bad")
         values = torch.stack([row[k].float() for row in rows for k in keys]).tolist()
@@ -268,43 +273,12 @@ class Trainer:
                 line["mfu"] = self.flops_per_sample * samples / took / self.peak / self.ranks.size
             for callback in self.callbacks:
                 callback.step(self, line)
-            self._judge(int(line["step"]), loss, bad > 0)
+            if self._judge(int(line["step"]), loss, bad > 0):
+                return True
+        return False
 
-    def _judge(self, step: int, loss: float, bad: bool) -> None:
-        run = self.config.run
-        self.bad_in_row = self.bad_in_row + 1 if bad else 0
-        self.bad_steps += bad
-        if bad:
-            if self.ranks.first:
-                warn(f"step {step}: loss or gradient not finite; step skipped ({self.bad_in_row} in a row)")
-            if self.bad_in_row >= run.max_bad:
-                raise InputError(
-                    f"{self.bad_in_row} steps in a row had a non-finite loss or gradient (the last is step {step}): "
-                    f"training stopped. The last good checkpoint in {self.folder} is untouched; try a lower --lr, more "
-                    f"--warmup, or --dtype float32"
-                )
-            return
-        if run.spike and self.mean_loss is not None and loss > run.spike * self.mean_loss and self.last_saved > 0:
-            self._roll_back(step, loss)
-            return
-        self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
-
-    def _roll_back(self, step: int, loss: float) -> None:
-        """Back to the last checkpoint's weights, on with the samples after the spike."""
-        self.saver.wait()
-        mean, seen = self.mean_loss, self.consumed
-        self.restore(checkpoint.newest(self.folder, warn))
-        self.skipped.append((self.consumed, seen))
-        self.consumed, self.mean_loss = seen, mean
-        self.pending.clear()
-        for callback in self.callbacks:
-            if isinstance(callback, Metrics):
-                callback.rewind(self.step)
-        if self.ranks.first:
-            back = f"back to step {self.step}, skipping samples"
-            warn(f"step {step}: loss {loss:.3f} against a mean of {mean:.3f}: {back}")
-        self.loader.close()
-        self._load_ahead()
+    def _judge(self, step: int, loss: float, bad: bool) -> bool:
+        return guards.judge(self, step, loss, bad)
 
     def evaluate(self, whole: bool) -> bool:
         """Validation loss into the step's line; returns whether it is the best so far."""
@@ -328,7 +302,7 @@ class Trainer:
         assert self.evaluate_with is not None
         self.model.eval()
         try:
-            with torch.no_grad(), self.averaged(), self.autocast():
+            with torch.no_grad(), self.averaged(), autocast(self.device, self.config.run.dtype):
                 return self.ranks.share(
                     self.evaluate_with(self.model, whole)
                 )  # decisions rest on it: one value for all
@@ -366,8 +340,6 @@ class Trainer:
         self.last_saved = self.step
 
     def values(self) -> dict[str, Any]:
-        import platform
-
         return {
             "step": self.step,
             "consumed": self.consumed,
@@ -380,23 +352,23 @@ class Trainer:
             "mean_loss": self.mean_loss,
             "scale": self.scale.item(),
             "good": self.good.item(),
-            "ranks": self.ranks.size,
-            "threads": torch.get_num_threads(),
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            **state.surroundings(self.ranks),
             "config": self.config.to_dict(),
         }
 
-    def restore(self, folder: Path, *, other_data: bool = False) -> dict[str, Any]:
-        """The state of a checkpoint into this trainer. Data that changed are refused unless `other_data`."""
-        import json
-
-        checkpoint.verify(folder)
+    def restore(self, folder: Path, *, other_data: bool = False, verified: bool = False) -> dict[str, Any]:
+        """The state of a checkpoint into this trainer. Data that changed are refused unless `other_data`; what else differs,
+        with which it goes on but not bit for bit, is said. `verified` saves hashing the files once more."""
+        if not verified:
+            self._verify(folder)
         saved = json.loads((folder / "state.json").read_text())
         if saved["data"] != self.data.content and not other_data:
             raise InputError(
                 f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
                 f"--other-data goes on with them all the same"
             )
+        if (moved := state.moved(saved, self.ranks)) and self.ranks.first:
+            warn(f"going on from {folder}, but not bit for bit: {', '.join(moved)}")
         state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
         state.load_optimizer(self.layout, self.optimizer, checkpoint.Stored(folder, "optimizer"))
         if not state.load_random(checkpoint.Stored(folder, "random"), self.ranks.rank):
@@ -411,9 +383,19 @@ class Trainer:
         self.last_saved = self.step
         return saved
 
+    def begin_own(self) -> None:
+        """After another run's checkpoint: from here on what this folder holds counts, so that it holds this step."""
+        self.best, self.waited = {}, 0
+        self.save()
+        self.saver.wait()
+
+    def _verify(self, folder: Path) -> None:
+        """By the first rank for all."""
+        self.ranks.in_turn(lambda: checkpoint.verify(folder) if self.ranks.first else None)
+
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint alone, such as the best."""
-        checkpoint.verify(folder)
+        self._verify(folder)
         state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
         self._load_average(folder)
 

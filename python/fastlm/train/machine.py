@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from typing import Any
 
 import torch
 
 from fastlm.data.errors import InputError
+from fastlm.train.config import RunConfig
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
 
@@ -23,6 +26,22 @@ def pick_device(name: str) -> torch.device:
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise InputError(f"--device {name}: this machine or this PyTorch has none (--device auto takes what is there)")
     return torch.device(name)
+
+
+def apply(run: RunConfig) -> None:
+    """--threads and --deterministic, which are settings of the whole process."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """What a forward runs under, in training and in evaluation, with --dtype."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 def spare_page_faults() -> bool:

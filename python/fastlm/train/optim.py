@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.data.errors import InputError
 from fastlm.train.config import OptimConfig
 
 if TYPE_CHECKING:
@@ -164,6 +165,11 @@ def make(model: nn.Module, config: OptimConfig, layout: Layout) -> Several:
     parts: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         matrices = [(n, p) for n, p in named if p.ndim == 2 and ".blocks." in f".{n}"]
+        if not matrices:
+            raise InputError(
+                "--optimizer muon is for the matrices of modules named `blocks`, and this model has none: "
+                "name its blocks so, or choose adamw or lion"
+            )
         chosen = {id(p) for _, p in matrices}
         named = [(n, p) for n, p in named if id(p) not in chosen]
         groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)

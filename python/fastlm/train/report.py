@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -19,18 +18,8 @@ from statistics import median
 from typing import Any
 
 from fastlm.data.errors import InputError
-from fastlm.train.callbacks import clock, draw, read_metrics
+from fastlm.train.callbacks import clock, draw, read_metrics, set_name, write_text
 from fastlm.train.config import Config
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that is whole whenever it has its name. Raises InputError where it cannot be written."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -79,7 +68,7 @@ def summary(folder: Path) -> Summary:
     saved, facts, result = (_read(folder / f"{name}.json") for name in ("config", "facts", "result"))
     try:
         config, context = Config.from_dict(saved["config"]), int(saved["model"]["context"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} is not a run's configuration: {error}") from None
     rows = read_metrics(folder)
     step, steps = (int(rows[-1]["step"]) if rows else 0), config.optim.steps
@@ -109,8 +98,20 @@ def summary(folder: Path) -> Summary:
 
 def all_runs(out: Path) -> list[Summary]:
     """The runs of a folder of runs, oldest first."""
-    found = [summary(path.parent) for path in out.glob("*/config.json")]
+    found = [_listed(path.parent) for path in out.glob("*/config.json")]
     return sorted(found, key=lambda run: (run.date, run.name))
+
+
+def _listed(folder: Path) -> Summary:
+    """A run in a list: one whose files cannot be read does not hide the others."""
+    try:
+        return summary(folder)
+    except InputError as error:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
+        return Summary(
+            name=folder.name, folder=folder, date=date, state=f"unreadable: {error}", step=0, steps=0, samples=0, tokens=0,
+            parameters=None, best_loss=None, best_bpb=None, speed=None, seconds=0.0, config=Config(), rows=[],
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ page
@@ -176,6 +177,26 @@ def _tiles(run: Summary, result: dict[str, Any]) -> str:
     return "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in cells)
 
 
+def _sets(run: Summary, result: dict[str, Any]) -> list[str]:
+    """The further validation sets, each at the end (of a run that has not ended: the last time it was measured)."""
+    last: dict[str, Any] = {}
+    for row in run.rows:
+        last |= {key: value for key, value in row.items() if key.startswith("val_")}
+    last |= result.get("val") or {}
+    names = [set_name(key) for key in last if set_name(key)]
+    rows = [
+        (html.escape(name), f"{last[f'val_{name}_loss']:.4f}", _or_dash(last.get(f"val_{name}_bpb"))) for name in names
+    ]
+    head = ("", "nats per token", "bits per byte")
+    return (
+        ["<h2>Validation sets</h2>", f'<div class="card">{table(head, rows, frozenset({1, 2}))}</div>'] if rows else []
+    )
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _bars(bits: dict[str, float]) -> str:
     top = max(bits.values())
     ordered = sorted(bits.items(), key=lambda item: item[1])
@@ -221,6 +242,7 @@ def page(folder: Path) -> str:
     ]
     if run.rows:
         parts += ["<h2>Curves</h2>", f'<div class="card">{svg({run.name: run.rows})}</div>']
+    parts += _sets(run, result)
     counted, val = result.get("counted") or {}, result.get("val") or {}
     if counted and "val_bpb" in val:
         parts += [

@@ -7,10 +7,13 @@ reads its own, and no process ever holds another's.
 
 from __future__ import annotations
 
+import json
+import platform
 import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,10 +107,16 @@ def load_optimizer(layout: Layout, optimizer: Several, stored: Stored) -> None:
 
 
 def random_tensors(rank: int) -> dict[str, Piece]:
-    """PyTorch's generators of this process; the data and the fused kernels' masks need none."""
+    """The generators of this process: PyTorch's, and Python's and numpy's, which one's own loss may draw from. The data
+    and the fused kernels' masks need none."""
     out = {f"{rank}/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         out[f"{rank}/cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        out[f"{rank}/mps"] = torch.mps.get_rng_state()
+    for name, value in (("python", random.getstate()), ("numpy", np.random.get_state(legacy=False))):
+        text = json.dumps(value, default=lambda array: array.tolist())
+        out[f"{rank}/{name}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     return {name: Piece.whole(t) for name, t in out.items()}
 
 
@@ -118,15 +127,32 @@ def load_random(stored: Stored, rank: int) -> bool:
     torch.set_rng_state(stored.read(f"{rank}/cpu"))
     if f"{rank}/cuda" in stored.names() and torch.cuda.is_available():
         torch.cuda.set_rng_state(stored.read(f"{rank}/cuda"))
+    if f"{rank}/mps" in stored.names() and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(stored.read(f"{rank}/mps"))
+    if f"{rank}/python" in stored.names():  # an earlier version saved neither
+        version, numbers, gauss = json.loads(stored.read(f"{rank}/python").numpy().tobytes())
+        random.setstate((version, tuple(numbers), gauss))
+        found = json.loads(stored.read(f"{rank}/numpy").numpy().tobytes())
+        found["state"] = {k: np.array(v, np.uint32) if k == "key" else v for k, v in found["state"].items()}
+        np.random.set_state(found)
     return True
+
+
+def surroundings(ranks: Ranks) -> dict[str, Any]:
+    """What must be the same, besides configuration and kernels, for a resume to be exact."""
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+    return {"ranks": ranks.size, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def moved(saved: Mapping[str, Any], ranks: Ranks) -> list[str]:
+    """What differs of them from those of a checkpoint, as `name: then -> now`."""
+    flat = lambda found: {k: found.get(k) for k in ("ranks", "threads")} | dict(found.get("versions", {}))
+    then, now = flat(saved), flat(surroundings(ranks))
+    return [f"{name}: {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
 
 
 def seed_all(seed: int, rank: int = 0) -> None:
     """Rank 0's seed on all ranks draws the same weights; later each rank's own makes PyTorch's dropout differ."""
     torch.manual_seed(seed + 1000003 * rank)
     random.seed(seed)
-
-
-def state_values(value: Any) -> Any:
-    """Numbers out of tensors, for state.json."""
-    return value.item() if isinstance(value, Tensor) else value
+    np.random.seed(seed % 2**32)

@@ -1,0 +1,107 @@
+"""The folders of runs: a new one, one found by name or path, and its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastlm.data import InputError, Prepared
+from fastlm.models.gpt import GPTConfig
+from fastlm.train import checkpoint, export, report
+from fastlm.train.config import Config
+
+
+def new_folder(config: Config) -> Path:
+    """runs/NAME, made now; a folder that is there already is never written into."""
+    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+    folder, number = Path(config.run.out) / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if config.run.name:
+                raise InputError(
+                    f"the run {folder} exists and is not overwritten: choose another --name, or --resume {folder}"
+                ) from None
+            number += 1
+            folder = Path(config.run.out) / f"{name}-{number}"
+        except OSError as error:
+            raise InputError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+
+
+def find_run(name: str | None, out: str = "runs") -> Path:
+    """The folder of a run by path or name; without one, the run that was written to last."""
+    if name:
+        for folder in (Path(name), Path(out) / name):
+            if (folder / "config.json").is_file() or (folder / "state.json").is_file():
+                return folder
+        raise InputError(f"there is no run {name} (a folder with config.json, here or in {out}/)")
+    runs = [p.parent for p in Path(out).glob("*/config.json") if checkpoint.steps(p.parent)]
+    if not runs:
+        raise InputError(f"{out}/ holds no run with a checkpoint; train one first, or name its folder")
+    return max(runs, key=lambda folder: max(p.stat().st_mtime for _, p in checkpoint.steps(folder)))
+
+
+def find_origin(name: str, out: str) -> Path:
+    """The run that --resume or --fork names: in --out, or in runs/, since a fork may go elsewhere than its origin lies."""
+    if out not in ("", "runs"):
+        try:
+            return find_run(name, out)
+        except InputError:
+            if not any((Path("runs") / name / file).is_file() for file in ("config.json", "state.json")):
+                raise
+    return find_run(name)
+
+
+def find_init(name: str, out: str) -> Path:
+    """What --init names: a run, checkpoint or exported folder by path, or a run by name."""
+    return Path(name) if Path(name).exists() else find_run(name, out)
+
+
+def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return Config.from_dict(saved["config"]), tuple(saved["corpus"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
+
+
+def forked_from(folder: Path) -> Path | None:
+    """The checkpoint that a fork started from, or None for any other run."""
+    try:
+        origin = json.loads((folder / "config.json").read_text()).get("fork", "")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    return Path(origin) if origin else None
+
+
+def write_config(
+    folder: Path,
+    config: Config,
+    corpus: tuple[str, ...],
+    model: GPTConfig,
+    data: list[Prepared],
+    fork: Path | None = None,
+) -> None:
+    """config.json and the tokenizer; `fork` is the checkpoint that the run starts from, if there is one."""
+    where = [str(Path(c).resolve()) if Path(c).exists() else c for c in corpus]
+    saved = config.to_dict()
+    pairs = [given.partition("=") for given in config.data.val]
+    saved["data"]["val"] = [f"{n}={Path(p).resolve() if Path(p).exists() else p}" for n, _, p in pairs]
+    body: dict[str, Any] = {
+        "config": saved,
+        "corpus": where,
+        "fork": str(fork.resolve()) if fork is not None else "",
+        "model": dataclasses.asdict(model),
+        "tokenizer": data[0].tokenizer.spec(),
+        "data": [
+            {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
+        ],
+    }
+    if body["tokenizer"]["kind"] != "bytes":
+        report.write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
+    report.write_text(folder / "config.json", json.dumps(body, indent=1))
