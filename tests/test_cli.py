@@ -75,7 +75,8 @@ def test_train_generate_eval_resume(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "missing.txt"], "missing.txt does not exist"),
         (["train", "empty.txt"], "empty"),
-        (["train", "book.txt", "--context", "10000000"], "shorter than one context"),
+        (["train", "short.txt", "--context", "4096", "--batch", "1"], "shorter than one context"),
+        (["train", "book.txt", "--context", "10000000"], "GiB and the machine has"),
         (["train", "book.txt", "--dropout", "1.5"], "--dropout must lie in [0, 1)"),
         (["train", "book.txt", "--steps", "0"], "--steps must be at least 1"),
         (["train", "book.txt", "--heads", "3"], "multiple of heads"),
@@ -90,6 +91,7 @@ def test_train_generate_eval_resume(capfd: pytest.CaptureFixture[str]) -> None:
 )
 def test_bad_input_is_one_sentence(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     Path("empty.txt").touch()
+    Path("short.txt").write_text(Path("book.txt").read_text()[:4000])
     status = cli.main(words)
     err = capfd.readouterr().err
     assert status == 2

@@ -133,7 +133,7 @@ def test_a_lost_rank_ends_the_others_in_seconds_and_says_so(begin: Begin, lost: 
 
 def test_a_signal_to_several_ranks_saves_one_step_and_goes_on_from_it(begin: Begin) -> None:
     # shards that are gathered in bfloat16: what reads weights after the last step must be under autocast too
-    started = begin(*TRAIN, "--steps", "1000000", "--mesh", "fsdp=2", "--dtype", "bfloat16")
+    started = begin(*TRAIN, "--steps", "1000000", "--mesh", "fsdp=2", "--dtype", "bfloat16", "--save-every", "0")
     started.until_step(10)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == 128 + signal.SIGTERM, started.said()
@@ -182,7 +182,7 @@ def test_a_signal_while_the_ranks_agree_is_not_lost() -> None:
 
 @pytest.mark.slow
 def test_a_rank_asked_alone_has_all_of_them_save(begin: Begin) -> None:
-    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2", "--save-every", "0")
     started.until_step(10)
     started.ranks[1].send_signal(signal.SIGTERM)
     assert started.end() == 128 + signal.SIGTERM, started.said()
@@ -331,7 +331,7 @@ def test_ranks_are_watched_from_the_corpus_to_the_report(resume: bool, monkeypat
 
 @pytest.mark.slow
 def test_ranks_go_with_their_launcher(begin: Begin) -> None:
-    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2")
+    started = begin(*TRAIN, "--steps", "1000000", "--nproc", "2", "--save-every", "0")
     started.until_step(10)
     started.process.kill()
     started.end()

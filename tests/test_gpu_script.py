@@ -78,23 +78,21 @@ def test_an_interrupted_run_keeps_what_it_had(run):
 
 
 def test_a_command_is_stopped_at_its_limit_and_by_an_interrupt(run, tmp_path):
-    begin = time.monotonic()
-    status, text = run.command([sys.executable, "-c", "print('began', flush=True); import time; time.sleep(60)"], 3)
-    assert (status, text.strip()) == (124, "began")
-    assert time.monotonic() - begin < 30
+    status, text = run.command([sys.executable, "-c", "print('began', flush=True); import time; time.sleep(900)"], 5)
+    assert (status, text.strip()) == (124, "began")  # and the test's own time limit has not come
     pid = tmp_path / "pid"
-    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(900)"
     outer = (
         "import sys, signal; sys.path.insert(0, 'scripts'); import gpu; from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
-        f"gpu.Run(60, Path('x')).command([sys.executable, '-c', {child!r}], 60)"
+        f"gpu.Run(900, Path('x')).command([sys.executable, '-c', {child!r}], 900)"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    assert process.wait(240) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

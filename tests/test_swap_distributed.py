@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 SCRIPT = """
 import os, sys, copy, torch, torch.distributed as dist
@@ -67,9 +67,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that is taken apart while
 def test_two_processes_draw_the_masks_of_one(mode, order, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     processes = []
     for rank in range(2):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

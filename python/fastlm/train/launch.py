@@ -45,9 +45,9 @@ def processes(run: RunConfig) -> int:
 
 def run(command: list[str], count: int, threads: int = 0) -> int:
     """Start `command` `count` times, wait, and return the exit status: 0, or that of the rank that failed first."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    meeting = socket.socket()  # rank 0 gets it open: a port given back could be another's before rank 0 takes it
+    meeting.bind(("127.0.0.1", 0))
+    meeting.listen(128)
     children: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
@@ -66,15 +66,20 @@ def run(command: list[str], count: int, threads: int = 0) -> int:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(meeting.getsockname()[1]),
                 "FASTLM_LAUNCHER": str(os.getpid()),
             }
+            given = () if rank else (meeting.fileno(),)
+            if rank == 0:
+                env[mesh.MEETING] = str(meeting.fileno())
             if not threads:
                 env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
             # a session of its own: the terminal's Ctrl-C comes through `forward`, and once
-            children.append(subprocess.Popen(command, env=env, start_new_session=True))
+            children.append(subprocess.Popen(command, env=env, start_new_session=True, pass_fds=given))
+        meeting.close()  # or it would still answer for a rank 0 that is gone
         return _watch(children, asked)
     finally:
+        meeting.close()
         for child in children:
             if child.poll() is None:
                 child.kill()

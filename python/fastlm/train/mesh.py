@@ -37,6 +37,9 @@ PLANNED = ("cp", "ep")
 BEAT, SILENT = 1.0, 15.0  # seconds between two signs of life, and without one until a rank counts as lost
 FAILED = 5.0  # seconds that a rank has to end by itself when another has ended with an error
 MEET = timedelta(minutes=2)  # until the ranks must have met
+MEETING = (
+    "FASTLM_MEETING"  # environment: the open socket on which rank 0 waits for the others, where a launcher gave one
+)
 TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
 
 
@@ -192,7 +195,15 @@ class Group(Ranks):
         hosts = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._key = f"fastlm/{place.restarts}"
         try:
-            store = dist.TCPStore(host, port, self.size, hosts, timeout=MEET, wait_for_workers=False)
+            store = dist.TCPStore(
+                host,
+                port,
+                self.size,
+                hosts,
+                timeout=MEET,
+                wait_for_workers=False,
+                master_listen_fd=int(env[MEETING]) if hosts and MEETING in env else None,
+            )
             store.set(f"{self._key}/met/{self.rank}", "")
             store.wait([f"{self._key}/met/{rank}" for rank in range(self.size)], MEET)
             self.folder = (
