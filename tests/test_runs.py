@@ -217,16 +217,21 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_earlier_checkpoint_serves(b
     start = [*command, book, *small, "--name", "run", "--steps", "4", "--save-every", "2", "--kernels", "torch"]
     subprocess.run(start, check=True, capture_output=True, timeout=120)
     (kept,) = [p for s, p in checkpoint.steps(Path("runs/run")) if s == 4]
-    size = max(p.stat().st_size for p in kept.iterdir())
+    size = Path("runs/run/loss.png").stat().st_size // 2
+    assert size < (kept / "model.safetensors").stat().st_size
 
-    def limit() -> None:  # no file larger than a third of the checkpoint's largest: what a full disk refuses
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 3, size // 3))
+    def limit() -> None:  # no file larger than half of the picture: neither a checkpoint nor picture nor report
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     resumed = [*command, "--resume", "run", "--steps", "8"]
     done = subprocess.run(resumed, capture_output=True, text=True, timeout=120, preexec_fn=limit)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "fastlm train: cannot write the checkpoint runs/run/checkpoints/step-00000006: File too large" in done.stderr
+    assert "picture in runs/run is not whole: File too large" in done.stderr
+    assert "cannot write runs/run/report.html: File too large" in done.stderr
+    written = [row["step"] for row in read_metrics(Path("runs/run"))]  # to where the failed save was waited for
+    assert written == list(range(1, len(written) + 1))
     assert checkpoint.newest(Path("runs/run")) == kept
     assert not list(Path("runs/run/checkpoints").glob(".draft*"))
 
