@@ -85,6 +85,7 @@ class OfflineCase:
     bytes_moved: int
     flops: int
     tensor_cores: bool  # it must use them
+    call_on_tensor_cores: bool  # the call's flops are theirs, whichever of its kernels this is
     thorough: bool  # compiled by `make test-all` only
 
     @property
@@ -112,7 +113,8 @@ def recording(
     a GPU would run. ``tensor_cores`` names the kernels that must use them.
     """
     _recording.arch, _recording.cases, _recording.tensor_cores = arch, [], tensor_cores
-    _recording.call = dict(call=call, arch=arch, bytes_moved=bytes_moved, flops=flops, thorough=thorough)
+    _recording.call = dict(call=call, arch=arch, bytes_moved=bytes_moved, flops=flops, thorough=thorough,
+                           call_on_tensor_cores=bool(tensor_cores))  # fmt: skip
     try:
         yield _recording.cases
     finally:
