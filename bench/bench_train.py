@@ -396,7 +396,7 @@ class Text:
         from fastlm.train.config import DataConfig
         from fastlm.train.job import read_data, validation
 
-        self.data = read_data((), DataConfig(), lambda done, total: None)
+        self.data = read_data((), DataConfig(), config.context)
         self.config, self.source_of = config, TokenSource
         self.vocab = self.data[0].tokenizer.vocab
         self.loss_of = validation(self.data, Config(), config.context, torch.device("cpu"))

@@ -86,8 +86,9 @@ class Run:
             except subprocess.TimeoutExpired:
                 process.kill()
                 return 124, process.communicate()[0]
-            except BaseException:  # Ctrl-C: nothing of ours stays on the GPU
+            except BaseException:  # Ctrl-C: nothing of ours stays on the GPU; Popen would not wait for it now
                 process.kill()
+                process.wait()
                 raise
         return process.returncode, text
 
