@@ -126,7 +126,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _recording.cases is None:
         kernel[grid](*args, **constants)
         return
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     signature, constexprs, divisible = {}, dict(constants), []
     values = dict(zip(kernel.arg_names, args)) | constants
     for parameter in kernel.params:  # as Triton's own launcher specialises them

@@ -242,7 +242,8 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
         "| dropout_add_norm 8 rows | fastlm 3 MiB, eager: missing: x |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
         f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
         "eager: missing: x |", f"- {OP}, a peer: failed: no kernel image", f"- {OP}, another: not installed",
-        "a peer: failed, better 0.75× |", "not measured: 5× a peer", "| copy, 1.53e-05 to 6.1e-05 MiB read and written | 2.56e-07 GB/s |",
+        "a peer: failed, better 0.75× |", "not measured: 5× a peer",
+            "| copy, 6.1e-05 to 0.000244 MiB read and written | 2.56e-07 GB/s |",
         "| matmul, float32 | 1 TFLOP/s |", "| never begun | not run | | | | not measured: 2× eager |",
         "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu-x/{OP}-size.png)",
     ):  # fmt: skip
