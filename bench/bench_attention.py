@@ -18,11 +18,10 @@ import fastlm
 import torch
 import torch.nn.functional as F
 from fastlm.bench import peers
-from fastlm.bench.harness import Case, Contender, Goal, Missing, Prepared, pytest_cases, ratio_error
+from fastlm.bench.harness import DTYPES, Case, Contender, Goal, Missing, Prepared, pytest_cases, ratio_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -95,6 +94,10 @@ def _sdpa(i: Inputs, call: Call) -> Function:
         mask = (behind >= 0) & (behind <= call.window)
     causal = call.causal and mask is None
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, call.p, is_causal=causal)
+
+
+def _sdpa_compiled(i: Inputs, call: Call) -> Function:
+    return torch.compile(_sdpa(i, call))
 
 
 def _sdpa_backend(which: SDPBackend) -> Way:
@@ -183,7 +186,7 @@ def _calls(way: Way, i: Inputs, call: Call, part: str) -> Prepared:
 
 
 def _contender(name: str, way: Way, call: Call, part: str, kind: str) -> Contender:
-    def without_dropout(i: Inputs) -> float:
+    def without_dropout(_: Any, i: Inputs) -> float:
         calm = call._replace(p=0.0)
         return _error(calm, part)(_calls(way, i, calm, part)(), i)
 
@@ -213,7 +216,8 @@ def _error(call: Call, part: str) -> Callable[[Any, Inputs], float]:
 
 
 def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: dict[str, float],
-          smoke: bool = False, then: str = "") -> Case:  # fmt: skip
+          then: str = "", tiny: bool = False, compiled: bool = True) -> Case:  # fmt: skip
+    """``tiny``: of the smoke pass alone. ``compiled``: beside what is compiled for each case, seconds at a time, as well."""
     b, h, l, d = shape
     pairs = l * min(call.window + 1, l) if call.window else l**2 // (2 if call.causal else 1)
     item = DTYPES[dtype].itemsize
@@ -230,11 +234,14 @@ def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: d
         plain = Call(causal=call.causal)  # our own without the dropout, mask or window of the case: what those cost
         contenders.append(_contender("fastlm plain", _ours, plain, part, "self"))
     contenders.append(_contender("sdpa", _sdpa, call, part, "baseline"))
+    if compiled:
+        contenders.append(_contender("torch.compile", _sdpa_compiled, call, part, "baseline"))
     if device != "cpu":  # a CPU has one fused backend, which SDPA picks by itself
         for name, which in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
                             ("sdpa efficient", SDPBackend.EFFICIENT_ATTENTION)):  # fmt: skip
             contenders.append(_contender(name, _sdpa_backend(which), call, part, "baseline"))
-    contenders.append(_contender("flex", _flex, call, part, "baseline"))
+    if compiled:
+        contenders.append(_contender("flex", _flex, call, part, "baseline"))
     contenders.append(_contender("flash-attn", _flash_attn, call, part, "peer"))
     contenders.append(_contender("xformers", _xformers, call, part, "peer"))
     words = [f"{'x'.join(map(str, shape))} {dtype}", "causal" if call.causal else "full"]
@@ -244,14 +251,13 @@ def _case(shape: Shape, dtype: str, call: Call, part: str, device: str, goals: d
         "attention", " ".join(words), _inputs(shape, dtype, device, part == BOTH, call.mask, then), tuple(contenders),
         nbytes, flops, dtype, device, {**shape._asdict(), **call._asdict(), "part": part},
         "before a matmul" if then else "alone", _error(call, part), TOLERANCE[dtype],
-        tuple(Goal(k, v) for k, v in goals.items()), smoke,
+        tuple(Goal(k, v) for k, v in goals.items()), tiny, not tiny,
     )  # fmt: skip
 
 
-def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goals: dict[str, float]) -> Case:
+def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goals: dict[str, float],
+            d: int = 64, tiny: bool = False) -> Case:  # fmt: skip
     """One new token against a full cache: the time is that of reading the cache."""
-    d = 64
-    valid = torch.tensor([length], dtype=torch.int32, device=device)
 
     def make(seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
@@ -261,10 +267,14 @@ def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goa
         return Inputs(q, cache[0], cache[1], q, None, torch.tensor(seed))
 
     def ours(i: Inputs, call: Call) -> Function:
+        valid = torch.tensor([length], dtype=torch.int32, device=i.q.device)
         return lambda q, k, v: fastlm.ops.attention(q, k, v, causal=True, seqlens_k=valid)
 
     def sdpa(i: Inputs, call: Call) -> Function:
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
+
+    def compiled(i: Inputs, call: Call) -> Function:
+        return torch.compile(sdpa(i, call))
 
     def error(result: Any, i: Inputs) -> float:
         with fastlm.backend.use("reference"):
@@ -274,17 +284,32 @@ def _decode(heads: int, kv_heads: int, length: int, dtype: str, device: str, goa
     contenders = (
         _contender("fastlm", ours, call, FORWARD, "ours"),
         _contender("sdpa", sdpa, call, FORWARD, "baseline"),
+        *(() if tiny else (_contender("torch.compile", compiled, call, FORWARD, "baseline"),)),
     )
     return Case(
         "attention", f"decode 1x{heads}/{kv_heads}x{length}x{d} {dtype}", make, contenders,
         2 * kv_heads * length * d * DTYPES[dtype].itemsize, 4 * heads * length * d, dtype, device,
         {"heads": heads, "kv_heads": kv_heads, "l": length, "d": d, "part": FORWARD}, "alone",
-        error, TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), length == 4096,
+        error, TOLERANCE[dtype], tuple(Goal(k, v) for k, v in goals.items()), tiny, not tiny,
     )  # fmt: skip
+
+
+def _tiny(device: str) -> Iterator[Case]:
+    """The smoke pass: each kind of call once, on shapes that cost nothing."""
+    shape = Shape(1, 2, 67, 32)
+    kinds = [Call(), Call(causal=True, p=0.1), Call(causal=True, window=16), Call(mask="random"), Call(mask="padded")]
+    for call in kinds:
+        yield _case(shape, "float32", call, BOTH, device, {}, tiny=True, compiled=False)
+    yield _case(shape, "bfloat16", Call(causal=True), BOTH, device, {}, tiny=True, compiled=False)
+    yield _case(shape, "float32", Call(causal=True), FORWARD, device, {}, tiny=True)
+    yield _case(shape, "float32", Call(causal=True), BOTH, device, {}, "matmul", tiny=True, compiled=False)
+    yield _decode(4, 2, 67, "float32", device, {}, d=32, tiny=True)
+    yield _decode(4, 2, 67, "bfloat16", device, {}, d=32, tiny=True)
 
 
 def cases(device: str) -> Iterator[Case]:
     """The goals are those of the design's table for two AVX-512 cores, and for an H200-class GPU."""
+    yield from _tiny(device)
     if device == "cpu":
         gpt, small, long = Shape(1, 12, 2048, 64), Shape(4, 12, 256, 64), Shape(1, 12, 4096, 64)
         causal, dropped = Call(causal=True), Call(causal=True, p=0.1)
@@ -302,8 +327,8 @@ def cases(device: str) -> Iterator[Case]:
             yield _case(gpt, dtype, Call(mask="padded"), FORWARD, device, {"sdpa": 1.5})
             yield _case(gpt, dtype, Call(mask="padded"), BOTH, device, {"sdpa": 1.5})
         for dtype, forward in (("float32", 1.2), ("bfloat16", 1.5)):
-            yield _case(small, dtype, causal, FORWARD, device, {"sdpa": forward}, smoke=True)
-            yield _case(small, dtype, causal, BOTH, device, {"sdpa": 1.2}, smoke=True)
+            yield _case(small, dtype, causal, FORWARD, device, {"sdpa": forward})
+            yield _case(small, dtype, causal, BOTH, device, {"sdpa": 1.2})
         yield _case(long, "float32", Call(causal=True, window=256), FORWARD, device, {plain: 5})
         yield _case(long, "float32", Call(causal=True, window=256), BOTH, device, {plain: 4})
         for heads, kv_heads in ((12, 12), (32, 8)):
@@ -318,9 +343,8 @@ def cases(device: str) -> Iterator[Case]:
             shape = Shape(max(1, 16384 // length), 2048 // d, length, d)
             for is_causal in (True, False):
                 call = Call(causal=is_causal)
-                smoke = length == 1024 and d == 64
-                yield _case(shape, "bfloat16", call, FORWARD, device, best, smoke)
-                yield _case(shape, "bfloat16", call, BOTH, device, best_back, smoke)
+                yield _case(shape, "bfloat16", call, FORWARD, device, best)
+                yield _case(shape, "bfloat16", call, BOTH, device, best_back)
     shape = Shape(4, 16, 4096, 128)
     yield _case(shape, "bfloat16", Call(causal=True, p=0.1), FORWARD, device, {"fastlm plain": 0.7})
     yield _case(shape, "bfloat16", Call(causal=True, p=0.1), BOTH, device, {})
@@ -328,6 +352,9 @@ def cases(device: str) -> Iterator[Case]:
     yield _case(shape, "bfloat16", Call(mask="random"), FORWARD, device, {"fastlm plain": 0.85})
     yield _case(shape, "bfloat16", Call(causal=True), FORWARD, device, {}, then="matmul")
     yield _case(shape, "bfloat16", Call(causal=True), BOTH, device, {}, then="matmul")
+    for heads, kv_heads in ((32, 32), (32, 8)):
+        for length in (16384, 131072):
+            yield _decode(heads, kv_heads, length, "bfloat16", device, {}, d=128)
 
 
 # By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.

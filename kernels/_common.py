@@ -85,6 +85,7 @@ class OfflineCase:
     bytes_moved: int
     flops: int
     tensor_cores: bool  # it must use them
+    call_on_tensor_cores: bool  # the call's flops are theirs, whichever of its kernels this is
     thorough: bool  # compiled by `make test-all` only
 
     @property
@@ -112,7 +113,8 @@ def recording(
     a GPU would run. ``tensor_cores`` names the kernels that must use them.
     """
     _recording.arch, _recording.cases, _recording.tensor_cores = arch, [], tensor_cores
-    _recording.call = dict(call=call, arch=arch, bytes_moved=bytes_moved, flops=flops, thorough=thorough)
+    _recording.call = dict(call=call, arch=arch, bytes_moved=bytes_moved, flops=flops, thorough=thorough,
+                           call_on_tensor_cores=bool(tensor_cores))  # fmt: skip
     try:
         yield _recording.cases
     finally:
@@ -124,7 +126,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _recording.cases is None:
         kernel[grid](*args, **constants)
         return
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     signature, constexprs, divisible = {}, dict(constants), []
     values = dict(zip(kernel.arg_names, args)) | constants
     for parameter in kernel.params:  # as Triton's own launcher specialises them

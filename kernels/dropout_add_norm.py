@@ -23,6 +23,8 @@ copy. The kernels are in _dropout_add_norm_kernels.py; here stand what they serv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from fastlm.backend import YES, Support
@@ -361,7 +363,7 @@ def _trial(direction, size, dtype, norm, p, configs, rows: int | None = None) ->
     )  # fmt: skip
 
 
-def _meta(columns, x, other, full) -> dict[str, Tensor | None]:
+def _meta(columns, x, other, full) -> dict[str, Any]:
     """The tensors of a call by name."""
     rows = max(8192, 2**26 // columns)
     empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")

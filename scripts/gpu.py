@@ -2,7 +2,8 @@
 
 Uses the interpreter at hand (``make gpu PYTHON=python3``), no network and no .venv: builds the CUDA wheel for this GPU into
 build/gpu, then works through ``PARTS``: the GPU tests, the benchmarks of each op and of the training step, the sanitizer
-and ncu over a short list, and, in the time that is left, the tuning of the Triton kernels. Writes
+and ncu over a short list, and, in the time that is left, the tuning of the Triton kernels. Where tests, a benchmark or the
+sanitizer fail, the other parts still run, and the exit status is 1 in the end. Writes
 bench/results/gpu-<device>.json after each part, from which the README's table is made. Ctrl-C, SIGTERM and a part's own
 time limit keep what there is. The tuned table goes to build/gpu/table.json: taking it over changes the sources, and so
 wants another run.
@@ -44,7 +45,7 @@ class Run:
     seconds: float = 0.4
     out: Path | None = None
     data: dict[str, Any] = field(default_factory=dict)
-    failed: bool = False  # a rehearsal that did not go as it must
+    failed: list[str] = field(default_factory=list)  # what did not go as it must: the exit status is 1 then
     begin: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -54,14 +55,18 @@ class Run:
         print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
 
     def save(self) -> None:
-        """Beside its place and renamed, so that a kill leaves a whole file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        """As a whole file, whatever kills the run; with what failed so far."""
+        from fastlm.bench import results
+
+        self.data["failed"] = self.failed
+        results.write(self.path, json.dumps(self.data, indent=1) + "\n")
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.path, self.out / self.path.name)
+
+    def fail(self, what: str) -> None:
+        self.failed.append(what)
+        self.say(f"{what}: FAILED")
 
     def command(self, words: list[str], limit: float, **env: str) -> tuple[int, str]:
         """Runs a command under a limit. Returns its status (124: stopped at the limit) and its output."""
@@ -81,8 +86,9 @@ class Run:
             except subprocess.TimeoutExpired:
                 process.kill()
                 return 124, process.communicate()[0]
-            except BaseException:  # Ctrl-C: nothing of ours stays on the GPU
+            except BaseException:  # Ctrl-C: nothing of ours stays on the GPU; Popen would not wait for it now
                 process.kill()
+                process.wait()
                 raise
         return process.returncode, text
 
@@ -114,7 +120,7 @@ def work(run: Run, parts: list[Part]) -> None:
         except Exception as error:  # noqa: BLE001 - noted in the result; what the other parts find is not lost for it
             run.say(f"{part.name} failed: {type(error).__name__}: {error}")
             run.data.setdefault("stopped", {})[part.name] = f"{type(error).__name__}: {error}"[:500]
-            run.failed = True
+            run.fail(part.name)
         finally:
             run.save()
 
@@ -137,7 +143,8 @@ def test_part(run: Run, limit: float) -> None:
     if run.rehearse:
         status, text = run.command([*words, "--collect-only"], limit)
         run.say(f"collected the GPU tests: status {status}; {text.strip().splitlines()[-1] if text.strip() else ''}")
-        run.failed |= status != 0
+        if status:
+            run.fail("the collection of the GPU tests")
         return
     status = 124
     text = ""
@@ -154,6 +161,8 @@ def test_part(run: Run, limit: float) -> None:
         run.data["gpu_tests_output"] = text[-3000:]
     run.say(f"GPU tests ended with {status}")
     print(text[-5000:])
+    if status:
+        run.fail("the GPU tests")
 
 
 def bench_part(suite: str) -> Callable[[Run, float], None]:
@@ -162,8 +171,9 @@ def bench_part(suite: str) -> Callable[[Run, float], None]:
         if run.rehearse:
             status, text = run.command([*words, "--device", "cpu", "--smoke"], limit)
             run.say(f"a smoke pass of {suite}: status {status}")
-            run.failed |= status != 0
             print(text[-1500:] if status else "")
+            if status:
+                run.fail(f"the smoke pass of {suite}")
             return
         folder = WORK / suite
         shutil.rmtree(folder, ignore_errors=True)
@@ -182,6 +192,12 @@ def bench_part(suite: str) -> Callable[[Run, float], None]:
             if status:
                 run.data.setdefault("stopped", {})[suite] = f"status {status}: {text[-500:]}"
         print(text[-6000:])
+        from fastlm.bench import harness
+
+        broken = [f"{c['name']}, {t['name']}: {t['status']}" for c in found.get("cases", []) for t in c.get("contenders", [])
+                  if harness.broken(t)]  # fmt: skip
+        if status or broken:
+            run.fail(f"benchmarks of {suite}" + (f" ({'; '.join(broken)})" if broken else ""))
 
     return do
 
@@ -195,7 +211,8 @@ def sanitize_part(run: Run, limit: float) -> None:
         status, text = run.command(short(run), limit, TRITON_INTERPRET="1")
         run.say(f"the short list under the interpreter: status {status}")
         print(text[-2000:])
-        run.failed |= status != 0
+        if status:
+            run.fail("the short list under the interpreter")
         return
     if not shutil.which("compute-sanitizer"):
         run.data["sanitizer"] = "compute-sanitizer is not installed"
@@ -205,6 +222,15 @@ def sanitize_part(run: Run, limit: float) -> None:
         status, text = run.command(words, limit / 3)
         run.say(f"compute-sanitizer {tool}: {status}")
         run.data.setdefault("sanitizer", {})[tool] = {"status": status, "end": text[-400:]}
+        entries = [entry for by_backend in run.data["gpu_tests"].values() for entry in by_backend.values()]
+        if not status:
+            for entry in entries:  # an earlier run's complaint, with --only
+                entry["sanitizer"] = [t for t in entry.get("sanitizer", []) if t != tool]
+        if status not in (0, 124):  # 124: cut off by the clock, which says nothing of the kernels
+            run.fail(f"compute-sanitizer {tool}")
+            # Its messages do not say which op's call they belong to: none counts as verified until all is clean.
+            for entry in entries:
+                entry["sanitizer"] = sorted({*entry.get("sanitizer", []), tool})
         run.save()
 
 
@@ -221,7 +247,8 @@ def ncu_part(run: Run, limit: float) -> None:
         status, text = run.command(short(run, "--profile"), limit, TRITON_INTERPRET="1")
         run.say(f"one case of each kernel under the interpreter: status {status}")
         print(text[-2000:])
-        run.failed |= status != 0
+        if status:
+            run.fail("one case of each kernel under the interpreter")
         return
     if not shutil.which("ncu"):
         run.data["ncu"] = "ncu is not installed"
@@ -240,7 +267,8 @@ def tune_part(run: Run, limit: float) -> None:
     status, text = run.command(words, limit)
     if run.rehearse:
         run.say(f"tuning without a GPU: status {status}; {text.strip()[-200:]}")
-        run.failed |= status != 2
+        if status != 2:
+            run.fail("tuning without a GPU")
         return
     rules = json.loads(table.read_text()) if table.exists() else {}
     run.data["tuned"] = {k: [r for r in own if r["measured"]] for k, own in rules.items()}
@@ -253,7 +281,9 @@ def tune_part(run: Run, limit: float) -> None:
 def parts(bench: Path) -> list[Part]:
     """All parts after the build, most important first. Every suite of bench/ that is an op comes before the step."""
     suites = sorted(p.stem.removeprefix("bench_") for p in bench.glob("bench_*.py"))
-    ops = [s for s in suites if s not in ("step", "train", "loading")]
+    from fastlm.bench import sources
+
+    ops = [s for s in suites if s not in sources.COMPOSED]
     ops.sort(key=lambda s: s != "dropout_add_norm")
     return [
         Part("the GPU tests", test_part, 0.5),
@@ -356,7 +386,9 @@ def main() -> int:
     run.say(f"wrote {run.path.relative_to(ROOT)}")
     for op, backend, state in results.status(ROOT):
         print(f"{op:<20} {backend:<8} {state}")
-    return int(run.failed and args.rehearse)
+    if run.failed:
+        print("make gpu: failed: " + "; ".join(run.failed), file=sys.stderr)
+    return int(bool(run.failed))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,58 @@ def test_pytest_benchmark_gets_the_very_samples():
     assert [-(timer() - timer()) for _ in range(2)] == [0.5, 0.25]
 
 
+def test_a_bench_file_runs_under_pytest_with_its_row_beside_the_samples(tmp_path):
+    words = ["bench/bench_loading.py", "-q", "-k", "batch and 4x64", "--benchmark-max-time=0.01", "-p", "no:xdist",
+             "-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'b.json'}"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    found = {
+        b["extra_info"]["contender"]["name"]: b for b in json.loads((tmp_path / "b.json").read_text())["benchmarks"]
+    }
+    assert found.keys() >= {"fastlm", "np.memmap, random crops"}
+    info, stats = found["fastlm"]["extra_info"], found["fastlm"]["stats"]
+    assert info["floor_s"] > 0
+    assert info["bytes"] == 4 * 64 * 17
+    assert "allocator" in info
+    assert info["contender"]["median_s"] == pytest.approx(stats["median"])
+
+
+def test_make_test_runs_no_benchmark():
+    words = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_bench_evidence.py"]
+    config = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "bench/bench_" not in config
+    assert not list((ROOT / "tests").rglob("bench_*.py"))  # pytest's testpaths is tests/
+
+
+@pytest.mark.parametrize("kind,factor,outcome", [
+    ("baseline", 3, "failed"), ("self", 3, "failed"), ("peer", 3, "skipped"), ("baseline", 2, "passed")])  # fmt: skip
+def test_under_pytest_a_wrong_baseline_fails_and_a_wrong_peer_is_skipped(kind, factor, outcome, tmp_path):
+    (tmp_path / "bench_x.py").write_text(f'''
+from fastlm.bench import harness
+import torch
+def cases(device):
+    yield harness.Case("op", "case", lambda seed: torch.ones(8), (
+        harness.Contender("fastlm", lambda x: lambda: x * 2, "ours"),
+        harness.Contender("other", lambda x: lambda: x * {factor}, "{kind}"),
+    ), error=lambda result, x: harness.ratio_error(result, x * 2), tolerance=1e-6)
+test_bench = harness.pytest_cases(cases)
+''')
+    words = [
+        "-q",
+        "--benchmark-disable",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(tmp_path),
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words, str(tmp_path / "bench_x.py")], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    counts = {"passed": "2 passed", "failed": "1 failed, 1 passed", "skipped": "1 passed, 1 skipped"}
+    assert counts[outcome] in done.stdout, done.stdout + done.stderr
+
+
 def _result(path, ours, baseline, date="2026-01-01T00:00:00+00:00"):
     def contender(name, kind, median):
         return {"name": name, "kind": kind, "status": "ok", "median_s": median,
@@ -91,7 +143,53 @@ def test_compare_finds_regressions_beyond_the_noise_and_forgives_a_slower_machin
     assert main(["--compare", old, _result(tmp_path / "slower.json", 1.5, 2.0), "--threshold", "0.6"]) == 0
 
 
+def test_compare_lists_what_only_one_file_has_and_fails_without_a_common_case(tmp_path, capsys):
+    old, new = (results.load(_result(tmp_path / f"{n}.json", 1.0, 2.0)) for n in "ab")
+    other = old["cases"][0] | {"name": "b"}
+
+    def compared(*cases):
+        (tmp_path / "new.json").write_text(json.dumps(new | {"cases": list(cases)}))
+        return main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "new.json")])
+
+    assert compared(new["cases"][0], other) == 0
+    assert "added      attention b: only the second file has it" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps(old | {"cases": [*old["cases"], other]}))
+    assert compared(new["cases"][0]) == 0
+    assert "removed    attention b: only the first file has it" in capsys.readouterr().out
+    gone = [c | {"status": "failed"} if c["kind"] == "ours" else c for c in other["contenders"]]
+    assert compared(new["cases"][0], other | {"contenders": gone}) == 1
+    assert "REGRESSION attention b: fastlm ran in the first file, not in the second" in capsys.readouterr().out
+    assert compared(other | {"name": "c"}) == 2
+    assert "--compare: the two files have no case in common" in capsys.readouterr().err
+    for cut, said in (
+        ({"schema": 1}, "it has no 'machine'"),
+        ({"schema": 1, "machine": {}, "cases": [{}]}, "case 0 has no 'op'"),
+    ):
+        (tmp_path / "cut.json").write_text(json.dumps(cut))
+        assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "cut.json")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_goal_that_nothing_measured_stays_and_is_counted(tmp_path, monkeypatch, capsys):
+    from fastlm.bench import __main__ as command
+
+    case = _case(harness.Contender("fastlm", lambda x: lambda: x, "ours"), goals=(harness.Goal("eager", 2.0),))
+    timings = harness.measure(case, seconds=0)
+    assert harness.row(case, timings, {})["goals"] == [{"versus": "eager", "ratio": 2.0, "reached": None}]
+    entry = harness.row(case, harness.not_run(case, "no time"), {})
+    assert entry["goals"][0]["reached"] is None
+    assert entry["contenders"] == [{"name": "fastlm", "kind": "ours", "status": "not run", "reason": "no time"}]
+    results.print_case(entry)
+    assert "goal: 2x eager: not measured" in capsys.readouterr().out
+    data = {"schema": 1, "machine": {}, "cases": [entry], "runs": {}}
+    monkeypatch.setattr(command, "run", lambda *arguments: data)
+    monkeypatch.setattr(command, "draw", lambda *arguments: None)
+    assert main(["--out", str(tmp_path)]) == 0
+    assert "0 of 1 goals reached, 1 not measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind,status,code", [
+    ("self", "wrong", 1),
     ("baseline", "failed", 1), ("baseline", "wrong", 1), ("baseline", "missing", 0), ("peer", "failed", 0)])  # fmt: skip
 def test_a_smoke_pass_fails_with_a_baseline_that_fails_or_is_wrong(kind, status, code, monkeypatch, capsys):
     from fastlm.bench import __main__ as command
@@ -111,11 +209,54 @@ def test_bad_command_lines_are_told(tmp_path, capsys):
     assert "x.json is not a result file of schema 1" in capsys.readouterr().err
 
 
-def test_every_suite_defines_cases_with_names_of_their_own():
-    for name, path in suites(ROOT).items():
-        for device in ("cpu",):
-            names = [c.name for c in load_suite(path).cases(device)]
-            assert len(names) == len(set(names)) > 0, name
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", list(suites(ROOT)))
+def test_every_suite_defines_cases_with_names_of_their_own_and_goals_beside_contenders(suite, device):
+    cases = list(load_suite(suites(ROOT)[suite]).cases(device))  # inputs are made when a case runs: no GPU is needed
+    names = [c.name for c in cases]
+    assert len(names) == len(set(names)) > 0
+    assert any(c.smoke for c in cases)
+    for case in cases:
+        contenders = [c.name for c in case.contenders]
+        assert len(contenders) == len(set(contenders))
+        assert {g.versus for g in case.goals} <= set(contenders), case.name
+        assert case.smoke or case.timed
+        for contender in case.contenders:  # nothing but a ceiling is timed unchecked
+            assert contender.kind == "ceiling" or contender.check or (case.error and contender.checked), contender.name
+
+
+@pytest.mark.parametrize("suite,words", [
+    ("attention", ["mask=random", "mask=padded", "window=", "p=0.1", "bfloat16", "then matmul", "decode", "causal", "full"]),
+    ("dropout_add_norm", ["p=0 ", "p=0.1", "bfloat16", "then matmul", "forward+backward"]), ("rotary", ["bfloat16", "float32"]),
+])  # fmt: skip
+def test_each_kind_of_call_is_in_the_smoke_pass(suite, words):
+    names = [c.name for c in load_suite(suites(ROOT)[suite]).cases("cpu") if c.smoke]
+    assert [w for w in words if not any(w in name for name in names)] == []
+
+
+@pytest.mark.parametrize("suite", ["attention", "dropout_add_norm", "rotary"])
+def test_every_timed_case_of_an_op_is_beside_torch_compile(suite):
+    for device in ("cpu", "cuda"):
+        for case in load_suite(suites(ROOT)[suite]).cases(device):
+            assert not case.timed or "torch.compile" in [c.name for c in case.contenders], case.name
+
+
+def test_on_a_gpu_every_backend_of_dropout_add_norm_is_timed_beside_the_dispatched_one():
+    for case in load_suite(suites(ROOT)[OP]).cases("cuda"):
+        if case.setting == "alone":
+            kinds = {c.name: c.kind for c in case.contenders}
+            assert {n: kinds.get(n) for n in ("fastlm", "fastlm triton", "fastlm cuda")} == {
+                "fastlm": "ours", "fastlm triton": "self", "fastlm cuda": "self"}  # fmt: skip
+
+
+def test_a_row_says_which_backend_served(tmp_path):
+    case = next(c for c in load_suite(suites(ROOT)[OP]).cases("cpu") if c.smoke)
+    rows = {c["name"]: c for c in harness.row(case, harness.measure(case, seconds=0), {})["contenders"]}
+    assert rows["fastlm"]["backends"] == [[OP, "cpu"]]
+    assert "backends" not in rows["eager"]
+    with backend.use("reference"):
+        rows = harness.measure(case, seconds=0)
+    assert rows[0].backends == [[OP, "reference"]]
 
 
 def test_runs_without_the_command_line_library_and_outside_a_checkout_says_so(tmp_path):
@@ -144,7 +285,7 @@ def test_a_short_run_writes_json_of_the_schema_and_pictures(tmp_path, capsys):
 
 def test_a_contender_with_a_mask_of_its_own_is_checked_without_dropout():
     def contender(name, wrong_by):
-        return harness.Contender(name, lambda x: lambda: x * 3, "peer", check=lambda x: wrong_by)
+        return harness.Contender(name, lambda x: lambda: x * 3, "peer", check=lambda result, x: wrong_by)
 
     case = _case(harness.Contender("ours", lambda x: lambda: x * 2, "ours"), contender("right", 1e-8),
                  contender("wrong", 0.5), contender("nan", float("nan")),
@@ -152,6 +293,66 @@ def test_a_contender_with_a_mask_of_its_own_is_checked_without_dropout():
     timings = {t.name: t for t in harness.measure(case, seconds=0)}
     assert {n: t.status for n, t in timings.items()} == {"ours": "ok", "right": "ok", "wrong": "wrong", "nan": "wrong"}
     assert timings["right"].as_json()["error"] == 1e-8
+
+
+@pytest.mark.parametrize("what", ["scale", "share", "other mask backward", "right"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_result_with_a_mask_of_its_own_is_held_to_that_mask(what, dtype):
+    module = load_suite(suites(ROOT)[OP])
+    i = module._inputs(64, 512, dtype, "cpu", True, "")(0)
+
+    class Dropout(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, p):
+            ctx.mask = (torch.rand(x.shape) >= (0.3 if what == "share" else p)).to(x.dtype)
+            ctx.p = p
+            return x * ctx.mask * (1.0 if what == "scale" else 1 / (1 - p))
+
+        @staticmethod
+        def backward(ctx, g):
+            mask = ctx.mask.roll(1, 0) if what == "other mask backward" else ctx.mask
+            return g * mask * (1.0 if what == "scale" else 1 / (1 - ctx.p)), None
+
+    function = lambda i, p: module._composed(i, Dropout.apply(i.x, p))
+    for part in (module.FORWARD, module.BOTH):
+        error = module._error(0.1, part, own_mask=True)(module._calls(function, i, 0.1, part)(), i)
+        right = what == "right" or (what == "other mask backward" and part == module.FORWARD)
+        assert (error <= module.TOLERANCE[dtype]) == right, (part, error)
+
+
+def test_what_the_compiler_makes_is_what_is_checked(monkeypatch):
+    module = load_suite(suites(ROOT)[OP])
+    monkeypatch.setattr(torch, "compile", lambda f: lambda i, p: tuple(t * 1.01 for t in f(i, p)))
+    case = next(c for c in module.cases("cpu") if "torch.compile" in [one.name for one in c.contenders])
+    assert {t.name: t.status for t in harness.measure(case, seconds=0)}["torch.compile"] == "wrong"
+    step = load_suite(suites(ROOT)["step"])
+    right = step._step
+    seen = []
+    monkeypatch.setattr(step, "_step", lambda *a, **k: seen.append(a[4]) or right(*a[:4], False, **k))
+    case = step._case(step.SMALL_MODEL, 2, "float32", "cpu", ())
+    contender = next(c for c in case.contenders if c.name == "torch compiled")
+    assert contender.check(torch.ones(()), case.inputs(0)) <= case.tolerance
+    assert seen[-2:] == [True, False]
+    assert contender.check(torch.full((), torch.nan), case.inputs(0)) == float("inf")
+
+
+def test_the_trainer_s_loops_are_checked_and_a_wrong_one_is_found(monkeypatch):
+    train = load_suite(suites(ROOT)["train"])
+    case = next(c for c in train.cases("cpu") if c.smoke)
+    for contender in case.contenders:
+        assert contender.check(None, case.inputs(0)) <= case.tolerance
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *a: None)  # the trainer clips by itself
+    assert case.contenders[0].check(None, case.inputs(0)) > case.tolerance
+
+
+def test_prepared_tokens_are_checked_on_both_sides():
+    loading = load_suite(suites(ROOT)["loading"])
+    case = next(c for c in loading.cases("cpu") if c.smoke and c.name.startswith("prepare"))
+    for contender in case.contenders:
+        arrays = contender.prepare(0)()
+        assert case.error(arrays, 0) == 0
+        assert case.error([arrays[0][1:], *arrays[1:]], 0) > case.tolerance
+        assert case.error([*arrays, arrays[-1]], 0) > case.tolerance
 
 
 @pytest.mark.parametrize("suite", ["dropout_add_norm", "step"])
@@ -168,11 +369,11 @@ def test_a_wrong_peer_is_found_by_the_suites_own_checks(suite, monkeypatch):
 
             with monkeypatch.context() as patch:
                 patch.setattr(torch.optim, "AdamW", upwards_at_first)
-                assert not contender.check(case.inputs(0)) <= case.tolerance
+                assert not contender.check(torch.ones(()), case.inputs(0)) <= case.tolerance
         return
     eager = module._eager
     monkeypatch.setattr(module, "_eager", lambda i, p: (eager(i, p)[0] * 1.001, eager(i, p)[1]))
-    case = next(c for c in module.cases("cpu") if c.name == "2048x768 float32 p=0.1 forward+backward")
+    case = next(c for c in module.cases("cpu") if c.name == "37x320 float32 p=0 forward+backward")
     assert {t.name: t.status for t in harness.measure(case, seconds=0)}["eager"] == "wrong"
 
 

@@ -13,9 +13,9 @@ ROOT = sources.checkout()
 
 @pytest.fixture
 def copy_of_checkout(tmp_path):
-    for name in ("csrc", "kernels", "python", "bench"):
+    for name in ("csrc", "kernels", "python", "bench", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("CMakeLists.txt", "README.md"):
+    for name in ("CMakeLists.txt", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -36,6 +36,8 @@ OP = "dropout_add_norm"
     ("cpu", "csrc/cpu/dispatch.cpp", "\n// a comment\n", "\nint x;\n"),
     ("cpu", f"python/fastlm/ops/{OP}.py", "\n# a comment\n", "\nX = 1\n"),
     ("cpu", "CMakeLists.txt", "\n# a comment\n", "\nset(x 1)\n"),
+    ("cpu", "csrc/bindings.cpp", "\n// a comment\n", "\nint x;\n"),
+    ("cuda", "csrc/bindings.cpp", "\n// a comment\n", "\nint x;\n"),
     ("triton", "kernels/table.json", "", "\n"),
 ])  # fmt: skip
 def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file, comment, change):
@@ -46,6 +48,21 @@ def test_the_hash_follows_sources_and_not_comments(copy_of_checkout, name, file,
     assert sources.source_hash(OP, name, copy_of_checkout) == before
     path.write_text(text + change)
     assert sources.source_hash(OP, name, copy_of_checkout) != before
+
+
+def test_the_hash_follows_the_build_type_and_how_a_gpu_machine_builds(copy_of_checkout):
+    hashes = lambda: {b: sources.source_hash(OP, b, copy_of_checkout) for b in ("cpu", "cuda", "triton")}
+    changed = lambda now, before: {b for b in now if now[b] != before[b]}
+    first = hashes()
+    path = copy_of_checkout / "pyproject.toml"
+    path.write_text(path.read_text().replace('cmake.build-type = "Release"', 'cmake.build-type = "Debug"'))
+    second = hashes()
+    assert changed(second, first) == {"cpu", "cuda"}
+    path = copy_of_checkout / "scripts/gpu.py"
+    path.write_text(path.read_text().replace('"{number}a-real"', '"{number}-real"'))
+    assert changed(hashes(), second) == {"cuda"}
+    path.write_text(path.read_text() + "\nX = 1\n")  # nothing that builds
+    assert changed(hashes(), second) == {"cuda"}
 
 
 def test_the_hash_of_one_op_does_not_follow_another_and_that_of_the_step_follows_all(copy_of_checkout):
@@ -90,6 +107,10 @@ def test_status_is_verified_only_when_all_gpu_tests_passed_on_these_sources(copy
     for counts in ({"passed": 5, "failed": 1}, {"passed": 5, "skipped": 1}, {}):
         write(**counts)
         assert states()[OP, "triton"].startswith("not verified")
+    write(passed=5, sanitizer=["racecheck"])
+    assert states()[OP, "triton"].startswith("not verified: compute-sanitizer found errors (racecheck) on NVIDIA X")
+    write(passed=5, sanitizer=[])
+    assert states()[OP, "triton"].startswith("verified")
     write(passed=5, hash="0" * 16)
     assert states()[OP, "triton"].startswith("stale: verified on NVIDIA X")
 
@@ -99,9 +120,13 @@ def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, publish
     for path in results.gpu_files(root):
         path.unlink()
     entry = {"hash": "0" * 16, "passed": 3, "failed": 0, "skipped": 0}
-    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [],
-                        "cases": [*published["cases"], _case_row(16, 1.0) | {"op": "attention", "name": "unproven"},
-                                  _case_row(16, 1.0) | {"op": "step", "name": "of both"}]}  # fmt: skip
+    both = [[OP, "triton"], ["attention", "triton"]]
+    cases = [_served(case, [[OP, "triton"]]) for case in published["cases"]]
+    cases += [_served(_case_row(16, 1.0), both[1:]) | {"op": "attention", "name": "unproven"},
+              _served(_case_row(16, 1.0), both) | {"op": "step", "name": "of both"},
+              _served(_case_row(16, 1.0), [[OP, "cuda"]]) | {"name": "by a backend without tests"},
+              _case_row(16, 1.0) | {"name": "by who knows what"}]  # fmt: skip
+    data = published | {"machine": published["machine"] | {"kind": "cuda"}, "not_run": [], "cases": cases}
 
     def table(attention):
         tests = {OP: {"triton": entry}, "attention": {"triton": entry | attention}}
@@ -113,6 +138,8 @@ def test_a_gpu_table_shows_only_ops_whose_tests_passed(copy_of_checkout, publish
         assert f"| {OP} 8 rows |" in text
         assert f"**Stale: the sources of {OP} have changed since.**" in text
         assert "unproven" not in text
+        assert "by a backend without tests" not in text
+        assert "by who knows what" not in text
         assert "of both" not in text
     assert "unproven" in table({})
     assert "of both" in table({})
@@ -124,9 +151,31 @@ def test_tables_in_readme_and_docs_are_those_of_the_committed_results():
     assert tables.stale(ROOT) == [], "run `fastlm bench --tables` and commit what it writes"
 
 
-def test_a_changed_number_in_a_table_is_noticed(copy_of_checkout):
-    text = "a\n<!-- gpu-table -->\nold\n<!-- /gpu-table -->\nb\n"
-    assert tables.filled(text, {"gpu-table": "new"}) == "a\n<!-- gpu-table -->\nnew\n<!-- /gpu-table -->\nb\n"
+@pytest.mark.parametrize("name", tables.TARGETS)
+def test_a_changed_number_in_a_table_is_noticed(copy_of_checkout, name):
+    shutil.copytree(ROOT / "docs", copy_of_checkout / "docs")
+    tables.write(copy_of_checkout)
+    assert tables.stale(copy_of_checkout) == []
+    path = copy_of_checkout / name
+    text = path.read_text()
+    start = text.index("<!-- gpu-table -->")
+    path.write_text(text[:start] + text[start:].replace("ot yet run", "ow run", 1).replace("| 1", "| 2", 1))
+    assert tables.stale(copy_of_checkout) == [name]
+    path.write_text(text)
+    picture = next((copy_of_checkout / "docs").glob("bench-*/*.png"))
+    picture.write_bytes(picture.read_bytes().replace(b"fastlm-data\0", b"fastlm-data\0older"))
+    assert tables.stale(copy_of_checkout) == [str(picture.relative_to(copy_of_checkout))]
+
+
+def test_every_suite_and_every_generated_text_has_its_place_on_the_page():
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    suites = [p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")]
+    names = {f"cpu-{suite}" for suite in suites} | set(tables.sections(ROOT))
+    assert [name for name in sorted(names) if f"<!-- {name} -->" not in text] == []
+
+
+def _served(case, backends):
+    return case | {"contenders": [case["contenders"][0] | {"backends": backends}, *case["contenders"][1:]]}
 
 
 def _case_row(rows, seconds, flops=0, **parameters):
@@ -151,6 +200,14 @@ def published(tmp_path):
                                  "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
     data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
     data["cases"][0]["goals"] = [{"versus": "eager", "ratio": 3.0, "reached": 2.0}]
+    data["cases"][1]["contenders"] += [
+        {"name": "a peer", "kind": "peer", "status": "failed", "reason": "no kernel image"},
+        {"name": "another", "kind": "peer", "status": "missing", "reason": "not installed"}]  # fmt: skip
+    data["cases"][1]["goals"] = [{"versus": "a peer", "ratio": 5.0, "reached": None}]
+    never = _case_row(64, 1.0) | {"name": "never begun", "goals": [{"versus": "eager", "ratio": 2.0, "reached": None}]}
+    data["cases"].append(never | {"ceilings": {}, "floor_s": 0.0, "contenders": [
+        {"name": n, "kind": k, "status": "not run", "reason": "--budget 1 was spent"}
+        for n, k in (("fastlm", "ours"), ("eager", "baseline"))]})  # fmt: skip
     data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
     return data
 
@@ -158,11 +215,14 @@ def published(tmp_path):
 def test_pictures_are_ratios_time_against_size_roofline_and_ceilings(published, tmp_path):
     from fastlm.bench import pictures
 
+    assert pictures.stale(published, tmp_path) == pictures.names(published)
     drawn = [p.name for p in pictures.draw(published, tmp_path)]
+    assert pictures.stale(published, tmp_path) == []
     assert drawn == [f"{OP}.png", f"{OP}-size.png", "roofline.png", "ceilings.png"]
     assert drawn == pictures.names(published)
     assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
     published["cases"] = published["cases"][:1]
+    assert pictures.stale(published, tmp_path) == pictures.names(published)  # of other data now
     assert f"{OP}-size.png" not in pictures.names(published)
 
 
@@ -179,8 +239,12 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
     for piece in (
         "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
         "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
-        "| dropout_add_norm 8 rows | fastlm 3 MiB |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
+        "| dropout_add_norm 8 rows | fastlm 3 MiB, eager: missing: x |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
         f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
+        "eager: missing: x |", f"- {OP}, a peer: failed: no kernel image", f"- {OP}, another: not installed",
+        "a peer: failed, better 0.75× |", "not measured: 5× a peer",
+            "| copy, 6.1e-05 to 0.000244 MiB read and written | 2.56e-07 GB/s |",
+        "| matmul, float32 | 1 TFLOP/s |", "| never begun | not run | | | | not measured: 2× eager |",
         "0.55 of its time; goal 0.6", "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu-x/{OP}-size.png)",
     ):  # fmt: skip
         assert piece in text, piece
@@ -207,8 +271,26 @@ def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
     path.write_text(path.read_text() + "\nint x;\n")
     assert dict(results.cpu_status(root))[OP].startswith("stale: the sources have changed since; measured on ")
     assert dict(results.cpu_status(root))["attention"] == "no committed figures"
-    text = tables.sections(root)[f"cpu-{OP}"]
-    assert f"**Stale: the sources of {OP} have changed since.**" in text  # and on the page
+    every = tables.sections(root)
+    for name in (f"cpu-{OP}", "cpu-losses", "cpu-memory", "cpu-ceilings"):  # and on the page
+        assert f"**Stale: the sources of {OP} have changed since.**" in every[name], name
+    run = published["runs"][OP]
+    published["runs"] = {
+        name: run | {"sources": results.hashes(name, "cpu", root)} for name in ("step", "train", "loading")
+    }
+    published["cases"] = [_case_row(8, 1.0) | {"op": name} for name in published["runs"]]
+    results.save(root / "bench/results/cpu-x.json", published)
+    tells = {"cpu-step": "step", "cpu-profile": "step", "cpu-within-step": "step", "cpu-train": "train",
+             "cpu-trainer": "train", "cpu-loading": "loading"}  # fmt: skip
+    assert not any("Stale" in text for text in tables.sections(root).values())
+    for file in ("fastlm/models/gpt.py", "fastlm/train/loop.py", "fastlm/data/pack.py"):
+        path = root / "python" / file
+        path.write_text(path.read_text() + "\nX = 1\n")
+    every = tables.sections(root)
+    for name, suite in tells.items():
+        assert f"**Stale: the sources of {suite}" in every[name] or f"{suite} have changed since.**" in every[name], (
+            name
+        )
 
 
 def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
@@ -219,7 +301,10 @@ def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
     new = published | {"runs": {"attention": run}, "cases": [other | {"name": "new"}], "not_run": [f"{OP} q", "train y"],
                        "profiles": {"train": {"b": 2}}}  # fmt: skip
     both = results.merged(earlier, new)
-    assert [(c["op"], c["name"]) for c in both["cases"]] == [("attention", "new"), (OP, "8 rows"), (OP, "64 rows")]
+    assert [(c["op"], c["name"]) for c in both["cases"]] == [
+        ("attention", "new"), (OP, "8 rows"), (OP, "64 rows"), (OP, "never begun")]  # fmt: skip
+    unbegun = published["cases"][-1]  # a suite that no time was left for keeps its earlier figures
+    assert results.merged(earlier, new | {"cases": [*new["cases"], unbegun]})["cases"] == both["cases"]
     assert both["runs"] == {OP: published["runs"][OP], "attention": run}
     assert both["not_run"] == ["step x", "train y"]  # of dropout_add_norm the earlier figures stand
     assert both["profiles"] == {"step": {"a": 1}, "train": {"b": 2}}

@@ -49,6 +49,42 @@ def test_each_part_is_saved_and_one_that_fails_stops_no_other(run):
     gpu.work(run, [gpu.Part("a", good, 0.5), gpu.Part("b", bad, 0.5), gpu.Part("c", good, 0.5)])
     assert seen == [None, 1]
     assert json.loads(run.path.read_text())["stopped"] == {"b": "RuntimeError: no kernel image"}
+    assert run.failed == json.loads(run.path.read_text())["failed"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "status,marked,failed", [(0, [], []), (3, ["memcheck", "racecheck", "initcheck"], 3), (124, [], [])]
+)
+def test_what_the_sanitizer_finds_fails_the_run_and_leaves_no_op_verified(run, monkeypatch, status, marked, failed):
+    from fastlm.bench import results
+
+    entry = {"hash": "0", "passed": 3, "failed": 0, "skipped": 0}
+    run.data["gpu_tests"] = {"dropout_add_norm": {"triton": dict(entry), "cuda": dict(entry)}}
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(run, "command", lambda words, limit, **env: (status, "text"))
+    gpu.sanitize_part(run, 10)
+    for found in run.data["gpu_tests"]["dropout_add_norm"].values():
+        assert sorted(found.get("sanitizer", [])) == sorted(marked)
+        assert bool(results.unproven(found)) == bool(marked)
+    assert len(run.failed) == (failed or 0)
+    monkeypatch.setattr(run, "command", lambda words, limit, **env: (0, "clean"))
+    gpu.sanitize_part(run, 10)
+    assert not results.unproven(run.data["gpu_tests"]["dropout_add_norm"]["cuda"])
+
+
+def test_a_wrong_backend_or_a_failed_suite_fails_the_run(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    contender = {"name": "fastlm cuda", "kind": "self", "status": "wrong"}
+
+    def ran(words, limit, **env):
+        folder = Path(words[words.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"cases": [{"name": "a", "contenders": [contender]}]}))
+        return 0, ""
+
+    monkeypatch.setattr(run, "command", ran)
+    gpu.bench_part("dropout_add_norm")(run, 10)
+    assert run.failed == ["benchmarks of dropout_add_norm (a, fastlm cuda: wrong)"]
 
 
 def test_a_part_without_time_is_skipped_and_said(run):
@@ -120,6 +156,7 @@ def test_half_a_suite_and_half_the_tests_are_kept_when_they_are_cut_off(run, mon
     assert run.data["cases"] == [{"name": "a"}]
     assert run.data["not_run"] == ["b"]
     assert "status 124" in run.data["stopped"]["dropout_add_norm"]
+    assert run.failed == ["the GPU tests", "benchmarks of dropout_add_norm"]
 
 
 FORBIDDEN = ("tyro", "rich", "matplotlib", "safetensors", "tokenizers", "pyarrow", "zstandard", "tensorboard",

@@ -40,6 +40,41 @@ def test_kernels_compile_without_spills(request, arch, part):
         warnings.warn(f"offline figures changed: {line}", stacklevel=1)
 
 
+def test_kernels_that_are_gone_from_the_committed_table_are_shown():
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")).get(offline.key(), {}) if RESULTS.exists() else {}
+    for name in gone(stored, {case.name for case in offline.cases()}):
+        warnings.warn(f"offline figures of {name} are committed, and no such kernel is compiled now", stacklevel=1)
+
+
+def gone(stored, names):
+    return sorted(stored.keys() - names)
+
+
+def test_a_kernel_that_is_gone_is_noticed():
+    names = {case.name for case in offline.cases()}
+    assert gone(dict.fromkeys([*names, "an old one"]), names) == ["an old one"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_default_tests_compile_each_kernel_in_one_call_at_least(arch):
+    cases = [case for case in offline.cases() if case.arch == arch]
+    kernels = {(case.kernel.__module__, case.kernel.__name__) for case in cases}
+    light = {(case.kernel.__module__, case.kernel.__name__) for case in cases if not case.thorough}
+    assert kernels == light
+    assert {name for _, name in kernels} >= {"_forward_kernel", "_bias_kernel", "_sum_kernel", "_rotary_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_kernels_compile_for_newer_chips(part):
+    """Configurations are not planned for them: what spills or wants too much shared memory there is shown."""
+    cases = [case for case in offline.cases(newer=True) if case.arch in offline.NEWER and not case.thorough]
+    for case in cases[part::PARTS]:
+        figures, _ = offline.compile_case(case)
+        for fault in offline.faults(case, figures):
+            warnings.warn(fault, stacklevel=1)
+
+
 def test_every_rule_of_the_table_is_compiled():
     assert list(offline.cases())
     assert table.unreached() == []
@@ -51,6 +86,9 @@ def test_a_spill_and_a_missing_tensor_core_are_faults():
     assert offline.faults(case, good) == []
     assert "spills 8 bytes" in offline.faults(case, replace(good, spill_bytes=8))[0]
     assert "no tensor core" in offline.faults(replace(case, tensor_cores=True), good)[0]
+    most = offline.MACHINE[case.arch]["shared"] - 1024
+    assert offline.faults(case, replace(good, shared=most)) == []
+    assert f"wants {most + 1} bytes of shared memory" in offline.faults(case, replace(good, shared=most + 1))[0]
     before = {"k": {"sm_90": asdict(good)}}
     assert offline.changes(before, before) == []
     assert "-> gone" in offline.changes(before, {})[0]
@@ -70,6 +108,14 @@ def test_the_static_model_counts_programs_by_what_they_hold():
     assert (light.occupancy, light.bound, light.call_us) == (1.0, "bytes", 10.0)
     assert offline.predict(case, offline.Figures(128, 0, 0, "")).occupancy == 0.25
     assert offline.predict(case, offline.Figures(32, 0, 100 * 1024, "")).occupancy == 0.125
+
+
+def test_the_static_model_takes_the_rate_of_the_units_that_compute():
+    case = replace(next(iter(offline.cases())), arch=90, options={"num_warps": 4, "num_stages": 1}, programs=1320,
+                   bytes_moved=1, flops=989 * 10**9)  # fmt: skip
+    figures = offline.Figures(32, 0, 0, "wgmma")
+    assert offline.predict(replace(case, call_on_tensor_cores=True), figures).call_us == 1000.0
+    assert offline.predict(replace(case, call_on_tensor_cores=False), figures).call_us == round(989e9 / 67e12 * 1e6, 2)
 
 
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])

@@ -60,6 +60,7 @@ class BackendError(RuntimeError):
 
 
 _lock = threading.Lock()
+_watching: list[set[tuple[str, str]]] = []
 _forced: list[str] = []  # a stack; process-wide, because autograd runs backwards in threads of its own
 _logged: set[tuple[str, str, str]] = set()
 Arguments = Callable[..., tuple[torch.device, tuple[Any, ...]]]
@@ -95,6 +96,17 @@ def use(name: str) -> Iterator[None]:
     finally:
         with _lock:
             _forced.pop()
+
+
+@contextmanager
+def watched() -> Iterator[set[tuple[str, str]]]:
+    """Inside, the set that it gives fills with the (op, backend) of every call that runs, in any thread."""
+    seen: set[tuple[str, str]] = set()
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching[:] = [one for one in _watching if one is not seen]
 
 
 @functools.cache
@@ -152,6 +164,8 @@ def choose(op: str, direction: str, device: torch.device, args: tuple[Any, ...])
 def run(op: str, direction: str, device: torch.device, args: tuple[Any, ...]) -> Any:
     """Runs ``direction`` of ``op`` on what ``choose`` names, and logs a fall past the first choice once."""
     choice = choose(op, direction, device, args)
+    for seen in _watching:
+        seen.add((op, choice.backend))
     for name, why in choice.rejected:
         if (op, name, why) not in _logged:
             _logged.add((op, name, why))

@@ -34,8 +34,8 @@ from fastlm.bench import ceilings, harness, memory, peers, results, sources
 def suites(root: Path) -> dict[str, Path]:
     """The bench files by the name that the command line knows them by: the ops, then what is built of them."""
     found = {p.stem.removeprefix("bench_"): p for p in sorted((root / "bench").glob("bench_*.py"))}
-    last = ("step", "train", "loading")
-    return {n: p for n, p in found.items() if n not in last} | {n: found[n] for n in last if n in found}
+    last = [n for n in sources.COMPOSED if n in found]
+    return {n: p for n, p in found.items() if n not in last} | {n: found[n] for n in last}
 
 
 def load_suite(path: Path) -> ModuleType:
@@ -83,13 +83,13 @@ def run(
         }
         made["sources"] = results.hashes(name, kind, root)
         for case in module.cases(device):
-            if match not in case.name or (not seconds and not case.smoke):
+            if match not in case.name or not (case.timed if seconds else case.smoke):
                 continue
             if time.monotonic() - begin > budget:
                 data.setdefault("not_run", []).append(f"{case.op} {case.name}")
+                data["cases"].append(harness.row(case, harness.not_run(case, f"--budget {budget:g} was spent"), {}))
                 continue
-            longer = 5 if case.setting in ("step", "trainer") else 1  # such a call takes seconds, not milliseconds
-            timings = harness.measure(case, seconds=seconds * longer)
+            timings = harness.measure(case, seconds=seconds * case.longer)
             limits = ceilings.for_case(case.bytes, case.flops, case.dtype, device) if seconds else {}
             entry = harness.row(case, timings, limits)
             entry["clocks"] = ceilings.clocks(device) if seconds else None
@@ -102,8 +102,10 @@ def run(
             sys.stdout.flush()
             if out is not None:
                 results.save(out, data)
-        if seconds and hasattr(module, "profile") and not match and time.monotonic() - begin <= budget:
-            data.setdefault("profiles", {})[name] = module.profile(device)
+        if hasattr(module, "profile") and not match and time.monotonic() - begin <= budget:
+            profile = module.profile(device, small=not seconds)
+            if seconds:
+                data.setdefault("profiles", {})[name] = profile
     if data.get("not_run"):
         print(f"\nno time left (--budget {budget:g}) for: " + "; ".join(data["not_run"]))
     return data
@@ -126,7 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fastlm bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("suite", nargs="*", help="an op, or step, train, loading; default: all")
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="time for each case (default 3); five times that for a training step"
+        "--seconds",
+        type=float,
+        default=3.0,
+        help="time for each case (default 3); five times that for calls of seconds",
     )
     parser.add_argument("--budget", type=float, default=600.0, help="no case is begun after this many seconds (600)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
@@ -214,12 +219,18 @@ def main(argv: list[str] | None = None) -> int:
     names = args.suite or list(known)
     if args.smoke:
         data = run(names, args.device, 0.0, args.case, False, None)
-        bad = [f"{c['op']} {c['name']}, {t['name']}: {t['status']}, {t['reason']}" for c in data["cases"]
-               for t in c["contenders"] if t["kind"] == "baseline" and t["status"] in ("failed", "wrong")]  # fmt: skip
+        each = [(c, t) for c in data["cases"] for t in c["contenders"]]
+        bad = [
+            f"{c['op']} {c['name']}, {t['name']}: {t['status']}, {t['reason']}" for c, t in each if harness.broken(t)
+        ]
         if bad:
-            print("\nfastlm bench: a baseline did not run or gave wrong values: " + "; ".join(bad), file=sys.stderr)
+            print("\nfastlm bench: a contender did not run or gave wrong values: " + "; ".join(bad), file=sys.stderr)
             return 1
-        print(f"\n{len(data['cases'])} cases ran and gave right values")
+        ran = [t for _, t in each if t["status"] == "ok" and t["kind"] != "ceiling"]
+        checked = sum("error" in t for t in ran)
+        print(
+            f"\n{len(data['cases'])} cases ran; {checked} of their {len(ran)} contenders were checked and gave right values"
+        )
         return 0
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = args.out or root / "runs/bench" / stamp
@@ -236,9 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         results.save(published, results.merged(results.load(published), data) if published.exists() else data)
         changed = tables.write(root)
         print(f"\nwrote {published.relative_to(root)}, " + ", ".join(str(p.relative_to(root)) for p in changed))
-    missed = [(c, g) for c in data["cases"] for g in c["goals"] if g["reached"] < g["ratio"]]
-    total = sum(len(c["goals"]) for c in data["cases"])
-    print(f"\n{total - len(missed)} of {total} goals reached; results in {folder}")
+    states = [results.reached(goal) for case in data["cases"] for goal in case["goals"]]
+    unknown = f", {states.count(None)} not measured" if None in states else ""
+    print(f"\n{states.count(True)} of {len(states)} goals reached{unknown}; results in {folder}")
     return 0
 
 

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from fastlm import _native
-from fastlm.bench.harness import Clock
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from fastlm.bench.harness import DTYPES, Clock
 
 
 def _median(function: Any, device: str, rounds: int) -> float:
@@ -45,7 +43,7 @@ def copy_bandwidth(size: int, device: str, rounds: int = 11) -> float:
 def matmul_rate(dtype: str, device: str, rounds: int = 5) -> float:
     """Floating-point operations a second of a square matmul: 2048 on a CPU, 8192 on a GPU."""
     n = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(_DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * n**3 / _median(lambda: a @ b, device, rounds)
 
 
@@ -78,7 +76,7 @@ def machine(device: str) -> dict[str, Any]:
         "kind": device,
         "threads": torch.get_num_threads(),
         "instruction_set": core.cpu_isa() if core is not None else None,
-        "platform": platform.platform(),
+        "platform": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "versions": {"fastlm": fastlm.__version__, "python": platform.python_version(), "torch": torch.__version__},
     }
     try:
@@ -89,6 +87,7 @@ def machine(device: str) -> dict[str, Any]:
         out["versions"]["triton"] = None
     if device != "cpu":
         out["versions"]["cuda"] = torch.version.cuda
+        out["cuda_archs"] = core.cuda_archs() if core is not None else None
         out["driver and clocks"] = _nvidia_smi("driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem")
     return out
 

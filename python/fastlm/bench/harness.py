@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import statistics
 import sys
 import time
@@ -22,7 +23,11 @@ from typing import Any
 
 import torch
 
+from fastlm import backend
+
 Prepared = Callable[[], Any]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Missing(Exception):
@@ -35,11 +40,11 @@ class Contender:
 
     name: str
     prepare: Callable[[Any], Prepared]
-    kind: str = "baseline"  # "ours", "baseline", "peer" or "ceiling"
+    kind: str = "baseline"  # "ours", "self" (a variant of ours), "baseline", "peer" or "ceiling"
     checked: bool = True  # compare its result with the case's reference before timing it
-    # Its largest error where the case's reference cannot judge what is timed (it draws a dropout mask of its own): that of
-    # the same function without dropout. Held to the case's tolerance in place of the case's ``error``.
-    check: Callable[[Any], float] | None = None
+    # ``check(result, inputs)``, its largest error where the case's ``error`` cannot judge it (it draws a dropout mask of its
+    # own, its result is a step). Held to the case's tolerance in place of ``error``.
+    check: Callable[[Any, Any], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class Case:
 
     ``inputs(seed)`` makes fresh random inputs; ``error(result, inputs)`` returns the largest relative error of a
     contender's result against float64, and ``tolerance`` what it may be.
+
+    A case is part of the smoke pass, of the timed runs, or of both: a small shape tells nothing of speed, a large one costs
+    the smoke pass its minute.
     """
 
     op: str
@@ -67,11 +75,13 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     parameters: dict[str, Any] = field(default_factory=dict)
-    setting: str = "alone"  # "alone", "before a matmul" or "step"
+    setting: str = "alone"  # "alone", "before a matmul", "step" or "trainer"
     error: Callable[[Any, Any], float] | None = None
     tolerance: float = 0.0
     goals: tuple[Goal, ...] = ()
     smoke: bool = True  # part of the smoke pass
+    timed: bool = True  # part of a timed run
+    longer: float = 1.0  # how many times as long as others it is timed: a call takes seconds, not milliseconds
 
 
 @dataclass
@@ -80,10 +90,11 @@ class Timing:
 
     name: str
     kind: str
-    status: str = "ok"  # "ok", "missing", "failed" or "wrong"
+    status: str = "ok"  # "ok", "missing", "failed", "wrong" or "not run"
     reason: str = ""
     samples: list[float] = field(default_factory=list)
     error: float | None = None  # what the check before the timing found; None: not checked
+    backends: list[list[str]] = field(default_factory=list)  # (op, backend) of fastlm's that the checked call ran on
 
     @property
     def median(self) -> float:
@@ -103,6 +114,8 @@ class Timing:
             out["reason"] = self.reason
         if self.error is not None:
             out["error"] = self.error
+        if self.backends:
+            out["backends"] = self.backends
         if self.samples:
             low, high = self.spread
             out |= {"median_s": self.median, "quartiles_s": [low, high], "samples_s": self.samples}
@@ -113,7 +126,10 @@ def raise_malloc_thresholds() -> str:
     """The one allocator setting of a run, the trainer's own: freed blocks are kept, not handed back page by page."""
     from fastlm.train.machine import spare_page_faults
 
-    return "glibc keeps freed blocks (as fastlm train sets it)" if spare_page_faults() else "the system's default"
+    if spare_page_faults():
+        return "glibc keeps freed blocks (as fastlm train sets it)"
+    given = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    return "the system's default" if given is None else f"the environment's MALLOC_MMAP_THRESHOLD_={given}"
 
 
 class Clock:
@@ -157,8 +173,10 @@ def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]
         function: Prepared | None = None
         inputs = case.inputs(seed)
         try:
-            function = contender.prepare(inputs)
-            result = function()
+            with backend.watched() as seen:
+                function = contender.prepare(inputs)
+                result = function()
+            timing.backends = sorted([op, name] for op, name in seen)
         except Missing as why:
             timing.status, timing.reason, function = "missing", str(why), None
         except Exception as error:
@@ -169,11 +187,11 @@ def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]
         else:
             error_of: Callable[[], float] | None = None
             if contender.check is not None:
-                error_of = functools.partial(contender.check, inputs)
+                error_of = functools.partial(contender.check, result, inputs)
             elif case.error is not None and contender.checked:
                 error_of = functools.partial(case.error, result, inputs)
             if error_of is not None:
-                wrong = timing.error = error_of()
+                wrong = timing.error = float(error_of())
                 if not wrong <= case.tolerance:
                     timing.status, function = "wrong", None
                     timing.reason = f"largest error {wrong:.2e}, allowed {case.tolerance:.2e}"
@@ -225,8 +243,18 @@ def measure(
     return timings
 
 
+def not_run(case: Case, reason: str) -> list[Timing]:
+    """The timings of a case that was never begun: its row and its goals are still there to be seen."""
+    return [Timing(c.name, c.kind, "not run", reason) for c in case.contenders]
+
+
+def broken(contender: dict[str, Any]) -> bool:
+    """Whether a contender of a row failed or gave wrong values though nothing outside this checkout excuses it."""
+    return contender["kind"] in ("ours", "self", "baseline") and contender["status"] in ("failed", "wrong")
+
+
 def row(case: Case, timings: list[Timing], ceilings: dict[str, float]) -> dict[str, Any]:
-    """The case's entry of the JSON file (schema: bench/results/README.md)."""
+    """The case's entry of the JSON file (schema: bench/results/README.md). A goal that nothing measured has reached None."""
     by_name = {t.name: t for t in timings}
     ours = next((t for t in timings if t.kind == "ours" and t.status == "ok"), None)
     floor = 0.0
@@ -237,8 +265,9 @@ def row(case: Case, timings: list[Timing], ceilings: dict[str, float]) -> dict[s
     goals = []
     for goal in case.goals:
         other = by_name.get(goal.versus)
-        if ours and other and other.status == "ok":
-            goals.append({"versus": goal.versus, "ratio": goal.ratio, "reached": other.median / ours.median})
+        measured = ours is not None and other is not None and other.status == "ok"
+        reached = other.median / ours.median if measured and ours and other else None
+        goals.append({"versus": goal.versus, "ratio": goal.ratio, "reached": reached})
     return {
         "op": case.op, "name": case.name, "setting": case.setting, "dtype": case.dtype, "device": case.device,
         "parameters": case.parameters, "bytes": case.bytes, "flops": case.flops, "floor_s": floor,
@@ -283,11 +312,15 @@ REPLAY = ReplayTimer()
 
 
 def pytest_cases(cases: Callable[[str], Iterable[Case]]) -> Callable[..., None]:
-    """The test function of a bench file: ``test_bench = pytest_cases(cases)``."""
+    """The test function of a bench file: ``test_bench = pytest_cases(cases)``.
+
+    A case is timed for --benchmark-max-time seconds (under --benchmark-disable: one round); each contender's ``extra_info`` is
+    the case's row. A baseline that fails or gives wrong values fails its test, a contender that is not here skips it.
+    """
     import pytest
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    taken: dict[str, list[Timing]] = {}
+    taken: dict[str, tuple[list[Timing], dict[str, Any]]] = {}
     parameters = [
         pytest.param(case, contender.name, id=f"{case.name}-{contender.name}")
         for case in cases(device)
@@ -296,11 +329,22 @@ def pytest_cases(cases: Callable[[str], Iterable[Case]]) -> Callable[..., None]:
 
     @pytest.mark.benchmark(timer=REPLAY)
     @pytest.mark.parametrize("case,name", parameters)
-    def test_bench(case: Case, name: str, benchmark: Any) -> None:
+    def test_bench(case: Case, name: str, benchmark: Any, request: Any) -> None:
+        from fastlm.bench import ceilings
+
         if case.name not in taken:
             taken.clear()
-            taken[case.name] = measure(case)
-        timing = next(t for t in taken[case.name] if t.name == name)
+            allocator = raise_malloc_thresholds()
+            seconds = 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
+            timings = measure(case, seconds=seconds * case.longer)
+            limits = ceilings.for_case(case.bytes, case.flops, case.dtype, case.device) if seconds else {}
+            taken[case.name] = timings, row(case, timings, limits) | {"allocator": allocator}
+        timings, entry = taken[case.name]
+        timing = next(t for t in timings if t.name == name)
+        own = {k: v for k, v in timing.as_json().items() if k != "samples_s"}
+        benchmark.extra_info.update({k: v for k, v in entry.items() if k != "contenders"} | {"contender": own})
+        if broken(own):
+            pytest.fail(f"{timing.status}: {timing.reason}")
         if timing.status != "ok":
             pytest.skip(f"{timing.status}: {timing.reason}")
         benchmark.group = f"{case.op} {case.name}"

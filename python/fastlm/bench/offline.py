@@ -8,7 +8,8 @@ Every kernel file's ``offline_cases()`` says what to compile: its own launchers,
 sm_90. Triton makes PTX, and ``ptxas -v`` on it gives the exact figures (cuobjdump calls some spills no local memory).
 
 The static model: occupancy from registers, shared memory and the limits of an SM, and the least time of the call, which
-is the larger of bytes / bandwidth and flops / float32 rate. A plan to work from while no GPU is near, not a result.
+is the larger of bytes / bandwidth and flops / the rate of the units that compute them: tensor cores where the call must use
+them, float32 else. A plan to work from while no GPU is near, not a result.
 
 Needs torch and triton alone, and neither a driver nor a GPU.
 """
@@ -16,6 +17,7 @@ Needs torch and triton alone, and neither a driver nor a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -25,16 +27,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Per SM: registers, shared bytes, warps, programs; per GPU: SMs, bytes/s and float32 flop/s. From NVIDIA's tuning
-# guides and data sheets: A100 SXM 80 GB for sm_80, H200 SXM for sm_90.
+# Per SM: registers, shared bytes, warps, programs; per GPU: SMs, bytes/s, float32 flop/s, and flop/s of the tensor cores in
+# bfloat16 (dense). From NVIDIA's tuning guides and data sheets: A100 SXM 80 GB for sm_80, H200 SXM for sm_90, B200 for
+# sm_100, GeForce RTX 5090 for sm_120. A program may hold 1 KiB less of the shared memory than the SM has.
 MACHINE = {
-    80: dict(registers=65536, shared=164 * 1024, warps=64, programs=32, sms=108, bandwidth=2.04e12, flops=19.5e12),
-    90: dict(registers=65536, shared=228 * 1024, warps=64, programs=32, sms=132, bandwidth=4.8e12, flops=67e12),
-}
+    80: dict(registers=65536, shared=164 * 1024, warps=64, programs=32, sms=108, bandwidth=2.04e12, flops=19.5e12,
+             tensor_flops=312e12),
+    90: dict(registers=65536, shared=228 * 1024, warps=64, programs=32, sms=132, bandwidth=4.8e12, flops=67e12,
+             tensor_flops=989e12),
+    100: dict(registers=65536, shared=228 * 1024, warps=64, programs=32, sms=148, bandwidth=8e12, flops=75e12,
+              tensor_flops=2250e12),
+    120: dict(registers=65536, shared=100 * 1024, warps=48, programs=24, sms=170, bandwidth=1.79e12, flops=104.8e12,
+              tensor_flops=209.5e12),
+}  # fmt: skip
+NEWER = (100, 120)  # no launcher is planned for them: they get the configurations of sm_90
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Figures:
     registers: int
     spill_bytes: int
     shared: int
-    tensor_cores: str  # "", "mma" or "wgmma"
+    tensor_cores: str  # "", "mma", "wgmma" or "tcgen05"
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,24 @@ class Prediction:
     bound: str  # what that time is spent on: "bytes" or "flops"
 
 
-def cases() -> Iterator[Any]:
-    """Every OfflineCase of every kernel file; of several that compile to the same thing, the first."""
+def cases(newer: bool = False) -> Iterator[Any]:
+    """Every OfflineCase of every kernel file; of several that compile to the same thing, the first.
+
+    ``newer``: also what the chips in ``NEWER`` would run, as far as this ptxas knows them.
+    """
+    for case in _cases():
+        yield case
+        if newer and case.arch == 90:
+            yield from (replace(case, arch=arch) for arch in NEWER if _ptxas_knows(arch))
+
+
+@functools.cache
+def _ptxas_knows(arch: int) -> bool:
+    text = subprocess.run([_ptxas(arch), "--help"], check=True, capture_output=True, text=True).stdout
+    return f"sm_{arch}a" in text
+
+
+def _cases() -> Iterator[Any]:
     package = importlib.import_module("fastlm.kernels")
     seen: set[str] = set()
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
@@ -81,10 +107,12 @@ def key() -> str:
     return f"triton {triton.__version__}, ptxas {found.group(1) if found else 'unknown'}"
 
 
-def _ptxas() -> str:
+def _ptxas(arch: int = 0) -> str:
+    """The assembler that Triton itself uses for an architecture: Blackwell has one of its own."""
     from triton import knobs
 
-    return str(knobs.nvidia.ptxas.path)
+    blackwell = getattr(knobs.nvidia, "ptxas_blackwell", None)
+    return str((blackwell if arch >= 100 and blackwell is not None else knobs.nvidia.ptxas).path)
 
 
 def compile_case(case: Any) -> tuple[Figures, str]:
@@ -139,7 +167,7 @@ def _figures(ptx: str, shared: int, arch: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{hashlib.sha1(ptx.encode()).hexdigest()}.ptx"
         path.write_text(ptx)
-        command = [_ptxas(), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(path), "-o", "/dev/null"]
+        command = [_ptxas(arch), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(path), "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
@@ -147,7 +175,8 @@ def _figures(ptx: str, shared: int, arch: int) -> Figures:
     spills = int(_number(r"(\d+) bytes spill stores", done.stderr)) + int(
         _number(r"(\d+) bytes spill loads", done.stderr)
     )
-    cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    uses = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+    cores = next((name for name, instruction in uses.items() if instruction in ptx), "")
     return Figures(registers, spills, shared, cores)
 
 
@@ -169,7 +198,8 @@ def predict(case: Any, figures: Figures) -> Prediction:
         machine["registers"] // (register_warp * warps),
         machine["shared"] // (figures.shared + 1024),  # the driver keeps 1 KiB of each program's
     )
-    bytes_s, flops_s = case.bytes_moved / machine["bandwidth"], case.flops / machine["flops"]
+    rate = machine["tensor_flops"] if case.call_on_tensor_cores else machine["flops"]
+    bytes_s, flops_s = case.bytes_moved / machine["bandwidth"], case.flops / rate
     waves = case.programs / (resident * machine["sms"]) if resident else float("inf")
     return Prediction(
         resident * warps / machine["warps"],
@@ -184,6 +214,10 @@ def faults(case: Any, figures: Figures) -> list[str]:
     found = []
     if figures.spill_bytes:
         found.append(f"{case.name} sm_{case.arch}: spills {figures.spill_bytes} bytes at {figures.registers} registers")
+    if figures.shared > MACHINE[case.arch]["shared"] - 1024:
+        found.append(
+            f"{case.name} sm_{case.arch}: wants {figures.shared} bytes of shared memory, more than a program gets"
+        )
     if case.tensor_cores and not figures.tensor_cores:
         found.append(f"{case.name} sm_{case.arch}: uses no tensor core")
     elif _promises_wgmma(case) and figures.tensor_cores != "wgmma":
@@ -213,7 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastlm.bench.offline", description="Triton kernels, checked offline"
     )
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="put the figures into FILE under this triton and ptxas"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="put the figures into FILE under this triton and ptxas; with --only beside those that are there",
+    )
+    parser.add_argument(
+        "--newer", action="store_true", help="also sm_100 and sm_120, where this ptxas knows them; never written"
     )
     parser.add_argument("--sass", action="store_true", help="also count what the machine code is made of")
     parser.add_argument(
@@ -226,13 +266,14 @@ def main(arguments: list[str] | None = None) -> int:
     table: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
     print(f"{key()}\n{'regs':>5} {'spill':>5} {'shared':>7} {'occup':>6} {'waves':>6} {'call µs':>8}  kernel")
-    for case in cases():
+    for case in cases(args.newer):
         if args.only not in f"sm_{case.arch} {case.name}":
             continue
         figures, _ = compile_case(case)
         model = predict(case, figures)
         wrong += faults(case, figures)
-        table.setdefault(case.name, {})[f"sm_{case.arch}"] = asdict(figures)
+        if case.arch not in NEWER:
+            table.setdefault(case.name, {})[f"sm_{case.arch}"] = asdict(figures)
         print(
             f"{figures.registers:5} {figures.spill_bytes:5} {figures.shared:7} {model.occupancy:6.0%} "
             f"{model.waves:6.1f} {model.call_us:8.1f}  sm_{case.arch} {case.name} {figures.tensor_cores}",
@@ -242,9 +283,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(" " * 6 + ", ".join(f"{k} {v}" for k, v in sass(case).items() if v), flush=True)
     if args.write:
         stored = json.loads(args.write.read_text(encoding="utf-8")) if args.write.exists() else {}
-        for line in changes(stored.get(key(), {}), table):
+        before = stored.get(key(), {})
+        after = {**before, **table} if args.only else table
+        for line in changes(before, after):
             print(line)
-        stored[key()] = table
+        stored[key()] = after
         args.write.parent.mkdir(parents=True, exist_ok=True)
         args.write.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for line in wrong:

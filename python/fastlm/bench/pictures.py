@@ -6,6 +6,9 @@ the fraction of the ceiling that bounds each case for all.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +48,34 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
         axis.set_title(f"{op}: {data['machine']['device']}, {data['machine']['threads']} threads", fontsize=9)
         axis.grid(axis="x", color=_SOFT, lw=0.4)
         paths.append(folder / f"{op}.png")
-        figure.savefig(paths[-1], dpi=130)
+        _save(figure, paths[-1], data)
         plt.close(figure)
         paths += _against_size(op, cases, data, folder, plt)
     paths += _roofline(data, folder, plt) + _ceilings(data, folder, plt)
     return paths
+
+
+_KEY = "fastlm-data"  # of the PNG's text that holds the hash of the data that it shows
+
+
+def digest(data: dict[str, Any]) -> str:
+    """The hash of what the pictures of a result show."""
+    shown = [data["machine"]["device"], data["machine"]["threads"], data["cases"]]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stale(data: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the pictures that are not there, or are of other data."""
+    return [name for name in names(data) if not _is_of(folder / name, digest(data))]
+
+
+def _is_of(path: Path, digest: str) -> bool:
+    # a tEXt chunk of a PNG: keyword, a null byte, text; matplotlib writes it before the image
+    return path.is_file() and re.search(b"tEXt%s\0%s" % (_KEY.encode(), digest.encode()), path.read_bytes()) is not None
+
+
+def _save(figure: Any, path: Path, data: dict[str, Any]) -> None:
+    figure.savefig(path, dpi=130, metadata={_KEY: digest(data)})
 
 
 def names(data: dict[str, Any]) -> list[str]:
@@ -111,7 +137,7 @@ def _against_size(op: str, cases: list[dict[str, Any]], data: dict[str, Any], fo
         axis.legend(fontsize=5)
     figure.suptitle(f"{op}: {data['machine']['device']}", fontsize=8)
     path = folder / f"{op}-size.png"
-    figure.savefig(path, dpi=130)
+    _save(figure, path, data)
     plt.close(figure)
     return [path]
 
@@ -143,7 +169,7 @@ def _roofline(data: dict[str, Any], folder: Path, plt: Any) -> list[Path]:
     axis.grid(color=_SOFT, lw=0.4)
     axis.legend(fontsize=7)
     path = folder / "roofline.png"
-    figure.savefig(path, dpi=130)
+    _save(figure, path, data)
     plt.close(figure)
     return [path]
 
@@ -164,6 +190,6 @@ def _ceilings(data: dict[str, Any], folder: Path, plt: Any) -> list[Path]:
     axis.tick_params(axis="y", labelsize=6)
     axis.set_xlabel("fraction of this machine's ceiling (bytes over copy bandwidth, or flops over matmul rate)")
     path = folder / "ceilings.png"
-    figure.savefig(path, dpi=130)
+    _save(figure, path, data)
     plt.close(figure)
     return [path]

@@ -14,29 +14,38 @@ GPU_BACKENDS = ("triton", "cuda")
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A result file. Raises ValueError, naming the file, if it is not one."""
+    """A result file. Raises ValueError, naming the file and what it lacks, if it is not one."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a result file: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a result file of schema {SCHEMA}")
+    for key, kind in (("machine", dict), ("cases", list)):
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{path} is not a whole result file: it has no {key!r}")
+    for number, case in enumerate(data["cases"]):
+        lacking = [k for k in ("op", "name", "contenders") if not isinstance(case, dict) or k not in case]
+        if lacking:
+            raise ValueError(f"{path} is not a whole result file: its case {number} has no {lacking[0]!r}")
     return data
 
 
-def save(path: Path, data: dict[str, Any]) -> None:
-    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file.
+def write(path: Path, text: str) -> None:
+    """Writes beside ``path`` and renames into place, so that an interrupted run keeps the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
-    Samples are kept to five digits: a clock gives no more.
-    """
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Writes a result file. Samples are kept to five digits: a clock gives no more."""
     data = {
         **data,
         "cases": [{**case, "contenders": [_short(c) for c in case["contenders"]]} for case in data["cases"]],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write(path, json.dumps(data, indent=1) + "\n")
 
 
 def merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -50,12 +59,13 @@ def merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--publish: that file is of {key} {was}, this run of {now}; give another name")
     kept = [case for case in earlier["cases"] if case["op"] not in new["runs"]]
     have = {case["op"] for case in kept}
+    ran = [c for c in new["cases"] if c["op"] in new["runs"] or c["op"] not in have]  # not rows of a suite never begun
     not_run = [c for c in earlier.get("not_run", []) if c.split()[0] not in new["runs"]]
     not_run += [c for c in new.get("not_run", []) if c.split()[0] not in have and c not in not_run]
     return {
         **earlier, **new,
         "runs": {**earlier["runs"], **new["runs"]},
-        "cases": sorted(kept + new["cases"], key=lambda case: case["op"]),
+        "cases": sorted(kept + ran, key=lambda case: case["op"]),
         "profiles": {**earlier.get("profiles", {}), **new.get("profiles", {})},
         "not_run": not_run,
     }  # fmt: skip
@@ -120,24 +130,47 @@ def print_case(case: dict[str, Any]) -> None:
     for r in rows:
         print("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=False)) + "  " + r[5])
     for goal in case["goals"]:
-        state = "reached" if goal["reached"] >= goal["ratio"] else "MISSED"
-        print(f"  goal: {goal['ratio']:g}x {goal['versus']}: {goal['reached']:.2f}x, {state}")
+        state = {True: "reached", False: "MISSED", None: "not measured"}[reached(goal)]
+        found = "" if goal["reached"] is None else f"{goal['reached']:.2f}x, "
+        print(f"  goal: {goal['ratio']:g}x {goal['versus']}: {found}{state}")
+
+
+def reached(goal: dict[str, Any]) -> bool | None:
+    """Whether a goal is reached; None where nothing measured it."""
+    return None if goal["reached"] is None else bool(goal["reached"] >= goal["ratio"])
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> int:
-    """Prints what became faster or slower beyond the noise. Returns how many are slower by more than ``threshold``.
+    """Prints what became faster or slower beyond the noise, and cases that only one of the files has.
 
-    A contender's ratio is taken to the case's first baseline where both files have it, which cancels a machine that was
-    slower as a whole. A change counts when the quartiles of the two do not overlap.
+    Returns how many are slower by more than ``threshold``, those counted where fastlm ran earlier and does not now. Raises
+    ValueError if no case of fastlm's is in both files.
+
+    fastlm's ratio is taken to the case's first baseline where both files have it, which cancels a machine that was slower as
+    a whole. A change counts when the quartiles of the two do not overlap.
     """
-    before = {(c["op"], c["name"]): c for c in old["cases"]}
+    begun = lambda data: {(c["op"], c["name"]): c for c in data["cases"]
+                          if any(one["status"] != "not run" for one in c["contenders"])}  # fmt: skip
+    before, after = begun(old), begun(new)
+    if not any(ours_of(before[key]) for key in before.keys() & after.keys()):
+        raise ValueError("--compare: the two files have no case in common that fastlm ran in the first")
     regressions = 0
-    for case in new["cases"]:
-        earlier = before.get((case["op"], case["name"]))
+    for op, name in before.keys() - after.keys():
+        print(f"{'removed':<10} {op} {name}: only the first file has it")
+    for key, case in after.items():
+        earlier = before.get(key)
         if earlier is None:
+            print(f"{'added':<10} {case['op']} {case['name']}: only the second file has it")
             continue
         a, b = ours_of(earlier), ours_of(case)
         if a is None or b is None:
+            if a is not None:
+                regressions += 1
+                print(
+                    f"{'REGRESSION':<10} {case['op']} {case['name']}: fastlm ran in the first file, not in the second"
+                )
+            elif b is not None:
+                print(f"{'added':<10} {case['op']} {case['name']}: fastlm ran in the second file alone")
             continue
         scale = 1.0
         for contender in case["contenders"]:
@@ -165,23 +198,34 @@ def gpu_files(root: Path | None = None) -> list[Path]:
 
 
 def proven(data: dict[str, Any]) -> dict[str, Any]:
-    """A GPU file's cases of those ops alone whose tests all passed in that run, on some backend; of the step if all did."""
+    """A GPU file's cases of which every (op, backend) that the timed call ran on passed all of its tests in that run.
+
+    Which those were stands in the row of fastlm's contender; a row that does not say so proves nothing.
+    """
     tests = data.get("gpu_tests", {})
-    good = {
-        op
-        for op, by_backend in tests.items()
-        if any(e["passed"] and not e["failed"] and not e["skipped"] for e in by_backend.values())
-    }
-    if good and good == tests.keys():
-        good |= {"step", "train", "loading"}
-    runs = {name: run for name, run in data.get("runs", {}).items() if name in good}
-    return data | {"cases": [case for case in data["cases"] if case["op"] in good], "runs": runs}
+
+    def good(case: dict[str, Any]) -> bool:
+        served = next((c.get("backends") for c in case["contenders"] if c["kind"] == "ours"), None)
+        entries = [tests.get(op, {}).get(name) for op, name in served or () if name in GPU_BACKENDS]
+        return bool(entries) and all(entry is not None and not unproven(entry) for entry in entries)
+
+    cases = [case for case in data["cases"] if good(case)]
+    kept = {case["op"] for case in cases}
+    runs = {name: run for name, run in data.get("runs", {}).items() if name in kept}
+    return data | {"cases": cases, "runs": runs}
+
+
+def unproven(entry: dict[str, Any]) -> str:
+    """Why one backend's GPU tests of an op prove nothing; "" if they do."""
+    if entry["failed"] or entry["skipped"] or not entry["passed"]:
+        return f"{entry['passed']} passed, {entry['failed']} failed, {entry['skipped']} skipped"
+    return f"compute-sanitizer found errors ({', '.join(entry['sanitizer'])})" if entry.get("sanitizer") else ""
 
 
 def status(root: Path | None = None) -> list[tuple[str, str, str]]:
     """(op, backend, state) for each op's GPU backends: verified on which device at which hash, stale, or never run.
 
-    An op whose GPU tests failed, were skipped, or were not run is not verified.
+    An op whose GPU tests failed, were skipped, or were not run is not verified; nor is one that compute-sanitizer complains of.
     """
     root = root or sources.checkout()
     runs = [load(path) for path in gpu_files(root)]
@@ -199,7 +243,7 @@ def status(root: Path | None = None) -> list[tuple[str, str, str]]:
 def hashes(suite: str, kind: str, root: Path) -> dict[str, str]:
     """By backend, the hash of what a suite times on a kind of machine, "cpu" or "gpu"; of step, train, loading: "all"."""
     if suite not in backend.ops():
-        return {"all": sources.suite_hash(suite, "cpu" if kind == "cpu" else "gpu", root)}
+        return {"all": sources.suite_hash(suite, kind, root)}
     names = ("cpu",) if kind == "cpu" else GPU_BACKENDS
     return {n: sources.source_hash(suite, n, root) for n in names if _has_sources(suite, n, root)}
 
@@ -238,9 +282,8 @@ def _state(runs: list[dict[str, Any]], op: str, name: str, digest: str) -> str:
         if not entry:
             continue
         where = f"{run['machine']['device']}, {run['date'][:10]}, source {entry['hash']}"
-        if entry["failed"] or entry["skipped"] or not entry["passed"]:
-            best = (f"not verified: {entry['passed']} passed, {entry['failed']} failed, {entry['skipped']} skipped on "
-                    f"{where}")  # fmt: skip
+        if why := unproven(entry):
+            best = f"not verified: {why} on {where}"
         elif entry["hash"] == digest:
             return f"verified on {where}"
         else:

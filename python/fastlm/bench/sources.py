@@ -14,6 +14,8 @@ from pathlib import Path
 
 import fastlm
 
+COMPOSED = ("step", "train", "loading")  # the suites that are no op, in the order in which they are run and shown
+
 
 class NoCheckout(RuntimeError):
     """The sources and benchmarks are not installed with the package."""
@@ -119,7 +121,7 @@ def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
     else:
         todo.append(root / "python/fastlm" / backend / f"{op}.py")
     if backend in ("cpu", "cuda"):
-        todo += sorted((root / "csrc" / backend).glob(f"{op}*")) + [root / "CMakeLists.txt"]
+        todo += sorted((root / "csrc" / backend).glob(f"{op}*")) + [root / "CMakeLists.txt", root / "csrc/bindings.cpp"]
         todo += sorted((root / "csrc" / backend).glob(f"entry_{op}*"))
     found: set[Path] = set()
     while todo:
@@ -137,14 +139,14 @@ def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
 def source_hash(op: str, backend: str, root: Path | None = None) -> str:
     """Sixteen hexadecimal digits that change when the op's sources of this backend change in more than comments."""
     root = root or checkout()
-    return _digest(files(op, backend, root), root)
+    return _digest(files(op, backend, root), root, build_settings(backend, root))
 
 
 def suite_hash(suite: str, kind: str, root: Path) -> str:
     """The same for a suite that is no op: its bench file and all of fastlm that it reaches, and every op's sources."""
     from fastlm import backend
 
-    found, todo = set(), [root / "bench" / f"bench_{suite}.py"]
+    found, todo, settings = set(), [root / "bench" / f"bench_{suite}.py"], ""
     while todo:
         path = todo.pop()
         if path not in found:
@@ -153,11 +155,25 @@ def suite_hash(suite: str, kind: str, root: Path) -> str:
     for op in backend.ops():
         for name in ("cpu",) if kind == "cpu" else ("triton", "cuda"):
             found |= set(files(op, name, root))
-    return _digest(sorted(found), root)
+            settings = settings or build_settings(name, root)
+    return _digest(sorted(found), root, settings)
 
 
-def _digest(paths: Iterable[Path], root: Path) -> str:
-    digest = hashlib.sha256()
+def build_settings(backend: str, root: Path) -> str:
+    """What a backend's machine code depends on outside CMakeLists.txt: the build type, and for CUDA how `make gpu` builds."""
+    if backend not in ("cpu", "cuda"):
+        return ""
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    settings = re.findall(r"^cmake\.[a-z-]+ *= *[^#\n]*", project, re.MULTILINE)
+    if backend == "cuda":
+        tree = ast.parse((root / "scripts/gpu.py").read_text(encoding="utf-8"))
+        settings += [stripped_python(ast.unparse(node)) for node in tree.body
+                     if isinstance(node, ast.FunctionDef) and node.name in ("build", "arch_of")]  # fmt: skip
+    return "\n".join(line.strip() for line in settings)
+
+
+def _digest(paths: Iterable[Path], root: Path, settings: str = "") -> str:
+    digest = hashlib.sha256(settings.encode())
     for path in paths:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":

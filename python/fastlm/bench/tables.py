@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm import backend
-from fastlm.bench import results
+from fastlm.bench import results, sources
 
 TARGETS = ("README.md", "docs/benchmarks.md")
 
@@ -20,7 +20,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"
 
 
-def _machine(data: dict[str, Any], suites: Iterable[str], root: Path) -> str:
+def _machine(data: dict[str, Any], suites: Iterable[str], root: Path, with_commands: bool = True) -> str:
     """What, when and how: one sentence for the machine, one for each command, and which figures are stale."""
     m = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
@@ -28,9 +28,10 @@ def _machine(data: dict[str, Any], suites: Iterable[str], root: Path) -> str:
     threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
     runs = {name: data["runs"][name] for name in suites if name in data["runs"]}
     dates = sorted({run["date"][:10] for run in runs.values()}) or [data["date"][:10]]
-    commands = "".join(f" By `{c}`." for c in sorted({run["command"].strip() for run in runs.values()}))
-    # Of step, train and loading, which any file of the package is part of, `fastlm bench --status` alone says it.
-    old = [name for name in runs if name in backend.ops() and results.changed(data, name, root)]
+    commands = "".join(
+        f" By `{c}`." for c in sorted({run["command"].strip() for run in runs.values()}) if with_commands
+    )
+    old = [name for name in runs if results.changed(data, name, root)]
     stale = f" **Stale: the sources of {', '.join(old)} have changed since.**" if old else ""
     return f"Measured {' and '.join(dates)} on {m['device']}{threads}{isa}; {versions}.{commands}{stale}"
 
@@ -40,12 +41,21 @@ def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None
     return min(ran, key=lambda c: c["median_s"]) if ran else None
 
 
+_GOAL = {True: "✓", False: "**missed**", None: "not measured:"}
+
+
 def case_table(data: dict[str, Any], op: str | None = None) -> str:
     """Markdown: each case with fastlm's time, rate, fraction of the ceiling, each baseline's ratio, and the goals."""
     lines = ["| case | fastlm | rate | of ceiling | beside | goal |", "| --- | ---: | ---: | ---: | --- | --- |"]
     for case in data["cases"]:
         ours = results.ours_of(case)
-        if ours is None or (op is not None and case["op"] != op):
+        if op is not None and case["op"] != op:
+            continue
+        goals = [f"{_GOAL[results.reached(g)]} {g['ratio']:.3g}× {g['versus']}" for g in case["goals"]]
+        name = f"{case['op']} {case['name']}" if op is None else case["name"]
+        if ours is None:
+            status = next((c["status"] for c in case["contenders"] if c["kind"] == "ours"), "missing")
+            lines.append(f"| {name} | {status} | | | | {'; '.join(goals)} |")
             continue
         fraction = f"{case['floor_s'] / ours['median_s']:.2f}" if case["floor_s"] else ""
         beside = []
@@ -54,13 +64,10 @@ def case_table(data: dict[str, Any], op: str | None = None) -> str:
                 continue
             if contender["status"] == "ok":
                 beside.append(f"{contender['name']} {contender['median_s'] / ours['median_s']:.2f}×")
-            elif contender["kind"] != "peer":
+            elif (
+                contender["kind"] != "peer" or contender["status"] != "missing"
+            ):  # a peer not installed: listed once, below
                 beside.append(f"{contender['name']}: {contender['status']}")
-        goals = [
-            f"{'✓' if g['reached'] >= g['ratio'] else '**missed**'} {g['ratio']:.3g}× {g['versus']}"
-            for g in case["goals"]
-        ]
-        name = f"{case['op']} {case['name']}" if op is None else case["name"]
         time, rate = _time(ours["median_s"]), results.rate_of(case, ours["median_s"])
         lines.append(f"| {name} | {time} | {rate} | {fraction} | {', '.join(beside)} | {'; '.join(goals)} |")
     return "\n".join(lines)
@@ -96,15 +103,46 @@ def losses_table(data: dict[str, Any]) -> str:
 
 
 def missing_peers(data: dict[str, Any]) -> str:
-    """One line for each contender that did not run, with its reason, for each peer, and for cases that time ran out on."""
-    reasons: dict[str, str] = {name: text for name, text in data.get("peers", {}).items() if "beside nothing" in text}
+    """A line for each op's contender and reason why it did not run, each peer beside nothing, and cases without time."""
+    lines = {f"- {name}: {text}" for name, text in data.get("peers", {}).items() if "beside nothing" in text}
     for case in data["cases"]:
         for contender in case["contenders"]:
-            if contender["status"] != "ok":
-                reasons.setdefault(contender["name"], contender.get("reason", contender["status"]))
+            if contender["status"] not in ("ok", "not run"):
+                why = contender.get("reason", "no reason given")
+                word = "" if contender["status"] == "missing" else f"{contender['status']}: "
+                lines.add(f"- {case['op']}, {contender['name']}: {word}{why}")
     if data.get("not_run"):
-        reasons["cases that time ran out on"] = "; ".join(data["not_run"])
-    return "\n".join(f"- {name}: {why}" for name, why in sorted(reasons.items()))
+        lines.add("- cases that time ran out on: " + "; ".join(data["not_run"]))
+    return "\n".join(sorted(lines))
+
+
+def ceilings_table(data: dict[str, Any]) -> str:
+    """Markdown: the copy bandwidth by size, in steps of four, and the matmul rate by dtype, as measured beside the cases."""
+    copies: dict[int, set[float]] = {}
+    rates: dict[str, set[float]] = {}
+    for case in data["cases"]:
+        if case["ceilings"].get("copy"):
+            copies.setdefault(_step_of_four(case["bytes"]), set()).add(case["ceilings"]["copy"] / 1e9)
+        if case["ceilings"].get("matmul"):
+            rates.setdefault(case["dtype"], set()).add(case["ceilings"]["matmul"] / 1e12)
+    lines = ["| ceiling | measured |", "| --- | ---: |"]
+    for low, found in sorted(copies.items()):
+        size = f"{low / 2**20:.3g} to {low * 4 / 2**20:.3g} MiB"
+        lines.append(f"| copy, {size} read and written | {_range(found, '.3g')} GB/s |")
+    lines += [f"| matmul, {dtype} | {_range(found, '.3g')} TFLOP/s |" for dtype, found in sorted(rates.items())]
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
+
+
+def _step_of_four(nbytes: int) -> int:
+    low = 1
+    while low * 4 <= nbytes:
+        low *= 4
+    return low
+
+
+def _range(values: set[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}–{high}"
 
 
 def memory_table(data: dict[str, Any]) -> str:
@@ -114,9 +152,8 @@ def memory_table(data: dict[str, Any]) -> str:
         return "Not measured."
     lines = ["| case | peak memory above the inputs |", "| --- | --- |"]
     for case in rows:
-        cells = [f"{k} {v / 2**20:.0f} MiB" for k, v in case["peak_memory_bytes"].items() if isinstance(v, int)]
-        if not cells:
-            continue
+        cells = [f"{k} {v / 2**20:.0f} MiB" if isinstance(v, int) else f"{k}: {v}"
+                 for k, v in case["peak_memory_bytes"].items()]  # fmt: skip
         lines.append(f"| {case['op']} {case['name']} | {', '.join(cells)} |")
     return "\n".join(lines)
 
@@ -178,25 +215,33 @@ def sections(root: Path) -> dict[str, str]:
     files = {p.stem: results.load(p) for p in sorted((root / "bench/results").glob("cpu-*.json"))}
     cpu = list(files.values())
 
-    def of_each(table: Callable[[dict[str, Any]], str]) -> str:
-        """A table for each file that has something to say, under the machine that it is of."""
-        parts = [f"{_machine(d, [], root)}\n\n{table(d)}" for d in cpu if table(d) != "Not measured."]
-        return "\n\n".join(parts) or "Not measured."
-
-    for op in (*backend.ops(), "step", "train", "loading"):
+    for op in (*backend.ops(), *sources.COMPOSED):
         parts = [
             f"{_machine(d, [op], root)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])
         ]
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
-    text["cpu-losses"] = of_each(losses_table)
-    text["cpu-memory"] = of_each(memory_table)
-    text["cpu-profile"] = of_each(profile_table)
-    text["cpu-within-step"] = of_each(within_step_table)
-    text["cpu-trainer"] = of_each(trainer_table)
+    # What each table is made of: those suites' figures may have gone stale.
+    for name, table, suites in (
+        ("losses", losses_table, None), ("memory", memory_table, None), ("ceilings", ceilings_table, None),
+        ("profile", profile_table, ["step"]), ("within-step", within_step_table, ["step"]),
+        ("trainer", trainer_table, ["train"]),
+    ):  # fmt: skip
+        text[f"cpu-{name}"] = _of_each(table, cpu, suites, root)
+    text["gpu-ceilings"] = _of_each(ceilings_table, list(verified.values()), None, root)
     text["cpu-pictures"] = _pictures(files)
     text["gpu-pictures"] = _pictures(verified)
     text["cpu-missing"] = "\n".join(dict.fromkeys("\n".join(missing_peers(d) for d in cpu).splitlines())) or "None."
     return text
+
+
+def _of_each(
+    table: Callable[[dict[str, Any]], str], files: list[dict[str, Any]], suites: list[str] | None, root: Path
+) -> str:
+    """A table for each file that has something to say, under the machine and the suites (None: all) that it is of."""
+    filled = [(data, table(data)) for data in files]
+    parts = [f"{_machine(d, d['runs'] if suites is None else suites, root, False)}\n\n{text}"
+             for d, text in filled if text != "Not measured."]  # fmt: skip
+    return "\n\n".join(parts) or "Not measured."
 
 
 def _pictures(runs: dict[str, dict[str, Any]]) -> str:
@@ -229,17 +274,28 @@ def write(root: Path) -> list[Path]:
             changed.append(path)
     from fastlm.bench import pictures
 
-    for kind in ("cpu", "gpu"):
-        for file in sorted((root / "bench/results").glob(f"{kind}-*.json")):
-            data = results.load(file)
-            changed += pictures.draw(
-                data if kind == "cpu" else results.proven(data), root / "docs" / f"bench-{file.stem}"
-            )
+    for folder, data in _drawn(root):
+        if pictures.stale(data, folder):
+            changed += pictures.draw(data, folder)
     return changed
 
 
+def _drawn(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders of pictures under docs/, each with the committed result that they are of."""
+    found = []
+    for kind in ("cpu", "gpu"):
+        for file in sorted((root / "bench/results").glob(f"{kind}-*.json")):
+            data = results.load(file)
+            found.append((root / "docs" / f"bench-{file.stem}", data if kind == "cpu" else results.proven(data)))
+    return found
+
+
 def stale(root: Path) -> list[str]:
-    """Targets whose tables differ from what the committed results give."""
+    """Targets whose tables, and pictures whose data, differ from what the committed results give."""
     generated = sections(root)
     texts = {name: (root / name).read_text(encoding="utf-8") for name in TARGETS}
-    return [name for name, text in texts.items() if filled(text, generated) != text]
+    old = [name for name, text in texts.items() if filled(text, generated) != text]
+    from fastlm.bench import pictures
+
+    return old + [str((folder / name).relative_to(root)) for folder, data in _drawn(root)
+                  for name in pictures.stale(data, folder)]  # fmt: skip

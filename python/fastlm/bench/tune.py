@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
-import os
 import pkgutil
 import shutil
 import statistics
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastlm.bench import ceilings
+from fastlm.bench import ceilings, results
 from fastlm.bench.harness import Clock, ratio_error
 from fastlm.kernels import table
 
@@ -136,9 +135,7 @@ def tune(
         counts["changed" if config != standing else "stayed"] += 1
         rules = json.loads(path.read_text(encoding="utf-8"))
         rules[trial.kernel] = with_rule(rules[trial.kernel], rule)
-        part = path.with_suffix(".part")
-        part.write_text(text_of(rules), encoding="utf-8")
-        os.replace(part, path)
+        results.write(path, text_of(rules))
         table.forget()
     return counts
 
