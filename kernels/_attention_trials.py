@@ -133,7 +133,7 @@ def _featured(arch: int) -> list[OfflineCase]:
         lse = meta(batch, heads, length, dtype=torch.float32)
         if options.cu_seqlens_q is not None:
             x, lse = meta(batch * length, heads, size, dtype=dtype), meta(heads, batch * length, dtype=torch.float32)
-        given = dict(
+        given: dict[str, Any] = dict(
             bytes_moved=4 * x.numel() * x.element_size(), flops=4 * batch * heads * length * length * size,
             tensor_cores=_TENSOR_CORES if dtype != torch.float32 else (), thorough=True,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from attention_cases import (
     inputs,
     leaves,
     run,
+    theirs,
     truth,
     with_gradients,
 )  # fmt: skip
@@ -160,8 +161,25 @@ def test_seeds_and_generator_govern_the_mask(backend):
     assert not torch.equal(first, second)
 
 
-def test_strided_inputs_give_the_same_bits(backend):
-    case = Case(kv_heads=2, queries=37, keys=37, causal=True, bias="hqk", p=0.2, layout="bhld")
+@pytest.fixture
+def copied(backend, monkeypatch):
+    """The shapes of what a kernel's call made contiguous and was not; the reference may."""
+    shapes: list[torch.Size] = []
+    if backend != "reference":
+        real = torch.Tensor.contiguous
+
+        def watched(t, **options):
+            if not t.is_contiguous(**options):
+                shapes.append(t.shape)
+            return real(t, **options)
+
+        monkeypatch.setattr(torch.Tensor, "contiguous", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_strided_inputs_give_the_same_bits_without_a_copy(backend, copied, dtype):
+    case = Case(kv_heads=2, queries=37, keys=37, causal=True, bias="hqk", p=0.2, layout="bhld", dtype=dtype)
     tensors = inputs(case, torch.Generator().manual_seed(1))
     expected = run(case, tensors)
     views = {
@@ -173,9 +191,26 @@ def test_strided_inputs_give_the_same_bits(backend):
     }
     for name, view in views.items():
         strided = {k: view(v) if v.dim() == 4 else v for k, v in tensors.items()}
+        copied.clear()
         got = run(case, strided)
+        assert not copied, name
+        if backend == "cpu":
+            why = fastlm.backend.which("attention", strided["q"], strided["k"], strided["v"]).reason
+            assert ("has gaps" in why) == (name in ("length last", "every second element")), name
         for key, value in expected.items():
             assert torch.equal(got[key], value), (name, key)
+
+
+def test_expanded_keys_values_and_bias_are_right_without_a_copy(backend, copied):
+    case = Case(kv_heads=2, queries=20, keys=24, bias="bhqk", causal=True)
+    t = inputs(case, torch.Generator().manual_seed(2))
+    expand = {n: t[n][:1, :1].expand_as(t[n]) for n in ("k", "v")} | {"bias": t["bias"][:1, :, :1].expand_as(t["bias"])}
+    expected = run(case, t | {n: x.clone() for n, x in expand.items()})
+    copied.clear()
+    got = run(case, t | expand)
+    assert not copied
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
 
 
 def test_expanded_keys_and_gradients_are_right(backend):
@@ -272,6 +307,45 @@ def test_huge_and_tiny_scores(backend, size):
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [1e-20, 1e4])
+def test_gradients_of_huge_and_tiny_scores_obey_the_rule(backend, size, dtype):
+    case = Case(batch=1, heads=4, kv_heads=4, queries=70, keys=70, head_size=32, causal=True, dtype=dtype)
+
+    def one(generator):
+        tensors = inputs(case, generator)
+        tensors["q"] *= size
+        tensors["dlse"].zero_()  # SDPA is the measure, which starts from a rounded lse, too
+        real, measure = truth(case, tensors), compose(case, tensors, F32) | theirs(case, tensors, lse=False)
+        return {n: Result(value, measure[n], real[n]) for n, value in run(case, tensors).items()}
+
+    assert_as_exact_as_torch(one)
+
+
+def _ulps(got, expected):
+    """The largest error in units of the last place of float32 at each expected value."""
+    unit = torch.exp2(expected.abs().log2().floor() - 23)
+    return ((got.double() - expected).abs() / unit).max()
+
+
+@needs_cpu
+def test_exponential_and_tanh_are_within_their_stated_error():
+    x = torch.linspace(-80.0, -17.5, 20001)  # beside a score of 0, whose sum they do not change
+    q = torch.zeros(1, len(x), 1, 16)
+    q[..., 0] = 1
+    k = torch.zeros(1, len(x), 2, 16)
+    k[0, :, 1, 0] = x
+    v = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).expand_as(k)
+    y = torch.cat((-torch.logspace(-6, 1, 5001), torch.logspace(-6, 1, 5001)))
+    with fastlm.backend.use("cpu"):
+        out = op(q, k, v, scale=1.0)
+        q = torch.zeros(1, len(y), 1, 16)
+        q[0, :, 0, 0] = y
+        _, lse = op(q, q * 0 + (torch.arange(16) == 0), q, scale=1.0, softcap=1.0, return_lse=True)
+    assert _ulps(out[0, :, 0, 0], x.double().exp()) <= 1.5
+    assert _ulps(lse[0, :, 0], y.double().tanh()) <= 3  # the logarithm of a sum of one
+
+
 def test_large_negative_bias_does_not_hide_a_row(backend):
     q, v = torch.zeros(1, 1, 5, 16), torch.randn(1, 1, 70, 16)
     out, lse = op(q, torch.zeros_like(v), v, bias=torch.full((1, 1, 1, 70), -3e38), return_lse=True)
@@ -346,26 +420,39 @@ from fastlm.train.machine import peak_memory
 cpu = torch.device("cpu")
 torch.set_num_threads(2)
 dtype = getattr(torch, sys.argv[1])
-q, k, v = (torch.randn(1, 1, 8192, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+length = int(sys.argv[3])
+q, k, v = (torch.randn(1, 1, length, 64, dtype=dtype, requires_grad=True) for _ in range(3))
 bias = torch.randn(1, 1, *map(int, sys.argv[2].split("x")), dtype=dtype, requires_grad=True)
 small = [t[:, :, :300].detach().requires_grad_() for t in (q, k, v)]
 call = lambda q, k, v, b: fastlm.ops.attention(q, k, v, bias=b, causal=True, dropout_p=0.1, seed=1).float().sum()
 with fastlm.backend.use("cpu"):
-    call(*small, bias[..., :300, :300]).backward()
+    call(*small, bias[..., :300, :300].detach().requires_grad_()).backward()
     before = peak_memory(cpu)
     call(q, k, v, bias).backward()
 print(peak_memory(cpu) - before)
 """
 
 
+def _peak(dtype, bias, length):
+    """Bytes that a forward and a backward add to what the caller holds."""
+    command = [sys.executable, "-c", _MEMORY, dtype, bias, str(length)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @needs_cpu
 @pytest.mark.parametrize(
-    "dtype,bias", [("float32", "1x8192"), ("bfloat16", "1x8192"), ("float32", "8192x1"), ("bfloat16", "1x1")]
-)
+    "dtype,bias", [("float32", "1x8192"), ("bfloat16", "1x8192"), ("float32", "8192x1"), ("bfloat16", "1x1"),
+                   pytest.param("float32", "8192x8192", marks=pytest.mark.slow)]
+)  # fmt: skip
 def test_memory_is_linear_in_the_length(dtype, bias):
-    done = subprocess.run([sys.executable, "-c", _MEMORY, dtype, bias], capture_output=True, text=True, check=True)
     # One tensor has 2 MiB in float32; scores, a mask or an expanded bias at one byte each would have 64 MiB.
-    assert 2 * 2**20 < int(done.stdout) < 48 * 2**20
+    own = 8192**2 * 4 if bias == "8192x8192" else 0  # the gradient of what was passed
+    assert 2 * 2**20 < _peak(dtype, bias, 8192) - own < 48 * 2**20
+
+
+@needs_cpu
+def test_twice_the_length_takes_twice_the_memory():
+    assert _peak("float32", "1x8192", 8192) < 2.5 * _peak("float32", "1x4096", 4096)
 
 
 def _drop_row(case, tensors):
@@ -405,6 +492,45 @@ def test_the_rule_catches_a_wrong_kernel(name):
 
     with pytest.raises(AssertionError, match=r"out: .* Replay with FASTLM_TEST_SEED=1"):
         assert_as_exact_as_torch(wrong, seed=1)
+
+
+def _other(**options):
+    return lambda case, tensors: run(replace(case, **options), tensors)
+
+
+def _with(**change):
+    return lambda case, tensors: run(case, tensors | {n: f(tensors[n]) for n, f in change.items()})
+
+
+ALL = ("out", "lse", "dq", "dk", "dv", "dbias")
+SPOILED_GRADIENTS = {
+    "a window one wider to the left": (_other(window=(10, 3)), ALL),
+    "a window one narrower to the right": (_other(window=(9, 2)), ALL),
+    "the sign of ALiBi": (_with(slopes=torch.neg), ALL),
+    "a bias that is not added": (_with(bias=torch.zeros_like), ALL),
+    "a dropped gradient of lse": (_with(dlse=torch.zeros_like), ("dq", "dk", "dbias")),
+    "lse in another unit": (lambda case, t: (r := run(case, t)) | {"lse": r["lse"] / 0.6931}, ("lse",)),
+    "a gradient of bias without its last key": (
+        lambda case, t: (r := run(case, t)) | {"dbias": r["dbias"] * (torch.arange(case.keys) < case.keys - 1)}, ("dbias",),
+    ),
+    "a gradient of bias of one batch": (
+        lambda case, t: run(case, t) | {"dbias": run(case, t | {"dout": t["dout"] * _first(case), "dlse":
+                                               t["dlse"] * _first(case)[..., 0]})["dbias"]}, ("dbias",),
+    ),
+}  # fmt: skip
+
+
+def _first(case):
+    return (torch.arange(case.batch) == 0).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", SPOILED_GRADIENTS)
+def test_the_rule_catches_wrong_gradients(name):
+    case = Case(kv_heads=2, keys=70, window=(9, 3), bias="hqk", alibi=True, p=0.1)
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    spoil, caught = SPOILED_GRADIENTS[name]
+    spoiled, real, measure = spoil(case, tensors), truth(case, tensors), compose(case, tensors, F32)
+    assert {n for n in ALL if violation([Result(spoiled[n], measure[n], real[n])])} == set(caught)
 
 
 @needs_cpu

@@ -81,22 +81,26 @@ def ring(case: Case, tensors: dict[str, Tensor], rows: list[int], columns: list[
             if bias is not None:
                 bias = bias[:, :, q0:q1] if bias.shape[2] > 1 else bias
                 bias = bias[..., k0:k1] if bias.shape[3] > 1 else bias
+            valid = None if case.valid is None else (options["seqlens_k"] - k0).clamp(0, k1 - k0)
             parts.append(
                 op(
                     t["q"][:, :, q0:q1], t["k"][:, :, k0:k1], t["v"][:, :, k0:k1],
-                    **{**options, "bias": bias, "offset": (None, 0, q0, k0), "return_lse": True},
+                    **{**options, "bias": bias, "seqlens_k": valid, "offset": (None, 0, q0, k0), "return_lse": True},
                 )
             )  # fmt: skip
         out, lse = merged(*map(list, zip(*parts, strict=True)))
         outs.append(out)
         lses.append(lse)
-    return with_gradients(torch.cat(outs, 2), torch.cat(lses, 2), t, tensors)
+    return with_gradients(torch.cat(outs, 2).to(case.dtype), torch.cat(lses, 2), t, tensors)
 
 
 RINGS = [
     Case(batch=1, queries=200, keys=200, kv_heads=2, causal="upper_left", p=0.2),
     Case(batch=1, queries=200, keys=200, window=(60, 30), bias="hk"),
     Case(batch=1, queries=200, keys=200, causal="upper_left", alibi=True, softcap=6.0, bias="qk", p=0.1),
+    Case(batch=1, queries=200, keys=200, mask="hqk", kv_heads=3),
+    Case(batch=1, queries=200, keys=200, causal=True, dtype=BF16),
+    Case(queries=200, keys=200, causal=False, valid=(170, 90), p=0.2),
 ]
 
 

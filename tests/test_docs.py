@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fastlm
+import pytest
 from fastlm.train import checkpoint
 from fastlm.train.callbacks import read_metrics
 from fastlm.train.config import Config
@@ -41,3 +44,20 @@ def test_the_trainer_s_flags_exist() -> None:
     for group in ("optim", "data"):
         missing = {f"--{name.replace('_', '-')}" for name in Config().to_dict()[group]} - flags
         assert missing <= {"--workers"}, missing
+
+
+ATTENTION = (DOCS / "attention.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", ATTENTION, re.S))
+def test_attention_s_examples_run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_argument_of_attention_is_in_its_page() -> None:
+    table = ATTENTION.split("## Arguments of")[1].split("`out` has")[0]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    )
+    assert named == set(inspect.signature(fastlm.ops.attention).parameters)
