@@ -319,7 +319,7 @@ def test_gradients_of_huge_and_tiny_scores_obey_the_rule(backend, size, dtype):
         real, measure = truth(case, tensors), compose(case, tensors, F32) | theirs(case, tensors, lse=False)
         return {n: Result(value, measure[n], real[n]) for n, value in run(case, tensors).items()}
 
-    assert_as_exact_as_torch(one)
+    assert_as_exact_as_torch(one, seed=1)
 
 
 def _ulps(got, expected):

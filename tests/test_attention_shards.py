@@ -115,4 +115,4 @@ def test_pieces_by_queries_and_keys_give_the_whole(backend, case, ends):
         measure, real = compose(case, tensors, F32), truth(case, tensors)
         return {name: Result(ours[name], measure[name], real[name]) for name in real}
 
-    assert_as_exact_as_torch(draw)
+    assert_as_exact_as_torch(draw, seed=1)

@@ -97,7 +97,7 @@ def test_as_exact_as_the_composition(style, masked):
                 results[-1]["dnorm"] = torch.cat((one.q_norm.grad, one.k_norm.grad))
         return {n: Result(*(r[n] for r in results)) for n in results[0]}
 
-    assert_as_exact_as_torch(draw)
+    assert_as_exact_as_torch(draw, seed=1)
 
 
 @pytest.mark.parametrize("style", STYLES)

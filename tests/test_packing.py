@@ -211,7 +211,7 @@ def test_fused_kernels_keep_documents_apart(corpus: tuple[Prepared, list[bytes]]
             assert (torch.cat(alone) - truth.reshape(-1, truth.shape[-1])).abs().max() < 1e-9
             return {"logits": Result(fused(inputs, None, documents), plain(inputs, None, documents), truth)}
 
-    assert_as_exact_as_torch(draw)
+    assert_as_exact_as_torch(draw, seed=1)
 
 
 def test_documents_do_not_go_with_a_cache() -> None:

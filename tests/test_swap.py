@@ -103,7 +103,7 @@ def compare(make, shape, *, dtype=torch.float32, scale=1.0, call=None):
             results.append({"y": y.detach(), "dx": leaf.grad, **grads})
         return {name: Result(*(r[name] for r in results)) for name in results[0]}
 
-    assert_as_exact_as_torch(draw)
+    assert_as_exact_as_torch(draw, seed=1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
