@@ -195,6 +195,24 @@ def test_a_second_interrupt_exits_from_within_a_native_call() -> None:
             process.kill()
 
 
+ECHO = """
+import os, signal, time
+from fastlm.train import signals
+signals.ECHO, asked = 3600.0, []
+with signals.heard(asked.append):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        time.sleep(0.02)  # or the kernel makes one of two
+print(asked[0], len(asked) >= 3)
+"""
+
+
+def test_signals_on_the_heels_of_the_first_are_its_echo() -> None:
+    # torchrun beside slurm, and the kernel where a launcher of several threads is killed, send one wish to stop twice
+    result = subprocess.run([sys.executable, "-c", ECHO], capture_output=True, text=True, timeout=LIMIT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "signal SIGTERM True\n", "")
+
+
 def test_a_read_only_place_is_one_sentence() -> None:
     Path("runs").write_text("a file where the folder should be")
     result = call("train", "book.txt", *SMALL)

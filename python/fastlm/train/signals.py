@@ -3,24 +3,32 @@
 Python runs a signal's handler in the main thread and between bytecodes, and one native call of a large step can take
 minutes. What tells a second signal from the first must not wait for it: the C handler writes each signal's number into a
 pipe (signal.set_wakeup_fd), and a thread reads that.
+
+One wish to stop may come as several signals: slurm tells every process and torchrun tells its own again; Linux sends a
+rank the signal for its launcher's death (launch.py) for every thread of it that takes the dying one's children over. What
+comes within ECHO seconds of the first is its echo, and the user is told of the second one's meaning when they are over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from fastlm.train.callbacks import warn
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+ECHO = 0.5  # seconds
 
 
 @contextlib.contextmanager
 def heard(ask: Callable[[str], None]) -> Iterator[None]:
-    """While this is open a first signal calls `ask("signal NAME")`, and a second one ends the process with 128 + its number.
+    """While this is open a first signal calls `ask("signal NAME")`, and a second one, ECHO seconds later or more, ends the
+    process with 128 + its number.
 
     Both may call `ask`, the handler and the thread: the handler is what a signal between two lines of the main thread has
     run before the second line. Outside the main thread signals are someone else's, and nothing is done."""
@@ -28,17 +36,26 @@ def heard(ask: Callable[[str], None]) -> Iterator[None]:
         yield
         return
 
-    def listen() -> None:
-        first = True
+    def next_signal() -> int:
+        """The number of the next signal to stop; 0 at the end."""
         while numbers := os.read(source, 1):
-            if numbers[0] not in STOPPING:
-                continue
-            if not first:
-                os._exit(128 + numbers[0])
-            first = False
-            name = signal.Signals(numbers[0]).name
-            ask(f"signal {name}")
-            warn(f"{name}: saving after this step; once more to exit at once")
+            if numbers[0] in STOPPING:
+                return numbers[0]
+        return 0
+
+    def listen() -> None:
+        if not (number := next_signal()):
+            return
+        name = signal.Signals(number).name
+        ask(f"signal {name}")
+        ready, end = select.poll(), time.monotonic() + ECHO
+        ready.register(source, select.POLLIN)
+        while ready.poll(max(end - time.monotonic(), 0.0) * 1000):
+            if not next_signal():
+                return
+        warn(f"{name}: saving after this step; once more to exit at once")
+        if number := next_signal():
+            os._exit(128 + number)
 
     source, sink = os.pipe()
     os.set_blocking(sink, False)  # what the C handler writes to must not block
