@@ -55,13 +55,13 @@ def _inputs(shape: Shape, dtype: str, device: str, grad: bool, mask: str, then: 
             attend = torch.rand(1, 1, shape.l, shape.l, generator=generator) < 0.9
         elif mask == "padded":
             attend = (torch.arange(shape.l) < shape.l * 3 // 4).expand(1, 1, shape.l, shape.l)
-        leaves = [normal().requires_grad_(grad) for _ in range(3)]
+        q, k, v = (normal().requires_grad_(grad) for _ in range(3))
         attend = attend.to(device) if attend is not None else None
         matrix = None
         if then:
             width = shape.h * shape.d
             matrix = (torch.randn(width, width, generator=generator) / width**0.5).to(device, DTYPES[dtype])
-        return Inputs(*leaves, normal(), attend, torch.tensor(seed + 1, device=device), matrix)
+        return Inputs(q, k, v, normal(), attend, torch.tensor(seed + 1, device=device), matrix)
 
     return make
 
@@ -75,7 +75,7 @@ class Call(NamedTuple):
 
 # A way to compute it takes inputs and a call, prepares once what its users prepare once (masks, compilation), and returns
 # the function of q, k and v that is timed.
-Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Function = Callable[[Tensor, Tensor, Tensor], Any]  # a tensor
 Way = Callable[[Inputs, Call], Function]
 
 
@@ -125,7 +125,7 @@ def _flex(i: Inputs, call: Call) -> Function:
         rules.append(lambda b, h, q, k: q >= k)
     if call.window:
         rules.append(lambda b, h, q, k: q - k <= call.window)
-    if call.mask:
+    if i.mask is not None:
         dense = i.mask[0, 0].contiguous()
         rules.append(lambda b, h, q, k: dense[q, k])
     block = None
@@ -166,21 +166,22 @@ def _calls(way: Way, i: Inputs, call: Call, part: str) -> Prepared:
     """What is timed: the output, and the gradients of q, k and v; in front of a projection where inputs have its matrix."""
     function, leaves = way(i, call), (i.q, i.k, i.v)
 
-    def project(out: Tensor) -> Tensor:
-        return out.transpose(1, 2).reshape(out.shape[0] * out.shape[2], -1) @ i.matrix
+    def project(out: Tensor, matrix: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(out.shape[0] * out.shape[2], -1) @ matrix
 
     def forward() -> Any:
         with torch.no_grad():
             out = function(*leaves)
             if i.matrix is not None:
-                project(out)
+                project(out, i.matrix)
             return (out,)
 
     def both() -> Any:
         out = function(*leaves)
         if i.matrix is None:
             return out, *torch.autograd.grad(out, leaves, i.dout)
-        return out, *torch.autograd.grad(project(out), leaves, i.dout.transpose(1, 2).reshape(-1, len(i.matrix)))
+        dout = i.dout.transpose(1, 2).reshape(-1, len(i.matrix))
+        return out, *torch.autograd.grad(project(out, i.matrix), leaves, dout)
 
     return forward if part == FORWARD else both
 
@@ -205,7 +206,7 @@ def _error(call: Call, part: str) -> Callable[[Any, Inputs], float]:
         leaves = [t.detach()[:, head:].double().requires_grad_(part != FORWARD) for t in (i.q, i.k, i.v)]
         offset = (torch.arange(i.q.shape[0], device=i.q.device), head, 0, 0) if call.p else None
         with fastlm.backend.use("reference"):
-            out = fastlm.ops.attention(
+            out: Any = fastlm.ops.attention(
                 *leaves, causal=call.causal, bias=i.mask if call.mask else None, dropout_p=call.p,
                 seed=i.seed if call.p else None, window=(call.window, 0) if call.window else None, offset=offset,
             )  # fmt: skip

@@ -46,11 +46,14 @@ def _inputs(rows: int, columns: int, dtype: str, device: str, grad: bool, then: 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, DTYPES[dtype])
 
-        leaves = [normal(rows, columns), normal(rows, columns), normal(columns), normal(columns)]
-        return Inputs(
-            *(t.requires_grad_(grad) for t in leaves), normal(rows, columns), normal(rows, columns),
-            torch.tensor(seed + 1, device=device), normal(columns, columns) / columns**0.5 if then else None,
+        found = Inputs(
+            normal(rows, columns), normal(rows, columns), normal(columns), normal(columns), normal(rows, columns),
+            normal(rows, columns), torch.tensor(seed + 1, device=device),
+            normal(columns, columns) / columns**0.5 if then else None,
         )  # fmt: skip
+        for leaf in (found.x, found.residual, found.weight, found.bias):
+            leaf.requires_grad_(grad)
+        return found
 
     return make
 
@@ -144,7 +147,7 @@ def _error(p: float, part: str, own_mask: bool = False) -> Callable[[Any, Inputs
     """Largest error of all results, with fastlm's mask or, ``own_mask``, with the contender's own."""
 
     def error(result: Any, i: Inputs) -> float:
-        wide = Inputs(*(t.detach().double() if t is not None and t.is_floating_point() else t for t in i))
+        wide = Inputs._make(t.detach().double() if t is not None and t.is_floating_point() else t for t in i)
         # PyTorch sums the gradients of weight and bias in bfloat16: 7 to 20% off where ours are half a percent off.
         slack = 20.0 if own_mask and i.x.dtype == torch.bfloat16 else 1.0
         scale: Any = 1.0
@@ -154,8 +157,8 @@ def _error(p: float, part: str, own_mask: bool = False) -> Callable[[Any, Inputs
                 return float("inf")
             scale = kept / (1 - p)
         elif p > 0:
-            scale = dropout_mask(*i.x.shape, i.seed, None, p).double() * keep_scale(p)
-        for leaf in wide[:4]:
+            scale = dropout_mask(i.x.shape[0], i.x.shape[1], i.seed, None, p).double() * keep_scale(p)
+        for leaf in (wide.x, wide.residual, wide.weight, wide.bias):
             leaf.requires_grad_()
         expected = _calls(lambda w, _: _composed(w, w.x * scale), wide, p, part)()
         errors = [ratio_error(got, want.detach()) for got, want in zip(result, expected, strict=True)]

@@ -71,7 +71,7 @@ def _made(size: int, tokenizer: Callable[[], Tokenizer] | None, workers: int, pa
     return ready
 
 
-def _by_hand(size: int, tokenizer: Callable[[], Tokenizer] | None):
+def _by_hand(size: int, tokenizer: Callable[[], BPETokenizer] | None):
     """nanoGPT's prepare.py: the whole text in memory, cut in two, encoded at once, written by tofile. One process."""
 
     def ready(seed: int) -> Prepared:
@@ -113,7 +113,7 @@ def _lost(size: int, tokenizer: Callable[[], Tokenizer]):
 
 def _prepare_case(size: int, kind: str, smoke: bool) -> Case:
     tokenizer = _bpe if kind == "bpe" else None
-    contenders = (
+    contenders: tuple[Contender, ...] = (
         Contender("fastlm", _made(size, tokenizer, 1), "ours"),
         Contender("fastlm, 2 processes", _made(size, tokenizer, 2), "self"),
         Contender("fastlm, packed documents", _made(size, tokenizer, 1, pack=256), "self"),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,9 @@ def _bare(config: GPTConfig, batch: int, dtype: str, device: str, lr: float = 1e
     return prepare
 
 
-def plain_step(model: GPT, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor, dtype: str) -> Tensor:
+def plain_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], dtype: str) -> Tensor:
     """A step as nanoGPT writes it."""
+    tokens, targets = batch
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = model(tokens)
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
@@ -174,7 +175,7 @@ def _plain(config: GPTConfig, batch: int, dtype: str, device: str, lr: float = 1
         def step() -> Tensor:
             ids = np.arange(count[0] * batch, (count[0] + 1) * batch)
             count[0] += 1
-            return plain_step(model, optimizer, *(t.to(device) for t in i.source.batch(ids)), dtype)
+            return plain_step(model, optimizer, (t.to(device) for t in i.source.batch(ids)), dtype)
 
         return Loop(model, step)
 
@@ -239,7 +240,7 @@ def cases(device: str) -> Iterator[Case]:
             _contender("bare loop", _bare, config, batch, "float32", device),
             _contender("plain loop", _plain, config, batch, "float32", device),
         ]
-        goals = (Goal("bare loop", 1 / 1.03),) if config is not TINY else ()
+        goals: tuple[Goal, ...] = (Goal("bare loop", 1 / 1.03),) if config is not TINY else ()
         goals += (Goal("plain loop", 1 / 0.77),) if config is LARGE else ()
         yield _case(config, batch, "float32", device, *contenders, goals=goals, smoke=config is TINY)
     yield _case(
@@ -423,7 +424,7 @@ def plain_run(text: Text, config: GPTConfig, batch: int, steps: int, lr: float, 
         for group in optimizer.param_groups:
             group["lr"] = lr * part
         begin = time.perf_counter()
-        plain_step(model, optimizer, *source.batch(np.arange(step * batch, (step + 1) * batch)), "float32")
+        plain_step(model, optimizer, source.batch(np.arange(step * batch, (step + 1) * batch)), "float32")
         took += time.perf_counter() - begin
     return {"seconds": took, "loss": text.loss(model)}
 
