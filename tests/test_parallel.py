@@ -386,6 +386,7 @@ def test_tensor_parallel_cuts_every_element_once() -> None:
         ({"fsdp": 2}, {"compile": True}, "--compile with --mesh fsdp"),
         ({"tp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh tp"),
         ({"pp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh pp"),
+        ({"fsdp": 2}, {"lora_rank": 4}, "--lora-rank with --mesh fsdp"),
         ({"dp": 2}, {"pp_stages": 2}, r"--pp-stages must be 1 without a pipeline .*; it is 2"),
     ],
 )

@@ -147,9 +147,6 @@ class Job:
         standard(config.run)  # a package that a flag needs and that is missing is named before there is a folder
         self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
         first = self.ranks.first
-        cut = [name for name, size in getattr(self.ranks, "sizes", {}).items() if size > 1 and name != "dp"]
-        if config.model.lora_rank and cut:
-            raise InputError(f"--lora-rank trains whole models, by --mesh dp=N; it is not built for {cut[0]}")
         parallel.check(config, self.ranks.sizes)
         self.device = self.ranks.device or pick_device(config.run.device)
         # once more when the vocabulary is known; but bytes and BPE have 256 at least, and preparing data may take hours

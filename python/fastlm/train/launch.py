@@ -97,7 +97,9 @@ def _watch(children: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
         if all(code is not None for code in codes):
             return next((code for code in codes if code), 0)  # type: ignore[misc]
         time.sleep(0.05)
-    rank, code = min(bad, key=lambda end: end[1] > 0)  # of several, one that a signal ended: the rest ended for its loss
+    rank, code = min(
+        bad, key=lambda end: end[1] > 0
+    )  # of several, one that a signal ended: the rest ended for its loss
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
     rest = [r for r, c in enumerate(codes) if c is None]
     if not asked:

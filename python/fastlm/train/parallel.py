@@ -281,13 +281,19 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [item for m in lists for item in m if any(True for _ in item.parameters())]
 
 
+def unbuilt(config: Config, sizes: Mapping[str, int]) -> str:
+    """Which option is not built together with a mesh of these sizes, or ""."""
+    for name in (n for n in ("fsdp", "tp", "pp") if sizes.get(n, 1) > 1):
+        for option, on in (("--compile", config.run.compile), ("--lora-rank", config.model.lora_rank)):
+            if on:
+                return f"{option} with --mesh {name}=... is not built; leave one of them out, or use dp=..."
+    return ""
+
+
 def check(config: Config, sizes: Mapping[str, int]) -> None:
     """Raise InputError for what is not built together, or makes no sense together, with a mesh of these sizes."""
-    for name in (n for n in ("fsdp", "tp", "pp") if sizes.get(n, 1) > 1):
-        if config.run.compile:
-            raise InputError(f"--compile with --mesh {name}=... is not built; leave one of them out, or use dp=...")
-        if name != "fsdp" and config.model.lora_rank:
-            raise InputError(f"--lora-rank with --mesh {name}=... is not built; leave one of them out, or use dp=...")
+    if why := unbuilt(config, sizes):
+        raise InputError(why)
     if config.run.pp_stages > 1 and sizes.get("pp", 1) == 1:
         raise InputError(
             f"--pp-stages must be 1 without a pipeline (--mesh pp=N with N above 1); it is {config.run.pp_stages}"

@@ -12,6 +12,7 @@ from fastlm.models.gpt import GPTConfig
 from fastlm.train.config import Config
 from fastlm.train.costs import Costs
 from fastlm.train.mesh import BUILT
+from fastlm.train.parallel import unbuilt
 from fastlm.train.stages import idle
 
 
@@ -77,12 +78,9 @@ def plans(
             refused[mesh] = (
                 f"pp={sizes['pp']}{several} needs a block for each of {stages} stages; --layers is {shape.layers}"
             )
-        for name in ("fsdp", "tp", "pp"):
-            if sizes[name] > 1 and config.run.compile:
-                refused[mesh] = f"--compile with {name} is not built"
-            if name != "fsdp" and sizes[name] > 1 and config.model.lora_rank:
-                refused[mesh] = f"--lora-rank with {name} is not built"
-        if mesh in refused:
+            continue
+        if why := unbuilt(config, sizes):
+            refused[mesh] = why
             continue
         try:
             found.append(_fit(shape, config, sizes, mesh, memory, device))
