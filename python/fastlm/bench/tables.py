@@ -73,6 +73,12 @@ def case_table(data: dict[str, Any], op: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def behind_table(data: dict[str, Any]) -> str:
+    """Markdown: the cases in which an op is not alone: a matmul reads what it gives, or a whole training step is timed."""
+    cases = [case for case in data["cases"] if case["setting"] not in ("alone", "trainer")]
+    return case_table(data | {"cases": cases}) if cases else "Not measured."
+
+
 def losses_table(data: dict[str, Any]) -> str:
     """Markdown: each goal that is missed, and each case where a baseline or a peer is faster by more than 5%.
 
@@ -222,6 +228,7 @@ def sections(root: Path) -> dict[str, str]:
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
     # What each table is made of: those suites' figures may have gone stale.
     for name, table, suites in (
+        ("behind", behind_table, [*backend.ops(), "step"]),
         ("losses", losses_table, None), ("memory", memory_table, None), ("ceilings", ceilings_table, None),
         ("profile", profile_table, ["step"]), ("within-step", within_step_table, ["step"]),
         ("trainer", trainer_table, ["train"]),
