@@ -6,6 +6,7 @@ A GPU result is kept with the hash of the sources that gave it, and goes stale w
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import os
 import re
@@ -39,12 +40,14 @@ _C_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 _C_TOKENS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', re.DOTALL)
 
 
+@functools.cache  # many suites are made of the same files, and one page asks for all of them
 def stripped_cpp(text: str) -> str:
     """C++ without comments and with white space folded."""
     text = _C_TOKENS.sub(lambda m: " " if m[0][0] == "/" else m[0], text)
     return " ".join(text.split())
 
 
+@functools.cache
 def stripped_python(text: str) -> str:
     """Python without comments, docstrings and formatting, the same under every version of Python."""
     tree = ast.parse(text)
@@ -88,16 +91,22 @@ def _python_path(module: str, root: Path) -> Path | None:
 
 def _imports(path: Path, root: Path, packages: bool = False) -> Iterable[Path]:
     """The files of fastlm that a file imports; ``packages``: also the __init__ of packages, which reach all of their ops."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
+    for name in _imported(path.read_text(encoding="utf-8")):
+        found = _python_path(name, root)
+        if found is not None and (packages or found.name != "__init__.py"):
+            yield found
+
+
+@functools.cache
+def _imported(text: str) -> tuple[str, ...]:
+    """The names that may be modules of what a Python text imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names = [a.name for a in node.names]
+            names += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-        for name in names:
-            found = _python_path(name, root)
-            if found is not None and (packages or found.name != "__init__.py"):
-                yield found
+            names += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+    return tuple(names)
 
 
 def _includes(path: Path, root: Path) -> Iterable[Path]:
