@@ -1,7 +1,7 @@
 """rotary beside what models write (rotated halves over spread tables), torch.compile of it, and a copy of the same bytes.
 
 Bytes: x read and y written once; in the backward their gradients as well. x is a transposed view of [B, L, H, D], as it
-comes from a projection.
+comes from a projection. "then matmul": y goes through a matrix [D, D].
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Inputs(NamedTuple):
     cos: Tensor
     sin: Tensor
     dy: Tensor
+    matrix: Tensor | None  # [D, D] of the matmul behind the op
 
 
-def _inputs(shape: tuple[int, int, int, int], dtype: str, device: str):
+def _inputs(shape: tuple[int, int, int, int], dtype: str, device: str, then: bool):
     batch, heads, length, size = shape
 
     def make(seed: int) -> Inputs:
@@ -33,7 +34,8 @@ def _inputs(shape: tuple[int, int, int, int], dtype: str, device: str):
         x, dy = (torch.randn(batch, length, heads, size, generator=generator) for _ in range(2))
         angle = torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, size, 2).float() / size))
         x, dy = (t.to(device, DTYPES[dtype]).transpose(1, 2) for t in (x, dy))
-        return Inputs(x.requires_grad_(), angle.cos().to(device), angle.sin().to(device), dy)
+        matrix = (torch.randn(size, size, generator=generator) / size**0.5).to(device, DTYPES[dtype]) if then else None
+        return Inputs(x.requires_grad_(), angle.cos().to(device), angle.sin().to(device), dy, matrix)
 
     return make
 
@@ -47,19 +49,27 @@ def _eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
+def _calls(f: Any, i: Inputs, part: str) -> Prepared:
+    """What is timed: y, what the matmul behind it makes of it where inputs have its matrix, and the gradient of x."""
+
+    def outputs() -> tuple[Tensor, ...]:
+        y = f(i.x, i.cos, i.sin)
+        return (y,) if i.matrix is None else (y, y @ i.matrix)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return outputs()
+
+    def both() -> Any:
+        found = outputs()
+        return *found, *torch.autograd.grad(found[-1], i.x, i.dy)
+
+    return forward if part == FORWARD else both
+
+
 def _contender(name: str, function: Any, part: str, kind: str) -> Contender:
     def prepare(i: Inputs) -> Prepared:
-        f = torch.compile(function) if name == "torch.compile" else function
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return f(i.x, i.cos, i.sin)
-
-        def both() -> Any:
-            y = f(i.x, i.cos, i.sin)
-            return y, *torch.autograd.grad(y, i.x, i.dy)
-
-        return forward if part == FORWARD else both
+        return _calls(torch.compile(function) if name == "torch.compile" else function, i, part)
 
     return Contender(name, prepare, kind)
 
@@ -75,29 +85,28 @@ def _copy(nbytes: int) -> Contender:
 
 def _error(part: str):
     def error(result: Any, i: Inputs) -> float:
-        x = i.x.detach().double().requires_grad_()
-        y = _eager(x, i.cos.double(), i.sin.double())
-        expected = [y.detach()]
-        if part != FORWARD:
-            expected += torch.autograd.grad(y, x, i.dy.double())
-        return ratio_error(result, expected)
+        wide = Inputs._make(None if t is None else t.detach().double() for t in i)
+        wide.x.requires_grad_()
+        return ratio_error(result, [t.detach() for t in _calls(_eager, wide, part)()])
 
     return error
 
 
 def _case(shape: tuple[int, int, int, int], dtype: str, part: str, device: str, smoke: bool = False,
-          timed: bool = True) -> Case:  # fmt: skip
+          timed: bool = True, then: bool = False) -> Case:  # fmt: skip
     elements = shape[0] * shape[1] * shape[2] * shape[3] * (1 if part == FORWARD else 2)
     nbytes = 2 * elements * DTYPES[dtype].itemsize
     contenders = (
         _contender("fastlm", _ours, part, "ours"), _contender("eager", _eager, part, "baseline"),
-        *((_contender("torch.compile", _eager, part, "baseline"),) if timed else ()), _copy(nbytes),
+        *((_contender("torch.compile", _eager, part, "baseline"),) if timed else ()),
+        *((_copy(nbytes),) if not then else ()),
     )  # fmt: skip
-    goals = (Goal("eager", 3.0), Goal("torch.compile", 1.0)) if not smoke else ()
+    goals = (Goal("eager", 3.0), Goal("torch.compile", 1.0)) if not smoke and not then else ()
     return Case(
-        "rotary", f"{'x'.join(map(str, shape))} {dtype} {part}", _inputs(shape, dtype, device), contenders, nbytes,
-        3 * elements, dtype, device, {"shape": list(shape), "part": part}, "alone", _error(part), TOLERANCE[dtype], goals,
-        smoke, timed,
+        "rotary", f"{'x'.join(map(str, shape))} {dtype} {part}{' then matmul' if then else ''}",
+        _inputs(shape, dtype, device, then), contenders, nbytes, (3 + 2 * shape[3] * then) * elements, dtype, device,
+        {"shape": list(shape), "part": part}, "before a matmul" if then else "alone", _error(part), TOLERANCE[dtype],
+        goals, smoke, timed,
     )  # fmt: skip
 
 
@@ -109,6 +118,9 @@ def cases(device: str) -> Iterator[Case]:
         for dtype in TOLERANCE:
             for part in (FORWARD, BOTH):
                 yield _case(shape, dtype, part, device)
+    for part in (FORWARD, BOTH):
+        yield _case((4, 12, 512, 64) if device == "cpu" else (8, 32, 4096, 64), "float32", part, device, then=True)
+    yield _case((1, 2, 17, 32), "float32", BOTH, device, smoke=True, timed=False, then=True)
 
 
 # By kind: the odd shapes for the sanitizer, the real one for the profiler, the same for Triton's interpreter.
