@@ -195,7 +195,8 @@ def published(tmp_path):
             "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
             "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
                                             "ops": {"attention_forward": {"calls": 6, "seconds": 0.06}}}},
-                         "train": {"save": {"call_s": 0.02}}},
+                         "train": {"save": {"call_s": 0.02}},
+                         "loading": {"prepare 1 MB, bytes, 2 process(es)": {"MB/s": 50.0, "cores": 1.9}}},
             "time_to_quality": [{"model": "0.8M", "loop": "fastlm", "seed": 1, "target": 1.5, "ratio": 0.55, "goal": 0.6,
                                  "loss": 1.4, "seconds": 3.0}]}  # fmt: skip
     data["cases"][0]["peak_memory_bytes"] = {"fastlm": 3 << 20, "eager": "missing: x"}
@@ -241,6 +242,7 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
     for piece in (
         "| 8 rows | 500.00 ms | 0.0 GB/s | 0.50 | eager 2.00× |", "By `fastlm bench x`.", "| matmul | 80% |",
         "| attention_forward | fused | 6 | 60.00 ms | 10.00 ms |", "| save | call_s 0.02 |",
+        "| prepare 1 MB, bytes, 2 process(es) | MB/s 50, cores 1.9 |",
         "| dropout_add_norm 8 rows | fastlm 3 MiB, eager: missing: x |", f"| {OP} 8 rows | eager | 3× | 2.00× | 0.50 | 4.00× |",
         f"| {OP} 64 rows | better |  | 0.75× | 0.50 | 1.50× |",
         "eager: missing: x |", f"- {OP}, a peer: failed: no kernel image", f"- {OP}, another: not installed",
@@ -287,7 +289,7 @@ def test_cpu_figures_go_stale_visibly(published, copy_of_checkout):
     published["cases"] = [_case_row(8, 1.0) | {"op": name} for name in published["runs"]]
     results.save(root / "bench/results/cpu-x.json", published)
     tells = {"cpu-step": "step", "cpu-profile": "step", "cpu-within-step": "step", "cpu-train": "train",
-             "cpu-trainer": "train", "cpu-loading": "loading"}  # fmt: skip
+             "cpu-trainer": "train", "cpu-loading": "loading", "cpu-preparation": "loading"}  # fmt: skip
     assert not any("Stale" in text for text in tables.sections(root).values())
     for file in ("fastlm/models/gpt.py", "fastlm/train/loop.py", "fastlm/data/pack.py"):
         path = root / "python" / file

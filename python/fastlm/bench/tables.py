@@ -190,11 +190,23 @@ def within_step_table(data: dict[str, Any]) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 
+def _noted(data: dict[str, Any], suite: str) -> list[str]:
+    """The lines of a table of what a suite measures beside its cases, its head included."""
+    lines = ["| what | measured |", "| --- | --- |"]
+    for name, values in data.get("profiles", {}).get(suite, {}).items():
+        lines.append(f"| {name} | " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) + " |")
+    return lines
+
+
+def preparation_table(data: dict[str, Any]) -> str:
+    """Markdown: megabytes of text prepared a second, and the cores used meanwhile."""
+    lines = _noted(data, "loading")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
+
+
 def trainer_table(data: dict[str, Any]) -> str:
     """Markdown: what stands beside the trainer's steps (saves, evaluation, the allocator), and the time to quality."""
-    lines = ["| what | measured |", "| --- | --- |"]
-    for name, values in data.get("profiles", {}).get("train", {}).items():
-        lines.append(f"| {name} | " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) + " |")
+    lines = _noted(data, "train")
     for row in data.get("time_to_quality", []):
         if row["loop"] == "fastlm":
             what = f"{row['model']}, seed {row['seed']}: time to the plain loop's loss of {row['target']:.4f}"
@@ -231,7 +243,7 @@ def sections(root: Path) -> dict[str, str]:
         ("behind", behind_table, [*backend.ops(), "step"]),
         ("losses", losses_table, None), ("memory", memory_table, None), ("ceilings", ceilings_table, None),
         ("profile", profile_table, ["step"]), ("within-step", within_step_table, ["step"]),
-        ("trainer", trainer_table, ["train"]),
+        ("trainer", trainer_table, ["train"]), ("preparation", preparation_table, ["loading"]),
     ):  # fmt: skip
         text[f"cpu-{name}"] = _of_each(table, cpu, suites, root)
     text["gpu-ceilings"] = _of_each(ceilings_table, list(verified.values()), None, root)
