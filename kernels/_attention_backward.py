@@ -355,7 +355,7 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         dbias = torch.zeros(dbias_shape, dtype=bias.dtype, device=q.device) if need_dbias and bias is not None else None
         return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0) if dbias is None else dbias
-    call = Call(q, k, [q, k, v, dout, out, dq, dk, dv], q.dtype == torch.float32, *options_)
+    call = Call(q, k, [q, k, v, dout, out, dq, dk, dv], *options_)
     if call.longest_q == 0 or call.longest_k == 0:
         return dq, dk, dv, q.new_empty(0)
     lse = lse.contiguous()

@@ -188,7 +188,6 @@ class Call:
         q: Tensor,
         k: Tensor,
         tensors: list[Tensor],
-        natural: bool,
         bias: Tensor | None,
         alibi_slopes: Tensor | None,
         seed: Tensor | None,
@@ -220,8 +219,9 @@ class Call:
         self.q, self.bias, self.p, self.tensors = q, bias, p, tensors
         right = 0 if causal in (1, 2) else window_right
         self.lead = k0 % 8 if p > 0 else 0  # tiles of keys start where a random number does
-        floats = bias is not None and bias.dtype != torch.bool
-        natural = natural or floats or alibi_slopes is not None or softcap > 0 or not 0 < scale <= 0.5
+        # float32: the backward must round its scores as the forward did, or lse does not normalize what it computes.
+        floats = q.dtype == torch.float32 or (bias is not None and bias.dtype != torch.bool)
+        natural = floats or alibi_slopes is not None or softcap > 0 or not 0 < scale <= 0.5
         self.unit, self.vec = vectors(tensors)
         size = q.shape[-1]
         self.dim = max(16, triton.next_power_of_2(size))

@@ -253,7 +253,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
         return out, lse
     if k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    call = Call(q, k, [q, k, v, out], False, *options[:-1])
+    call = Call(q, k, [q, k, v, out], *options[:-1])
     if call.longest_q == 0:
         return out, lse
     pack = not packed and call.rows <= 16
