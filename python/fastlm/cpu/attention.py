@@ -108,7 +108,9 @@ def forward(
     make = torch.zeros_like if packed else torch.empty_like
     out = make(q, dtype=out_dtype)
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    lse = torch.full(shape, -torch.inf) if packed else torch.empty(shape)
+    lse = q.new_empty(shape, dtype=torch.float32)
+    if packed:  # tokens outside every sequence keep this
+        lse.fill_(-torch.inf)
     if q.numel() == 0:
         return out, lse
     if k.numel() == 0:  # nothing to attend to
@@ -175,7 +177,7 @@ def backward(
     make = torch.zeros_like if packed else torch.empty_like
     dq, dk, dv = make(q), make(k), make(v)
     if q.numel() == 0 or k.numel() == 0:
-        dbias = torch.zeros(dbias_shape, dtype=bias.dtype) if need_dbias and bias is not None else q.new_empty(0)
+        dbias = q.new_zeros(dbias_shape, dtype=bias.dtype) if need_dbias and bias is not None else q.new_empty(0)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -186,9 +188,10 @@ def backward(
         over_rows, over_keys = (dbias_shape[i] == 1 and full[i] != 1 for i in (2, 3))
         if over_rows or over_keys:
             # Sums over one axis of scores are taken in the kernel, each head's of its own; the rest below.
-            sums = torch.zeros(full[0], full[1], 1 if over_rows else full[2], full[3] if over_rows else 1)
+            shape = (full[0], full[1], 1 if over_rows else full[2], full[3] if over_rows else 1)
+            sums = q.new_zeros(shape, dtype=torch.float32)
         else:
-            sums = torch.zeros(dbias_shape)
+            sums = q.new_zeros(dbias_shape, dtype=torch.float32)
             whole = (dbias_shape[0] == full[0], dbias_shape[1] == full[1])
     _C.attention_backward_cpu(
         _sizes(q, k, cu_seqlens_q),
@@ -225,7 +228,7 @@ def backward(
     if sums is None or bias is None:
         return dq, dk, dv, q.new_empty(0)
     if list(sums.shape) != dbias_shape:
-        dbias = torch.zeros(dbias_shape)
+        dbias = q.new_zeros(dbias_shape, dtype=torch.float32)
         _C.reduce_in_order_cpu(tuple(sums.shape), _pack(sums), _broadcast(dbias, sums.shape))
         sums = dbias
     return dq, dk, dv, sums.to(bias.dtype)

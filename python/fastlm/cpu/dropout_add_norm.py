@@ -126,10 +126,10 @@ def forward(
     """Returns (y, z, mean, rstd) as ``fastlm.reference.dropout_add_norm.forward`` does."""
     sizes, (x_at, residual_at), rowscale_at, alive = _native.rows(x.shape, (x, residual), rowscale)
     rows = sizes[0] * sizes[1] * sizes[2]
-    y = torch.empty((0,) if norm == "none" else x.shape, dtype=y_dtype)
-    z = torch.empty(x.shape if need_z else (0,), dtype=z_dtype)
-    mean = torch.empty(rows if norm == "layer" else 0)
-    rstd = torch.empty(0 if norm == "none" else rows)
+    y = x.new_empty((0,) if norm == "none" else x.shape, dtype=y_dtype)
+    z = x.new_empty(x.shape if need_z else (0,), dtype=z_dtype)
+    mean = x.new_empty(rows if norm == "layer" else 0, dtype=torch.float32)
+    rstd = x.new_empty(0 if norm == "none" else rows, dtype=torch.float32)
     offset_at, per_row = _offset(offset, sizes)
     _native._C.dropout_add_norm_forward_cpu(
         sizes, x_at, residual_at, _native.vector(weight), _native.vector(bias), _native.vector(layerscale), rowscale_at,
@@ -168,12 +168,12 @@ def backward(
     columns = shape[-1:]
     nothing = (0,)
     sizes, (dy_at, dz_at, z_at, x_at), rowscale_at, alive = _native.rows(shape, (dy, dz, z, x), rowscale)
-    dx = torch.empty(shape if need & 1 else nothing, dtype=x_dtype)
-    dresidual = torch.empty(shape if need & 2 else nothing, dtype=residual_dtype)
-    dweight = torch.empty(columns if need & 4 else nothing, dtype=weight_dtype)
-    dbias = torch.empty(columns if need & 8 else nothing, dtype=bias_dtype)
+    dx = given.new_empty(shape if need & 1 else nothing, dtype=x_dtype)
+    dresidual = given.new_empty(shape if need & 2 else nothing, dtype=residual_dtype)
+    dweight = given.new_empty(columns if need & 4 else nothing, dtype=weight_dtype)
+    dbias = given.new_empty(columns if need & 8 else nothing, dtype=bias_dtype)
     scale_dtype = None if layerscale is None else layerscale.dtype
-    dlayerscale = torch.empty(columns if need & 16 else nothing, dtype=scale_dtype)
+    dlayerscale = given.new_empty(columns if need & 16 else nothing, dtype=scale_dtype)
     offset_at, per_row = _offset(offset, sizes)
     _native._C.dropout_add_norm_backward_cpu(
         sizes, dy_at, dz_at, z_at, x_at, _native.vector(weight), _native.vector(layerscale), rowscale_at,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops, rng
-from fastlm.ops._library import check_p
+from fastlm.ops._library import autocast_dtype, check_p
 
 Rope = tuple[Tensor, Tensor]
 
@@ -290,9 +290,7 @@ class Attention(nn.Module):
 
 def _computed(x: Tensor) -> torch.dtype:
     """The dtype in which ``ops.attention`` takes ``x``."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:

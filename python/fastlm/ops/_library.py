@@ -3,17 +3,20 @@
 An op ``fastlm::<name>`` is three operators: ``<name>`` with autograd on its Autograd key, and ``<name>_forward`` and
 ``<name>_backward``, which ``fastlm.backend.run`` sends to a backend. Forward and backward being operators of their own
 keeps them visible to torch.compile, activation checkpointing and the profiler; an ``autograd.Function`` on the Autograd
-key costs a third of what ``register_autograd`` does per call.
+key costs a third of what ``register_autograd`` does per call. Where none of these looks on, ``Op`` leaves the dispatcher
+out.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlm import backend
 
@@ -21,64 +24,137 @@ LIBRARY = torch.library.Library("fastlm", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def define(
-    name: str,
-    forward_schema: str,
-    backward_schema: str,
-    fake_forward: Callable[..., Any],
-    fake_backward: Callable[..., Any],
-    function: type[torch.autograd.Function],
-    prepare: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] | None = None,
-) -> None:
-    """Defines ``fastlm::<name>``, ``<name>_forward`` (same schema) and ``<name>_backward``.
+class Op:
+    """``fastlm::<name>``, ``<name>_forward`` (same schema) and ``<name>_backward``, defined, and how they are called.
 
     ``function.apply`` takes the forward schema's arguments and returns its outputs. The device of a call is that of its
     first tensor. ``prepare(direction, args)``, where given, sees the real tensors of a call (never fake ones) and
     returns what a backend gets: the place for checks of values and for views that must not show in a graph.
+
+    The methods call the operators through PyTorch's dispatcher, or what it would call directly where nothing could tell
+    (``_unseen``): a dispatch into Python costs ten microseconds, several times that behind a large op that has taken the
+    cache, and there are four of them in a forward and backward.
     """
-    for suffix, schema, fake in (
-        ("_forward", forward_schema, fake_forward),
-        ("_backward", backward_schema, fake_backward),
-    ):
-        LIBRARY.define(name + suffix + schema)
-        LIBRARY.impl(name + suffix, _runner(name, suffix[1:], prepare), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastlm::{name}{suffix}", fake, lib=LIBRARY)
-    LIBRARY.define(name + forward_schema)
-    LIBRARY.impl(name, _runner(name, "forward", prepare), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlm::{name}", fake_forward, lib=LIBRARY)
 
-    def with_autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+    def __init__(
+        self,
+        name: str,
+        forward_schema: str,
+        backward_schema: str,
+        fake_forward: Callable[..., Any],
+        fake_backward: Callable[..., Any],
+        function: type[torch.autograd.Function],
+        prepare: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name, self._apply, self._prepare = name, function.apply, prepare
+        kernels = {
+            "": (self._with_autograd, self._run_forward, forward_schema, fake_forward),
+            "_forward": (None, self._run_forward, forward_schema, fake_forward),
+            "_backward": (self._first_backward, self._run_backward, backward_schema, fake_backward),
+        }
+        for suffix, (with_autograd, run, schema, fake) in kernels.items():
+            LIBRARY.define(name + suffix + schema)
+            LIBRARY.impl(name + suffix, run, "CompositeExplicitAutograd")
+            if with_autograd is not None:
+                LIBRARY.impl(name + suffix, with_autograd, "Autograd")
+            torch.library.register_fake(f"fastlm::{name}{suffix}", fake, lib=LIBRARY)
+        self._whole = getattr(torch.ops.fastlm, name)
+        self._below = {d: getattr(torch.ops.fastlm, f"{name}_{d}") for d in ("forward", "backward")}
+
+    def __call__(self, *args: Any) -> Any:
+        """The op with autograd."""
+        if not _unseen(args):
+            return self._whole(*args)
+        if not _differentiable(args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._run_forward(*args)
+        _thread.unseen = True
+        return self._apply(*args)
+
+    def forward(self, *args: Any) -> Any:
+        """The op below autograd."""
+        unseen, _thread.unseen = _thread.unseen or _unseen(args), False
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.fastlm, f"{name}_forward")(*args)
+            return self._run_forward(*args) if unseen else self._below["forward"](*args)
 
-    def no_double_backward(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+    def backward(self, *args: Any) -> Any:
+        """The op's gradients; RuntimeError where these were to have gradients themselves."""
+        if not _unseen(args):
+            return self._below["backward"](*args)
+        self._refuse_second(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._run_backward(*args)
+
+    def _with_autograd(self, *args: Any) -> Any:
+        return self._apply(*args) if _differentiable(args) else self.forward(*args)
+
+    def _first_backward(self, *args: Any) -> Any:
+        self._refuse_second(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._below["backward"](*args)
+
+    def _refuse_second(self, args: tuple[Any, ...]) -> None:
+        if _differentiable(args):
             raise RuntimeError(
-                f"fastlm.{name} has no double backward: its gradient was asked for with create_graph=True "
+                f"fastlm.{self.name} has no double backward: its gradient was asked for with create_graph=True "
                 f"(where second derivatives are needed use PyTorch's own ops, for example after fastlm.unswap(model))"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.fastlm, f"{name}_backward")(*args)
 
-    LIBRARY.impl(name, with_autograd, "Autograd")
-    LIBRARY.impl(f"{name}_backward", no_double_backward, "Autograd")
+    def _run_forward(self, *args: Any) -> Any:
+        return self._run("forward", args)
 
+    def _run_backward(self, *args: Any) -> Any:
+        return self._run("backward", args)
 
-def _runner(
-    name: str, direction: str, prepare: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] | None
-) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        if prepare is not None:
-            args = prepare(direction, args)
+    def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
+        if self._prepare is not None:
+            args = self._prepare(direction, args)
         device = next(a.device for a in args if isinstance(a, Tensor))
-        return backend.run(name, direction, device, args)
-
-    return run
+        return backend.run(self.name, direction, device, args)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+def _differentiable(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+_keys = torch._C._dispatch_keys
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiled, _transform = torch._C._autograd._profiler_enabled, torch._C._functorch.peek_interpreter_stack
+_traced = torch._C._get_tracing_state
+
+
+def _unseen(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing with a call but make it: no mode, trace, transform or profiler looks on,
+    and every tensor is a plain one (no subclass, no fake, no pending negation)."""
+    if torch.compiler.is_compiling() or _modes() or _function_modes() or _profiled() or _transform() or _traced():
+        return False
+    for a in args:
+        if type(a) is Tensor or type(a) is Parameter:
+            keys = _keys(a).raw_repr()
+            if not (_plain[keys] if keys in _plain else _is_plain(keys, a.device)):
+                return False
+        elif isinstance(a, Tensor):
+            return False
+    return True
+
+
+_plain: dict[int, bool] = {}  # by sets of dispatch keys
+
+
+def _is_plain(keys: int, device: torch.device) -> bool:
+    """Whether these are the dispatch keys of a plain strided tensor on ``device``, or of one made in inference mode."""
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _plain[_keys(torch.empty(0, device=device)).raw_repr()] = device.type != "meta"
+    return _plain.setdefault(keys, False)
+
+
+class _Thread(threading.local):
+    unseen = False  # the Function whose forward comes next was called with arguments that are known to be unseen
+
+
+_thread = _Thread()
+_PLAIN = (Tensor, Parameter, type(None))
 
 
 def sharded(*tensors: Any) -> bool:
@@ -110,6 +186,13 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, op: str) -> Ten
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}; it must fit into 64 bits, -2**63 to 2**63 - 1")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on ``device`` where that is on; None where it is off, or there is none as on "meta"."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def check_p(p: float, op: str, name: str = "p") -> None:

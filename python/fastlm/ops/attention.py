@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_p, check_tensor, define, seed_tensor, sharded
+from fastlm.ops._library import Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
 from fastlm.reference.attention import Options
 
 OP = "attention"
@@ -107,8 +107,7 @@ def _few(values: Tensor) -> str:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, *options):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.fastlm.attention_forward(q, k, v, *options)
+        out, lse = _OP.forward(q, k, v, *options)
         # The seven optional tensors come first.
         ctx.save_for_backward(q, k, v, out, lse, *options[:7])
         ctx.options = options[7:_N_OPTIONS]
@@ -123,9 +122,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         wants = ctx.needs_input_grad
-        dq, dk, dv, dbias = torch.ops.fastlm.attention_backward(
-            dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3]
-        )
+        dq, dk, dv, dbias = _OP.backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3])
         return (
             dq if wants[0] else None,
             dk if wants[1] else None,
@@ -135,7 +132,7 @@ class _Attention(torch.autograd.Function):
         )
 
 
-define(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
+_OP = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
 
 
 def _arguments(
@@ -164,8 +161,8 @@ def _arguments(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(tensor, name, OP, device=None if name == "q" else q.device)
     device = q.device
-    if torch.is_autocast_enabled(device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_dtype(device)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_shapes(q, k, v, packed)
@@ -406,7 +403,7 @@ def attention(
         dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, check=check,
     )  # fmt: skip
-    out, lse = torch.ops.fastlm.attention(*args)
+    out, lse = _OP(*args)
     return (out, lse) if return_lse else out
 
 

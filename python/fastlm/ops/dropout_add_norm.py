@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_p, check_tensor, define, seed_tensor, sharded
+from fastlm.ops._library import Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
 
 OP = "dropout_add_norm"
 NORMS = ("layer", "rms", "none")
@@ -70,10 +70,7 @@ def _fake_backward(
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, layerscale, rowscale, seed, offset, *options):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, z, mean, rstd = torch.ops.fastlm.dropout_add_norm_forward(
-                x, residual, weight, bias, layerscale, rowscale, seed, offset, *options
-            )
+        y, z, mean, rstd = _OP.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
         p, _, weight_offset, norm, _, _, need_z = options
         # What the backward reads: z for the norm (x itself where they are one), x only for layerscale's gradient.
         saved_z = None if norm == "none" else (z if need_z else x)
@@ -105,7 +102,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         )  # fmt: skip
         if shared:
             need -= _DRESIDUAL
-        dx, dresidual, dweight, dbias, dlayerscale = torch.ops.fastlm.dropout_add_norm_backward(
+        dx, dresidual, dweight, dbias, dlayerscale = _OP.backward(
             dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, seed, offset, p, weight_offset, norm,
             *ctx.dtypes, need,
         )  # fmt: skip
@@ -119,7 +116,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         )
 
 
-define(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _DropoutAddNorm)
+_OP = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _DropoutAddNorm)
 
 
 def _arguments(
@@ -170,7 +167,7 @@ def _arguments(
     z_dtype = residual_dtype or (residual.dtype if residual is not None else x.dtype)
     if z_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{OP}: residual_dtype is {residual_dtype}; it must be a floating dtype")
-    y_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+    y_dtype = autocast_dtype(device) or x.dtype
 
     if not training:
         p = 0.0
@@ -281,7 +278,7 @@ def dropout_add_norm(
         rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual, quantize=quantize,
         seed=seed, offset=offset, training=training,
     )  # fmt: skip
-    y, z, _, _ = torch.ops.fastlm.dropout_add_norm(*args)
+    y, z, _, _ = _OP(*args)
     if not args[-1] and (norm is None or return_residual):
         z = x  # new_residual is x itself, bit for bit
     if norm is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import check_tensor, define, sharded
+from fastlm.ops._library import Op, check_tensor, sharded
 
 OP = "rotary"
 _OPTIONS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor"
@@ -39,15 +39,14 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x, cos, sin, positions, interleaved, inverse):
         ctx.save_for_backward(cos, sin, positions)
         ctx.options = (interleaved, inverse)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastlm.rotary_forward(x, cos, sin, positions, interleaved, inverse)
+        return _OP.forward(x, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx: Any, dout):
-        return torch.ops.fastlm.rotary_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return _OP.backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-define(OP, f"(Tensor x, {_OPTIONS}", f"(Tensor dout, {_OPTIONS}", _fake, _fake, _Rotary, _prepare)
+_OP = Op(OP, f"(Tensor x, {_OPTIONS}", f"(Tensor dout, {_OPTIONS}", _fake, _fake, _Rotary, _prepare)
 
 
 def _arguments(
@@ -131,7 +130,7 @@ def rotary(
 
         return _dtensor.rotary(rotary, x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
     _, args = _arguments(x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
-    out: Tensor = torch.ops.fastlm.rotary(*args)
+    out: Tensor = _OP(*args)
     return out.squeeze(0).transpose(0, 1) if x.dim() == 3 else out
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import backend, ops, rng
+from fastlm.ops._library import autocast_dtype
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
 from fastlm.swap.tensors import plain, tell
@@ -88,7 +89,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
         return f"the op takes one batch and one head size, not {shapes}"
     if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
         return f"its heads do not fit: {shapes}"
-    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+    if not q.dtype == k.dtype == v.dtype and autocast_dtype(q.device) is None:
         return f"its dtypes differ: {q.dtype}, {k.dtype} and {v.dtype}"
     if not 0 <= p < 1:
         return f"its dropout is {p}"
@@ -104,9 +105,7 @@ def unserved(x: Tensor, head_size: int, mask: Tensor | None) -> str:
 
     Nothing is refused while a backend is forced.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     return _unserved(x.device, dtype, int(head_size), None if mask is None else mask.dtype)
 
 

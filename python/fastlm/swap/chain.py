@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
+from fastlm.ops._library import autocast_dtype
 from fastlm.swap.dropout import DropoutForward, drop
 from fastlm.swap.norms import NormForward, norm_arguments
 from fastlm.swap.tensors import plain, tell
@@ -87,7 +88,7 @@ class Chains(nn.Module):
         kind, weight, bias, eps, weight_offset = arguments
         seed, offset = rng.rows(self, place, x) if p > 0 else (None, None)
         dtype = _sum_dtype(x, residual)
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and autocast_dtype(x.device) is None:
             x = x.to(dtype)  # y follows x, and a norm of the sum would have the sum's dtype
         out = ops.dropout_add_norm(
             x, residual, weight, bias, norm=kind, p=p, eps=eps, weight_offset=weight_offset, residual_dtype=dtype,
