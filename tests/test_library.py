@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastlm.ops import _library
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,6 +73,23 @@ def test_modes_and_profilers_see_forward_and_backward(op):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         whole(call, inputs)
     assert {f"fastlm::{op}", f"fastlm::{op}_forward", f"fastlm::{op}_backward"} <= {e.key for e in profiler.events()}
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("op", OPS)
+def test_traces_keep_forward_and_backward(op, tracing_mode, pre_dispatch):
+    inputs, call = calls()[op]
+
+    def gradient(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(call(*leaves).square().sum(), leaves)
+
+    how = dict(tracing_mode=tracing_mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)  # rotary's angles
+    graph = make_fx(gradient, **how)(*inputs).graph
+    names = {str(node.target).removesuffix(".default") for node in graph.nodes}
+    assert f"fastlm.{op}_backward" in names
+    assert (f"fastlm.{op}" if pre_dispatch else f"fastlm.{op}_forward") in names
 
 
 def test_function_modes_see_a_call():

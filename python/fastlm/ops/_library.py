@@ -117,16 +117,28 @@ def _differentiable(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-_keys = torch._C._dispatch_keys
-_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_profiled, _transform = torch._C._autograd._profiler_enabled, torch._C._functorch.peek_interpreter_stack
-_traced = torch._C._get_tracing_state
+_keys, _thread_keys = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+_function_modes, _traced = torch._C._len_torch_function_stack, torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled
+
+
+def _key_set(*names: str) -> int:
+    found = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        found = found.add(getattr(torch._C.DispatchKey, name))
+    return found.raw_repr()  # type: ignore[no-any-return]
+
+
+# What a thread adds to the keys of every call when no mode, trace or transform is on; the second in inference mode.
+_ORDINARY = (_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect"))
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would do nothing with a call but make it: no mode, trace, transform or profiler looks on,
     and every tensor is a plain one (no subclass, no fake, no pending negation)."""
-    if torch.compiler.is_compiling() or _modes() or _function_modes() or _profiled() or _transform() or _traced():
+    if torch.compiler.is_compiling() or _function_modes() or _profiled() or _traced():
+        return False
+    if _thread_keys().raw_repr() not in _ORDINARY:
         return False
     for a in args:
         if type(a) is Tensor or type(a) is Parameter:
