@@ -32,17 +32,11 @@ def backend(request):
         yield request.param
 
 
-def _on_each_backend():
-    """Gradients of a few elements take hundreds of draws: slow, and few, on the reference: one code for all shapes."""
-    for name in BACKENDS:
-        for case in grid():
-            slow = name == "reference" and case.shape[-1] < 8
-            yield pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.slow] if slow else [])
-
-
-@pytest.mark.parametrize("name,case", _on_each_backend())
+@pytest.mark.parametrize(
+    "name,case", [pytest.param(name, case, id=f"{name}-{case}") for name in BACKENDS for case in grid()]
+)
 def test_as_exact_as_torch(name, case, monkeypatch):
-    if name == "reference":
+    if name == "reference":  # one code for all shapes: gradients of one element need not be drawn thousands of times
         monkeypatch.setattr(accuracy, "MAX_DRAWS", 128)
     with fastlm.backend.use(name):
         assert_as_exact_as_torch(lambda generator: draw(case, generator), seed=None)
