@@ -229,6 +229,7 @@ def cases(device: str) -> Iterator[Case]:
         yield _case(4096, 1024, "float32", 0.0, FORWARD, device, others(1.4))
         yield _case(4096, 1024, "float32", 0.0, BOTH, device, others(1.2))
         yield _case(4096, 384, "float32", 0.2, FORWARD, device, {})
+        yield _case(16, 64, "float32", 0.1, BOTH, device, {})  # what the call costs by itself
         yield _case(4096, 1024, "float32", 0.1, FORWARD, device, {}, "matmul")
         yield _case(4096, 1024, "float32", 0.1, BOTH, device, {}, "matmul")
         return

@@ -176,9 +176,8 @@ def test_a_second_interrupt_exits_at_once() -> None:
     process = begin("--steps", "9", "--name", "a", "--eval-every", "0", "--batch", "200000", "--micro", "4")
     until(lambda: Path("runs/a/metrics.jsonl").exists(), process)
     begun = computed(process)
-    until(
-        lambda: computed(process) > begun + 2, process
-    )  # before its step begins, the first one ends it with a checkpoint
+    # At work in its step: a first signal that comes before it ends the run with a checkpoint, as it should.
+    until(lambda: computed(process) > begun + 2, process)
     second_interrupt(process)
     assert not checkpoint.steps(Path("runs/a"))
 

@@ -36,10 +36,18 @@ def backend(request):
     "name,case", [pytest.param(name, case, id=f"{name}-{case}") for name in BACKENDS for case in grid()]
 )
 def test_as_exact_as_torch(name, case, monkeypatch):
-    if name == "reference":  # one code for all shapes: gradients of one element need not be drawn thousands of times
+    if name == "reference":  # one code for all shapes: the long test below pools its gradients of one element
         monkeypatch.setattr(accuracy, "MAX_DRAWS", 128)
     with fastlm.backend.use(name):
         assert_as_exact_as_torch(lambda generator: draw(case, generator), seed=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in grid() if case.shape == (1, 1)], ids=str)
+def test_gradients_of_one_element_are_as_exact_on_the_reference(case):
+    """4,096 draws, for each has one element."""
+    with fastlm.backend.use("reference"):
+        assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
 @settings(max_examples=20, deadline=None)

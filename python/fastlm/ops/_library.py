@@ -10,7 +10,6 @@ out.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +31,8 @@ class Op:
     returns what a backend gets: the place for checks of values and for views that must not show in a graph.
 
     The methods call the operators through PyTorch's dispatcher, or what it would call directly where nothing could tell
-    (``_unseen``): a dispatch into Python costs ten microseconds, several times that behind a large op that has taken the
-    cache, and there are four of them in a forward and backward.
+    (``_unseen``): a dispatch into Python is dear, more so behind a large op that has taken the cache, and there are four
+    of them in a forward and backward.
     """
 
     def __init__(
@@ -63,19 +62,12 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """The op with autograd."""
-        if not _unseen(args):
-            return self._whole(*args)
-        if not _differentiable(args):
-            with torch._C._AutoDispatchBelowAutograd():
-                return self._run_forward(*args)
-        _thread.unseen = True
-        return self._apply(*args)
+        return self._with_autograd(*args) if _unseen(args) else self._whole(*args)
 
     def forward(self, *args: Any) -> Any:
         """The op below autograd."""
-        unseen, _thread.unseen = _thread.unseen or _unseen(args), False
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run_forward(*args) if unseen else self._below["forward"](*args)
+            return self._run_forward(*args) if _unseen(args) else self._below["forward"](*args)
 
     def backward(self, *args: Any) -> Any:
         """The op's gradients; RuntimeError where these were to have gradients themselves."""
@@ -122,15 +114,10 @@ _function_modes, _traced = torch._C._len_torch_function_stack, torch._C._get_tra
 _profiled = torch._C._autograd._profiler_enabled
 
 
-def _key_set(*names: str) -> int:
-    found = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
-    for name in names[1:]:
-        found = found.add(getattr(torch._C.DispatchKey, name))
-    return found.raw_repr()  # type: ignore[no-any-return]
-
-
-# What a thread adds to the keys of every call when no mode, trace or transform is on; the second in inference mode.
-_ORDINARY = (_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect"))
+# What a thread adds to the keys of every call when no mode, trace or transform is on, and in inference mode.
+_inference = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_gradients = _inference | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_ORDINARY = (_gradients.raw_repr(), _inference.raw_repr())
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:
@@ -161,11 +148,6 @@ def _is_plain(keys: int, device: torch.device) -> bool:
     return _plain.setdefault(keys, False)
 
 
-class _Thread(threading.local):
-    unseen = False  # the Function whose forward comes next was called with arguments that are known to be unseen
-
-
-_thread = _Thread()
 _PLAIN = (Tensor, Parameter, type(None))
 
 

@@ -107,7 +107,7 @@ def _few(values: Tensor) -> str:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, *options):
-        out, lse = _OP.forward(q, k, v, *options)
+        out, lse = _operators.forward(q, k, v, *options)
         # The seven optional tensors come first.
         ctx.save_for_backward(q, k, v, out, lse, *options[:7])
         ctx.options = options[7:_N_OPTIONS]
@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         wants = ctx.needs_input_grad
-        dq, dk, dv, dbias = _OP.backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3])
+        dq, dk, dv, dbias = _operators.backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3])
         return (
             dq if wants[0] else None,
             dk if wants[1] else None,
@@ -132,7 +132,7 @@ class _Attention(torch.autograd.Function):
         )
 
 
-_OP = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
+_operators = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
 
 
 def _arguments(
@@ -403,7 +403,7 @@ def attention(
         dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, check=check,
     )  # fmt: skip
-    out, lse = _OP(*args)
+    out, lse = _operators(*args)
     return (out, lse) if return_lse else out
 
 

@@ -70,7 +70,7 @@ def _fake_backward(
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, layerscale, rowscale, seed, offset, *options):
-        y, z, mean, rstd = _OP.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
+        y, z, mean, rstd = _operators.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
         p, _, weight_offset, norm, _, _, need_z = options
         # What the backward reads: z for the norm (x itself where they are one), x only for layerscale's gradient.
         saved_z = None if norm == "none" else (z if need_z else x)
@@ -102,7 +102,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         )  # fmt: skip
         if shared:
             need -= _DRESIDUAL
-        dx, dresidual, dweight, dbias, dlayerscale = _OP.backward(
+        dx, dresidual, dweight, dbias, dlayerscale = _operators.backward(
             dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, seed, offset, p, weight_offset, norm,
             *ctx.dtypes, need,
         )  # fmt: skip
@@ -116,7 +116,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         )
 
 
-_OP = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _DropoutAddNorm)
+_operators = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _DropoutAddNorm)
 
 
 def _arguments(
@@ -278,7 +278,7 @@ def dropout_add_norm(
         rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual, quantize=quantize,
         seed=seed, offset=offset, training=training,
     )  # fmt: skip
-    y, z, _, _ = _OP(*args)
+    y, z, _, _ = _operators(*args)
     if not args[-1] and (norm is None or return_residual):
         z = x  # new_residual is x itself, bit for bit
     if norm is None:

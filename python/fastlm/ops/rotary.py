@@ -39,14 +39,14 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x, cos, sin, positions, interleaved, inverse):
         ctx.save_for_backward(cos, sin, positions)
         ctx.options = (interleaved, inverse)
-        return _OP.forward(x, cos, sin, positions, interleaved, inverse)
+        return _operators.forward(x, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx: Any, dout):
-        return _OP.backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return _operators.backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-_OP = Op(OP, f"(Tensor x, {_OPTIONS}", f"(Tensor dout, {_OPTIONS}", _fake, _fake, _Rotary, _prepare)
+_operators = Op(OP, f"(Tensor x, {_OPTIONS}", f"(Tensor dout, {_OPTIONS}", _fake, _fake, _Rotary, _prepare)
 
 
 def _arguments(
@@ -130,7 +130,7 @@ def rotary(
 
         return _dtensor.rotary(rotary, x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
     _, args = _arguments(x, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
-    out: Tensor = _OP(*args)
+    out: Tensor = _operators(*args)
     return out.squeeze(0).transpose(0, 1) if x.dim() == 3 else out
 
 
