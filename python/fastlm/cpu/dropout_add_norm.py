@@ -96,6 +96,13 @@ def serves_backward(
     return _serves(vectors, (("dy", dy), ("dz", dz), ("z", z), ("x", x)), rowscale)
 
 
+def _like(t: Tensor, dtype: torch.dtype | None, wanted: int) -> Tensor:
+    """An output shaped like ``t``, contiguous; empty unless ``wanted``. (``new_empty`` of a shape takes twice as long.)"""
+    if not wanted:
+        return t.new_empty(0, dtype=dtype)
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def _statistic(t: Tensor) -> Packed:
     return (t.data_ptr(), 0, 0, 0, 0, 1) if t.numel() else ABSENT
 
@@ -126,8 +133,8 @@ def forward(
     """Returns (y, z, mean, rstd) as ``fastlm.reference.dropout_add_norm.forward`` does."""
     sizes, (x_at, residual_at), rowscale_at, alive = _native.rows(x.shape, (x, residual), rowscale)
     rows = sizes[0] * sizes[1] * sizes[2]
-    y = x.new_empty((0,) if norm == "none" else x.shape, dtype=y_dtype)
-    z = x.new_empty(x.shape if need_z else (0,), dtype=z_dtype)
+    y = _like(x, y_dtype, norm != "none")
+    z = _like(x, z_dtype, need_z)
     mean = x.new_empty(rows if norm == "layer" else 0, dtype=torch.float32)
     rstd = x.new_empty(0 if norm == "none" else rows, dtype=torch.float32)
     offset_at, per_row = _offset(offset, sizes)
@@ -164,16 +171,14 @@ def backward(
     """Returns (dx, dresidual, dweight, dbias, dlayerscale) as ``fastlm.reference.dropout_add_norm.backward`` does."""
     given = dy if dy is not None else dz
     assert given is not None
-    shape = given.shape
-    columns = shape[-1:]
-    nothing = (0,)
-    sizes, (dy_at, dz_at, z_at, x_at), rowscale_at, alive = _native.rows(shape, (dy, dz, z, x), rowscale)
-    dx = given.new_empty(shape if need & 1 else nothing, dtype=x_dtype)
-    dresidual = given.new_empty(shape if need & 2 else nothing, dtype=residual_dtype)
-    dweight = given.new_empty(columns if need & 4 else nothing, dtype=weight_dtype)
-    dbias = given.new_empty(columns if need & 8 else nothing, dtype=bias_dtype)
+    sizes, (dy_at, dz_at, z_at, x_at), rowscale_at, alive = _native.rows(given.shape, (dy, dz, z, x), rowscale)
+    columns = sizes[3]
+    dx = _like(given, x_dtype, need & 1)
+    dresidual = _like(given, residual_dtype, need & 2)
+    dweight = given.new_empty(columns if need & 4 else 0, dtype=weight_dtype)
+    dbias = given.new_empty(columns if need & 8 else 0, dtype=bias_dtype)
     scale_dtype = None if layerscale is None else layerscale.dtype
-    dlayerscale = given.new_empty(columns if need & 16 else nothing, dtype=scale_dtype)
+    dlayerscale = given.new_empty(columns if need & 16 else 0, dtype=scale_dtype)
     offset_at, per_row = _offset(offset, sizes)
     _native._C.dropout_add_norm_backward_cpu(
         sizes, dy_at, dz_at, z_at, x_at, _native.vector(weight), _native.vector(layerscale), rowscale_at,
