@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fastlm import _processor
 from fastlm.bench import ceilings, harness, memory, peers, results, sources
 
 
@@ -89,6 +90,10 @@ def run(
                 data.setdefault("not_run", []).append(f"{case.op} {case.name}")
                 data["cases"].append(harness.row(case, harness.not_run(case, f"--budget {budget:g} was spent"), {}))
                 continue
+            if seconds and (slow := _hopeless(case)):
+                data["cases"].append(harness.row(case, harness.not_run(case, slow), {}))
+                results.print_case(data["cases"][-1])
+                continue
             timings = harness.measure(case, seconds=seconds * case.longer)
             limits = ceilings.for_case(case.bytes, case.flops, case.dtype, device) if seconds else {}
             entry = harness.row(case, timings, limits)
@@ -109,6 +114,13 @@ def run(
     if data.get("not_run"):
         print(f"\nno time left (--budget {budget:g}) for: " + "; ".join(data["not_run"]))
     return data
+
+
+def _hopeless(case: harness.Case) -> str:
+    """Why a case tells nothing here: PyTorch's matmuls around an op, in a dtype without instructions, take minutes."""
+    if torch.device(case.device).type != "cpu" or case.setting == "alone":
+        return ""
+    return _processor.slow(harness.DTYPES[case.dtype])
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:

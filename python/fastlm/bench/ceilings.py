@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastlm import _native
+from fastlm import _native, _processor
 from fastlm.bench.harness import DTYPES, Clock
 
 
@@ -41,7 +41,12 @@ def copy_bandwidth(size: int, device: str, rounds: int = 11) -> float:
 
 @functools.cache
 def matmul_rate(dtype: str, device: str, rounds: int = 5) -> float:
-    """Floating-point operations a second of a square matmul: 2048 on a CPU, 8192 on a GPU."""
+    """Floating-point operations a second of a square matmul: 2048 on a CPU, 8192 on a GPU.
+
+    On a CPU without instructions for ``dtype`` it is float32's: converting first is then the faster way.
+    """
+    if device == "cpu" and _processor.slow(DTYPES[dtype]):
+        return matmul_rate("float32", device)
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * n**3 / _median(lambda: a @ b, device, rounds)
@@ -57,7 +62,7 @@ def for_case(nbytes: int, flops: int, dtype: str, device: str) -> dict[str, floa
     return out
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text().splitlines():
@@ -72,7 +77,7 @@ def machine(device: str) -> dict[str, Any]:
 
     core = _native._C
     out: dict[str, Any] = {
-        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": _processor_name() if device == "cpu" else torch.cuda.get_device_name(device),
         "kind": device,
         "threads": torch.get_num_threads(),
         "instruction_set": core.cpu_isa() if core is not None else None,

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastlm
-from fastlm import _native, backend
+from fastlm import _native, _processor, backend
 
 
 def _version(package: str) -> str:
@@ -20,6 +20,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _bfloat16() -> str:
+    slow = _processor.slow(torch.bfloat16)
+    return f"{slow}: train in float32" if slow else "its matrix products are as fast as float32's, or faster"
+
+
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections of (name, value) rows."""
     packages = ["torch", "triton", "numpy", "tyro", "rich", "safetensors", "tokenizers", "pyarrow", "matplotlib"]
@@ -27,7 +32,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         ("versions", [("fastlm", fastlm.__version__), ("python", platform.python_version())]
          + [(p, _version(p)) for p in packages]),
         ("machine", [("platform", platform.platform()), ("processor threads", f"{os.cpu_count()}, torch uses "
-          f"{torch.get_num_threads()}")]),
+          f"{torch.get_num_threads()}"), ("bfloat16", _bfloat16())]),
     ]  # fmt: skip
     core = _native._C
     if core is None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlm import _processor
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
 from fastlm.train import checkpoint, guards, optim, parallel, signals, state
@@ -65,6 +66,9 @@ class Trainer:
         self.config, self.data, self.folder = config, data, Path(folder)
         self.ranks = ranks or parallel.Ranks()
         self.device = self.ranks.device or pick_device(config.run.device)
+        if self.ranks.first and self.device.type == "cpu" and config.run.dtype != "float32":
+            if slow := _processor.slow(getattr(torch, config.run.dtype)):
+                warn(f"--dtype {config.run.dtype}: {slow}; --dtype float32 trains faster here")
         self.plain = model.to(self.device)
         self.kernels = Kernels(self.plain, config.run.kernels)
         if hasattr(self.plain, "recompute"):

@@ -1,0 +1,71 @@
+"""A processor without instructions for a 16-bit dtype: doctor, the trainer and the benchmark's ceiling say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastlm import _processor
+from fastlm.bench import ceilings, harness
+from fastlm.bench.__main__ import run
+from fastlm.cli import doctor
+from fastlm.train.config import Config
+from fastlm.train.loop import Trainer
+from torch import nn
+
+SLOW = "bfloat16 matrix products take 40 times as long as float32's on this processor"
+
+
+@pytest.fixture(params=[40.0, 0.5], ids=["without", "with"])
+def ratio(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A processor on which bfloat16 takes so many times as long as float32."""
+    monkeypatch.setattr(_processor, "_linear_seconds", lambda dtype: 1.0 if dtype == torch.float32 else request.param)
+    _processor.slowdown.cache_clear()
+    yield request.param
+    _processor.slowdown.cache_clear()
+
+
+def test_the_measured_ratio_is_that_of_this_processor() -> None:
+    _processor.slowdown.cache_clear()
+    assert 1e-3 < _processor.slowdown(torch.bfloat16) < 1e4
+
+
+def test_doctor_tells(ratio: float, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main([])
+    assert (f"{SLOW}: train in float32" in capsys.readouterr().out) == (ratio > 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trainer_warns(ratio: float, dtype: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    class Data:
+        content = "none"
+
+    config = Config()
+    config.run.dtype, config.run.quiet, config.run.device = dtype, True, "cpu"
+    Trainer(config, nn.Linear(2, 2), Data(), tmp_path)
+    warned = f"--dtype bfloat16: {SLOW}; --dtype float32 trains faster here" in capsys.readouterr().err
+    assert warned == (ratio > 1 and dtype == "bfloat16")
+
+
+def test_the_ceiling_of_a_slow_dtype_is_that_of_float32(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(ceilings, "_median", lambda product, device, rounds: asked.append(product().dtype) or 1.0)
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device: real(2, 2, device=device))
+    ceilings.matmul_rate.cache_clear()
+    ceilings.matmul_rate("bfloat16", "cpu")
+    ceilings.matmul_rate.cache_clear()
+    assert asked == [torch.float32 if ratio > 1 else torch.bfloat16]
+
+
+def test_a_benchmark_that_would_take_minutes_for_its_matmuls_is_left_out(
+    ratio: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "measure", lambda case, seconds: harness.not_run(case, "measured"))
+    monkeypatch.setattr(ceilings, "for_case", lambda *case: {})
+    data = run(["step"], "cpu", 1e-3, "context", False, None)
+    reasons = {("bfloat16" in case["name"], case["contenders"][0]["reason"]) for case in data["cases"]}
+    assert reasons == {(False, "measured"), (True, SLOW if ratio > 1 else "measured")}
+    assert (SLOW in capsys.readouterr().out) == (ratio > 1)
