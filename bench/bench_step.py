@@ -13,7 +13,8 @@ from typing import Any
 
 import fastlm
 import torch
-from fastlm.bench.harness import Case, Contender, Goal, Prepared, pytest_cases
+from fastlm import _processor
+from fastlm.bench.harness import DTYPES, Case, Contender, Goal, Prepared, pytest_cases
 from fastlm.models.gpt import GPT, GPTConfig
 
 CPU_MODEL = GPTConfig(layers=6, heads=6, width=384, context=256, dropout=0.2)
@@ -127,6 +128,9 @@ def profile(device: str, small: bool = False) -> dict[str, Any]:
             (f"{name} bfloat16", fused, dtype) for name, fused, dtype in variants
         ]
     for name, fused, dtype in variants:
+        if device == "cpu" and not small and (slow := _processor.slow(DTYPES[dtype])):
+            print(f"\nno profile of a step, {name}: {slow}")
+            continue
         step = _step(config, fused, dtype, device)(tokens)
         step()
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -343,8 +343,9 @@ QUALITY: dict[str, tuple[GPTConfig, int, int, float, dict[str, Any]]] = {
 }
 
 
-def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
-    """Time to the plain loop's final loss: each run is a line of ``path``, and a run that has one is not made again.
+def long(path: Path, budget: float, match: str = "", source: str = "") -> list[dict[str, Any]]:
+    """Time to the plain loop's final loss: each run is a line of ``path``, and a run that has one of the same ``source``, the
+    hash of what is timed, is not made again.
 
     The plain loop first runs at five learning rates with seed 1, then at the best with the other seeds; fastlm then trains
     with each seed for as many steps as fit into the part of the plain loop's time that the goal allows. A time is the steps
@@ -352,7 +353,8 @@ def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
     seconds: the same command goes on later.
     """
     begin = time.monotonic()
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["source"] == source]
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def once(key: dict[str, Any], make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
@@ -372,7 +374,7 @@ def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
         if match not in name:
             continue
         text = Text(config)
-        key = {"model": name, "loop": "plain", "steps": steps}
+        key = {"model": name, "loop": "plain", "steps": steps, "source": source}
         tried = []
         for lr in RATES:
             row = once(key | {"lr": lr, "seed": 1}, plain_run, text, config, batch, steps, lr, 1)
@@ -384,7 +386,7 @@ def long(path: Path, budget: float, match: str = "") -> list[dict[str, Any]]:
             plain = once(key | {"lr": lr, "seed": seed}, plain_run, text, config, batch, steps, lr, seed)
             if plain is None:
                 return rows
-            mine = {"model": name, "loop": "fastlm", "seed": seed, "settings": best, "goal": part}
+            mine = {"model": name, "loop": "fastlm", "seed": seed, "settings": best, "goal": part, "source": source}
             if once(mine, fast_run, text, config, batch, best, part, plain, seed) is None:
                 return rows
     return rows

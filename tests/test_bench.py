@@ -398,8 +398,10 @@ def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
     case = _case(harness.Contender("slow", lambda x: lambda: x, "ours"))
     assert len(harness.measure(case, seconds=0.1)[0].samples) == 2
     monkeypatch.undo()
-    assert main([OP, "--budget", "0.0001", "--out", str(tmp_path)]) == 0
-    assert f"no time left (--budget 0.0001) for: {OP}" in capsys.readouterr().out
+    assert main([OP, "step", "--budget", "0.0001", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert f"no time left (--budget 0.0001) for: {OP}" in text
+    assert "; step profile\n" in text
     assert json.loads((tmp_path / "result.json").read_text())["not_run"]
 
 
@@ -472,6 +474,7 @@ def test_saves_and_time_to_quality_of_a_tiny_model(tmp_path, monkeypatch):
     assert again[:3] == rows[:3]
     assert len(again) == 5
     assert train.long(path, -1.0) == again
+    assert train.long(path, -1.0, source="changed") == []  # nor does it take what other sources gave
     assert all(r["ratio"] is None or r["ratio"] > 0 for r in rows if r["loop"] == "fastlm")
 
 

@@ -107,7 +107,11 @@ def run(
             sys.stdout.flush()
             if out is not None:
                 results.save(out, data)
-        if hasattr(module, "profile") and not match and time.monotonic() - begin <= budget:
+        if not hasattr(module, "profile") or match:
+            continue
+        if time.monotonic() - begin > budget:
+            data.setdefault("not_run", []).append(f"{name} profile")
+        else:
             profile = module.profile(device, small=not seconds)
             if seconds:
                 data.setdefault("profiles", {})[name] = profile
@@ -250,7 +254,10 @@ def main(argv: list[str] | None = None) -> int:
     data = run(names, args.device, args.seconds, args.case, args.memory, out, args.budget)
     results.save(out, data)
     if args.long:
-        data["time_to_quality"] = load_suite(known["train"]).long(folder / "quality.jsonl", args.budget, args.case)
+        source = results.hashes("train", "cpu", root)["all"]
+        data["time_to_quality"] = load_suite(known["train"]).long(
+            folder / "quality.jsonl", args.budget, args.case, source
+        )
         results.save(out, data)
     draw(data, folder)
     if published is not None:

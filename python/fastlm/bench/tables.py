@@ -207,11 +207,13 @@ def preparation_table(data: dict[str, Any]) -> str:
 def trainer_table(data: dict[str, Any]) -> str:
     """Markdown: what stands beside the trainer's steps (saves, evaluation, the allocator), and the time to quality."""
     lines = _noted(data, "train")
+    rest = data["runs"].get("train", {}).get("sources", {}).get("all")
     for row in data.get("time_to_quality", []):
         if row["loop"] == "fastlm":
             what = f"{row['model']}, seed {row['seed']}: time to the plain loop's loss of {row['target']:.4f}"
             took = f"{row['ratio']:.2f} of its time" if row["ratio"] else f"not reached (loss {row['loss']:.4f})"
-            lines.append(f"| {what} | {took}; goal {row['goal']} |")
+            aged = "" if row["source"] == rest else "; **at other sources than the rest**"
+            lines.append(f"| {what} | {took}; goal {row['goal']}{aged} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 
