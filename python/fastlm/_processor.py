@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 
 import torch
 import torch.nn.functional as F
 
-_SIZE = 256  # large enough for a rate, and 50 milliseconds where PyTorch has no fast path for the dtype
+_SIZE = 256  # large enough for a rate, and 20 milliseconds where PyTorch has no fast path for the dtype
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:
     """Seconds of a linear layer's three products, forward and both gradients, on [256, 256] matrices on the CPU."""
-    x, weight, dy = (torch.rand(_SIZE, _SIZE, device="cpu", dtype=torch.float32).to(dtype) for _ in range(3))
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        F.linear(x, weight), dy @ weight, dy.T @ x
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    x = torch.linspace(0, 1, _SIZE * _SIZE, device="cpu", dtype=torch.float32).view(_SIZE, _SIZE).to(dtype)
+    begin = time.perf_counter()
+    F.linear(x, x), x @ x, x.T @ x
+    return time.perf_counter() - begin
 
 
 @functools.cache
@@ -28,15 +24,23 @@ def slowdown(dtype: torch.dtype) -> float:
     """How many times as long as in float32 the matrix products of training take in ``dtype`` on this CPU; measured once.
 
     Below one where the processor has instructions for it. Without (x86 before AVX-512 BF16 and AMX) PyTorch 2.13 takes
-    ten to a hundred times as long.
+    ten to a hundred times as long. One thread, and the least of ten turns, so that a busy machine does not sway it.
     """
-    return _linear_seconds(dtype) / _linear_seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads that wait for each other would hide what they compute
+    try:
+        turns = [(_linear_seconds(dtype), _linear_seconds(torch.float32)) for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    return min(t for t, _ in turns) / min(t for _, t in turns)
+
+
+def sentence(dtype: torch.dtype) -> str:
+    """``slowdown`` in words."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} matrix products take {slowdown(dtype):.2g} times as long as float32's on this processor"
 
 
 def slow(dtype: torch.dtype) -> str:
     """That ``dtype`` does not pay in training on this CPU, with the figure; empty where it does."""
-    ratio = slowdown(dtype)
-    if ratio <= 1.5:
-        return ""
-    name = str(dtype).removeprefix("torch.")
-    return f"{name} matrix products take {ratio:.3g} times as long as float32's on this processor"
+    return sentence(dtype) if slowdown(dtype) > 1.5 else ""

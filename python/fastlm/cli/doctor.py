@@ -21,8 +21,8 @@ def _version(package: str) -> str:
 
 
 def _bfloat16() -> str:
-    slow = _processor.slow(torch.bfloat16)
-    return f"{slow}: train in float32" if slow else "its matrix products are as fast as float32's, or faster"
+    advice = ": train in float32" if _processor.slow(torch.bfloat16) else ""
+    return _processor.sentence(torch.bfloat16) + advice
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
