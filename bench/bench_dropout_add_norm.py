@@ -1,7 +1,8 @@
 """dropout_add_norm beside PyTorch's composition, torch.compile of it, Liger, and a copy of the same bytes.
 
-Each case runs alone, one shape also followed by a matmul that reads the output; the README quotes the training step. Bytes:
-what any implementation must move, x and residual in, z and y out; in the backward dy, dz, z in, dx (and dresidual) out.
+Each case runs alone, one shape also followed by a matmul that reads the output; the README quotes that and the training
+step. Bytes: what any implementation must move, x and residual in, z and y out; in the backward dy, dz, z in, dx (and
+dresidual) out.
 
 A result is checked as it was timed, dropout and compilation included: PyTorch and peers draw masks of their own, which can
 be read from their z and dx (see ``_own_mask``). On a GPU fastlm runs as dispatched and, beside it, on each of its backends.

@@ -26,7 +26,8 @@ import fastlm
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastlm.bench.harness import Case, Contender, Goal, Prepared, pytest_cases, raise_malloc_thresholds
+from fastlm import _processor
+from fastlm.bench.harness import DTYPES, Case, Contender, Goal, Prepared, pytest_cases, raise_malloc_thresholds
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import Config, ModelConfig, OptimConfig, RunConfig, Trainer
 from fastlm.train import optim as optimizers
@@ -354,7 +355,7 @@ def long(path: Path, budget: float, match: str = "", source: str = "") -> list[d
     """
     begin = time.monotonic()
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["source"] == source]
+    rows = [row for row in map(json.loads, lines) if row.get("source") == source]
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def once(key: dict[str, Any], make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
@@ -372,6 +373,9 @@ def long(path: Path, budget: float, match: str = "", source: str = "") -> list[d
 
     for name, (config, batch, steps, part, best) in QUALITY.items():
         if match not in name:
+            continue
+        if slow := _processor.slow(DTYPES[best["dtype"]]):
+            print(f"no time to quality of {name}: {slow}")
             continue
         text = Text(config)
         key = {"model": name, "loop": "plain", "steps": steps, "source": source}
@@ -446,7 +450,7 @@ def fast_run(
         settings = Config(
             optim=OptimConfig(steps=steps, batch=batch, lr=best["lr"], optimizer=best["optimizer"],
                               warmup=max(1, steps // 20), min_lr=0.02, schedule=best.get("schedule", "linear")),
-            run=RunConfig(dtype=best["dtype"], seed=seed, quiet=True),
+            run=RunConfig(dtype=best["dtype"], seed=seed, quiet=True, device="cpu"),
         )  # fmt: skip
         return Stepped(settings, GPT(shape), text.source(seed), folder.name).begin()
 

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 
 NEEDED_GB = 3.0
+CUDA_GB = 8.0  # with PyTorch's CUDA build, which pip takes on Linux
 
 
 def problems(venv):
@@ -42,6 +43,9 @@ def problems(venv):
     if free < NEEDED_GB and not os.path.exists(venv):
         found.append(("%s has %.1f GB free; the environment needs %.0f GB. Free some, or put it elsewhere: "
                       "make VENV=/path/to/venv ..." % (folder, free, NEEDED_GB), True))  # fmt: skip
+    elif free < CUDA_GB and not os.path.exists(venv) and sys.platform == "linux" and not os.environ.get("TORCH_INDEX"):
+        found.append(("%s has %.1f GB free; PyTorch's CUDA build, which pip may take, needs about %.0f GB. Its CPU build: "
+                      "make TORCH_INDEX=... (README, Install)" % (folder, free, CUDA_GB), False))  # fmt: skip
     return found
 
 

@@ -190,7 +190,9 @@ def _case_row(rows, seconds, flops=0, **parameters):
 def published(tmp_path):
     run = {"date": "2026-01-02T00:00:00+00:00", "command": "fastlm bench x"}
     data = {"schema": 1, "date": "2026-01-02T00:00:00+00:00", "peers": {},
-            "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2", "versions": {}},
+            "machine": {"device": "a processor", "kind": "cpu", "threads": 2, "instruction_set": "avx2",
+                        "instruction_set_reason": "all it has",
+                        "versions": {}},
             "runs": {OP: run | {"sources": results.hashes(OP, "cpu", ROOT)}}, "not_run": ["attention z"],
             "cases": [_case_row(8, 0.5, 10**9), _case_row(64, 4.0, 10**9)],
             "profiles": {"step": {"fused": {"shares": {"matmul": 0.8, "norm": 0.2},
@@ -210,6 +212,13 @@ def published(tmp_path):
         {"name": n, "kind": k, "status": "not run", "reason": "--budget 1 was spent"}
         for n, k in (("fastlm", "ours"), ("eager", "baseline"))]})  # fmt: skip
     data["cases"][1]["contenders"].append(data["cases"][1]["contenders"][1] | {"name": "better", "median_s": 3.0})
+    slow = {"name": "fastlm", "kind": "ours", "status": "not run", "reason": "bfloat16 is slow here"}
+    data["cases"].append(
+        never | {"name": "too slow", "ceilings": {}, "floor_s": 0.0, "goals": [], "contenders": [slow]}
+    )
+    data["cases"][0]["ceilings"] |= {"matmul": 2e12}
+    substituted = {"name": "half", "dtype": "bfloat16", "goals": [], "ceilings": {"copy": 1.0, "matmul": 2e12}}
+    data["cases"].append(_case_row(64, 4.0) | substituted)
     return data
 
 
@@ -248,7 +257,9 @@ def test_a_committed_result_fills_every_table(published, copy_of_checkout):
         "eager: missing: x |", f"- {OP}, a peer: failed: no kernel image", f"- {OP}, another: not installed",
         "a peer: failed, better 0.75× |", "not measured: 5× a peer",
             "| copy, 6.1e-05 to 0.000244 MiB read and written | 2.56e-07 GB/s |",
-        "| matmul, float32 | 1 TFLOP/s |", "| never begun | not run | | | | not measured: 2× eager |",
+        "| matmul, float32 | 1–2 TFLOP/s |", "| matmul, bfloat16 (float32's) | 2 TFLOP/s |",
+        "on a processor, 2 threads, avx2 (all it has)",
+        f"- {OP} too slow, fastlm: not run: bfloat16 is slow here", "| never begun | not run | | | | not measured: 2× eager |",
         "0.55 of its time; goal 0.6; **at other sources than the rest** |",
         "- cases that time ran out on: attention z", f"![{OP}-size](bench-cpu-x/{OP}-size.png)",
     ):  # fmt: skip
@@ -311,16 +322,25 @@ def test_a_rerun_of_one_op_replaces_its_figures_and_keeps_the_others(published):
                        "profiles": {"train": {"b": 2}}}  # fmt: skip
     both = results.merged(earlier, new)
     assert [(c["op"], c["name"]) for c in both["cases"]] == [
-        ("attention", "new"), (OP, "8 rows"), (OP, "64 rows"), (OP, "never begun")]  # fmt: skip
-    unbegun = published["cases"][-1]  # a suite that no time was left for keeps its earlier figures
+        ("attention", "new"), (OP, "8 rows"), (OP, "64 rows"), (OP, "never begun"), (OP, "too slow"), (OP, "half"),
+    ]  # fmt: skip
+    unbegun = next(c for c in published["cases"] if c["name"] == "never begun")  # whose earlier figures stay
     assert results.merged(earlier, new | {"cases": [*new["cases"], unbegun]})["cases"] == both["cases"]
     assert both["runs"] == {OP: published["runs"][OP], "attention": run}
     assert both["not_run"] == ["step x", "train y"]  # of dropout_add_norm the earlier figures stand
     assert both["profiles"] == {"step": {"a": 1}, "train": {"b": 2}}
+    # A suite that ran anew without its profile has none; a time to quality stays until there is a new one.
+    step = new | {"runs": {"step": run}, "cases": [], "profiles": {}, "time_to_quality": [{"loop": "plain"}]}
+    again = results.merged(earlier, step)
+    assert again["profiles"] == {}
+    assert again["time_to_quality"] == published["time_to_quality"]
+    anew = [{"loop": "plain"}, {"loop": "fastlm"}]
+    assert results.merged(earlier, step | {"time_to_quality": anew})["time_to_quality"] == anew
     for key, value in (
         ("device", "another"),
         ("threads", 1),
         ("instruction_set", "avx512"),
+        ("instruction_set_reason", "capped"),
         ("versions", {"torch": "1"}),
     ):
         moved = new | {"machine": new["machine"] | {key: value}}

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fastlm import _native
 from fastlm.cli import main as cli
 from fastlm.train import checkpoint, config
 from fastlm.train.callbacks import read_metrics
@@ -97,6 +98,26 @@ def test_bad_input_is_one_sentence(words: list[str], message: str, capfd: pytest
     assert status == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("FASTLM_BACKEND", "cuda", "backend 'cuda' is forced and cannot serve"),
+        ("FASTLM_CPU_ISA", "sse9", "is 'sse9'; it"),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_said_before_there_is_a_run(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "FASTLM_CPU_ISA" and _native.missing():
+        pytest.skip("no compiled core")
+    monkeypatch.setenv(name, value)
+    done = call("train", "book.txt", *SMALL, "--device", "cpu")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert not Path("runs").exists()
 
 

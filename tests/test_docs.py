@@ -16,6 +16,13 @@ from fastlm.train.config import Config
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+def test_the_readme_s_five_lines_swap_a_model() -> None:
+    code = re.search(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.S).group(1)  # type: ignore[union-attr]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "dropout_add_norm" in done.stdout
+
+
 def test_the_trainer_s_example_trains_one_s_own_model_and_goes_on(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "trainer.md").read_text(), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20

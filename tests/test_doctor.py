@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def _check(env, *args):
 
 def test_check_machine_gives_the_remedy(tmp_path):
     clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "FASTLM_NATIVE")}
+    clean["TORCH_INDEX"] = "an index"  # no word about the size of CUDA builds
     empty = clean | {"PATH": str(tmp_path)}
     done = _check(empty, str(tmp_path / ".venv"))
     assert done.returncode == 0
@@ -69,3 +71,26 @@ def test_a_gpu_runs_triton_first_and_the_report_says_where_its_proof_is(monkeypa
     assert ("verified", "`fastlm bench --status` says which kernels have passed their tests on a GPU") in dict(
         doctor.report()
     )["GPUs"]
+
+
+def test_check_machine_tells_what_a_small_disk_holds(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("check_machine", checkout() / "scripts/check_machine.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    monkeypatch.setattr(check.sys, "platform", "linux")
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+
+    def told(gigabytes):
+        usage = type("Usage", (), {"free": gigabytes * 1e9})
+        monkeypatch.setattr(check.shutil, "disk_usage", lambda folder: usage)
+        return [(fatal, text) for text, fatal in check.problems(str(tmp_path / ".venv")) if "GB free" in text]
+
+    ((fatal, text),) = told(2)
+    assert fatal
+    assert "needs 3 GB" in text
+    ((fatal, text),) = told(5)
+    assert not fatal
+    assert "TORCH_INDEX" in text
+    assert not told(20)
+    monkeypatch.setenv("TORCH_INDEX", "an index")
+    assert not told(5)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from fastlm import _processor
 from fastlm.bench import ceilings, harness
-from fastlm.bench.__main__ import run
+from fastlm.bench.__main__ import load_suite, run, suites
+from fastlm.bench.sources import checkout
 from fastlm.cli import doctor
 from fastlm.train.config import Config
 from fastlm.train.loop import Trainer
@@ -30,9 +31,19 @@ def ratio(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
 def test_the_measured_ratio_is_that_of_this_processor() -> None:
     _processor.slowdown.cache_clear()
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    assert 1e-3 < _processor.slowdown(torch.bfloat16) < 1e4
+    ratio = _processor.slowdown(torch.bfloat16)
+    assert ratio > 0
+    if torch.cpu._is_amx_tile_supported():
+        assert ratio < 1.5
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_float32_is_never_slower_than_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(100, 1, -1))
+    monkeypatch.setattr(_processor, "_linear_seconds", lambda dtype: float(next(times)))
+    _processor.slowdown.cache_clear()
+    assert not _processor.slow(torch.float32)
 
 
 def test_doctor_tells(ratio: float, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,3 +84,13 @@ def test_a_benchmark_that_would_take_minutes_for_its_matmuls_is_left_out(
     reasons = {("bfloat16" in case["name"], case["contenders"][0]["reason"]) for case in data["cases"]}
     assert reasons == {(False, "measured"), (True, SLOW if ratio > 1 else "measured")}
     assert (SLOW in capsys.readouterr().out) == (ratio > 1)
+
+
+def test_a_profile_leaves_out_the_slow_dtype_and_says_so(
+    ratio: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = load_suite(suites(checkout())["step"])
+    monkeypatch.setattr(suite, "CPU_MODEL", suite.SMALL_MODEL)
+    found = suite.profile("cpu")
+    assert {name.split()[1] for name in found} == ({"float32"} if ratio > 1 else {"float32", "bfloat16"})
+    assert (f"no profile of a step, fused bfloat16: {SLOW}" in capsys.readouterr().out) == (ratio > 1)

@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) char* at<Any>(Row r, int64_t column) {
 
 // The n elements at column; n == kLanes is known at compile time where it matters. put rounds, stores unless the row is
 // absent, and returns the rounded values. ahead asks for what stands a page further on: in a matrix, the next rows;
-// ahead_second as far as the second-level cache, where the first has no room left.
+// ahead_l2 as far as the second-level cache, for where the first has no room left.
 template <class T>
 struct Access {
   FASTLM_INLINE Vec load(Row r, int64_t column, int n) {
@@ -64,7 +64,7 @@ struct Access {
   FASTLM_INLINE void ahead(Row r, int64_t column, int k) {
     if (sizeof(typename T::Element) == 4 || k % 2 == 0) prefetch(at<T>(r, column) + kAhead);
   }
-  FASTLM_INLINE void ahead_second(Row r, int64_t column) { __builtin_prefetch(at<T>(r, column) + kAhead, 0, 2); }
+  FASTLM_INLINE void ahead_l2(Row r, int64_t column) { __builtin_prefetch(at<T>(r, column) + kAhead, 0, 2); }
 };
 template <>
 struct Access<Any> {
@@ -77,7 +77,7 @@ struct Access<Any> {
     return r.dtype == 1 ? Access<BF16>::put(r, column, x, n, stream) : Access<F16>::put(r, column, x, n, stream);
   }
   FASTLM_INLINE void ahead(Row, int64_t, int) {}
-  FASTLM_INLINE void ahead_second(Row, int64_t) {}
+  FASTLM_INLINE void ahead_l2(Row, int64_t) {}
 };
 
 FASTLM_INLINE float element(const char* data, int dtype, int64_t index) {

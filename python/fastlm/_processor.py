@@ -23,9 +23,12 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 def slowdown(dtype: torch.dtype) -> float:
     """How many times as long as in float32 the matrix products of training take in ``dtype`` on this CPU; measured once.
 
-    Below one where the processor has instructions for it. Without (x86 before AVX-512 BF16 and AMX) PyTorch 2.13 takes
-    ten to a hundred times as long. One thread, and the least of ten turns, so that a busy machine does not sway it.
+    Below one where the processor has instructions for it. Without, PyTorch 2.13 takes ten times as long and, where matrices
+    are large, a hundred; in bfloat16 that is x86 before AVX-512 BF16 and AMX. One thread, and the least of ten turns, so
+    that a busy machine does not sway it.
     """
+    if dtype == torch.float32:
+        return 1.0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine threads that wait for each other would hide what they compute
     try:

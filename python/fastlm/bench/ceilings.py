@@ -81,6 +81,7 @@ def machine(device: str) -> dict[str, Any]:
         "kind": device,
         "threads": torch.get_num_threads(),
         "instruction_set": core.cpu_isa() if core is not None else None,
+        "instruction_set_reason": core.cpu_isa_reason() if core is not None else None,
         "platform": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "versions": {"fastlm": fastlm.__version__, "python": platform.python_version(), "torch": torch.__version__},
     }

@@ -53,20 +53,25 @@ def merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError if the two are not of the same machine, threads, instruction set and versions.
     """
-    for key in ("device", "kind", "threads", "instruction_set", "versions"):
+    for key in ("device", "kind", "threads", "instruction_set", "instruction_set_reason", "versions"):
         was, now = earlier["machine"].get(key), new["machine"].get(key)
         if was != now:
             raise ValueError(f"--publish: that file is of {key} {was}, this run of {now}; give another name")
     kept = [case for case in earlier["cases"] if case["op"] not in new["runs"]]
     have = {case["op"] for case in kept}
     ran = [c for c in new["cases"] if c["op"] in new["runs"] or c["op"] not in have]  # not rows of a suite never begun
+    profiles = {name: one for name, one in earlier.get("profiles", {}).items() if name not in new["runs"]}
+    quality = new.get("time_to_quality", [])
+    if not any(row["loop"] == "fastlm" for row in quality):  # its rows say of which sources they are
+        quality = earlier.get("time_to_quality", [])
     not_run = [c for c in earlier.get("not_run", []) if c.split()[0] not in new["runs"]]
     not_run += [c for c in new.get("not_run", []) if c.split()[0] not in have and c not in not_run]
     return {
         **earlier, **new,
         "runs": {**earlier["runs"], **new["runs"]},
         "cases": sorted(kept + ran, key=lambda case: case["op"]),
-        "profiles": {**earlier.get("profiles", {}), **new.get("profiles", {})},
+        "profiles": {**profiles, **new.get("profiles", {})},
+        **({"time_to_quality": quality} if quality else {}),
         "not_run": not_run,
     }  # fmt: skip
 

@@ -24,7 +24,8 @@ def _machine(data: dict[str, Any], suites: Iterable[str], root: Path, with_comma
     """What, when and how: one sentence for the machine, one for each command, and which figures are stale."""
     m = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
-    isa = f", {m['instruction_set']}" if m["kind"] == "cpu" and m["instruction_set"] else ""
+    why = f" ({m['instruction_set_reason']})" if m.get("instruction_set_reason") else ""
+    isa = f", {m['instruction_set']}{why}" if m["kind"] == "cpu" and m["instruction_set"] else ""
     threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
     runs = {name: data["runs"][name] for name in suites if name in data["runs"]}
     dates = sorted({run["date"][:10] for run in runs.values()}) or [data["date"][:10]]
@@ -113,10 +114,13 @@ def missing_peers(data: dict[str, Any]) -> str:
     lines = {f"- {name}: {text}" for name, text in data.get("peers", {}).items() if "beside nothing" in text}
     for case in data["cases"]:
         for contender in case["contenders"]:
-            if contender["status"] not in ("ok", "not run"):
+            if contender["status"] == "not run" and contender["reason"].startswith("--budget"):
+                continue  # listed below
+            if contender["status"] != "ok":
                 why = contender.get("reason", "no reason given")
                 word = "" if contender["status"] == "missing" else f"{contender['status']}: "
-                lines.add(f"- {case['op']}, {contender['name']}: {word}{why}")
+                of = f"{case['op']} {case['name']}" if contender["status"] == "not run" else case["op"]
+                lines.add(f"- {of}, {contender['name']}: {word}{why}")
     if data.get("not_run"):
         lines.add("- cases that time ran out on: " + "; ".join(data["not_run"]))
     return "\n".join(sorted(lines))
@@ -135,7 +139,9 @@ def ceilings_table(data: dict[str, Any]) -> str:
     for low, found in sorted(copies.items()):
         size = f"{low / 2**20:.3g} to {low * 4 / 2**20:.3g} MiB"
         lines.append(f"| copy, {size} read and written | {_range(found, '.3g')} GB/s |")
-    lines += [f"| matmul, {dtype} | {_range(found, '.3g')} TFLOP/s |" for dtype, found in sorted(rates.items())]
+    for dtype, found in sorted(rates.items()):
+        taken = " (float32's)" if dtype != "float32" and found <= rates.get("float32", set()) else ""
+        lines.append(f"| matmul, {dtype}{taken} | {_range(found, '.3g')} TFLOP/s |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 

@@ -48,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
             missing = f"fastlm {argv[0]} needs the package {error.name}: pip install {error.name}"
         print(f"fastlm: {missing}", file=sys.stderr)
         return 1
-    from fastlm import backend
+    from fastlm import _native, backend
     from fastlm.data.errors import InputError
 
     try:
         backend.forced()
+        if _native._C is not None:
+            _native._C.cpu_isa()  # FASTLM_CPU_ISA
     except ValueError as error:
         print(f"fastlm: {error}", file=sys.stderr)
         return 2

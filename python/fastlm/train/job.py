@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlm import backend
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
@@ -149,6 +150,9 @@ class Job:
         first = self.ranks.first
         parallel.check(config, self.ranks.sizes)
         self.device = self.ranks.device or pick_device(config.run.device)
+        if config.run.kernels == "fused" and backend.forced():  # said before data are prepared and a folder is made
+            for op in ("attention", "dropout_add_norm"):
+                backend.which(op, **backend.example(op, self.device.type))
         # once more when the vocabulary is known; but bytes and BPE have 256 at least, and preparing data may take hours
         if not config.model.init and config.data.tokenizer != "chars":
             least = Costs.of(config.model.resolve(256), config, self.device.type, self.ranks.sizes)
