@@ -86,7 +86,8 @@ def _gradient(
     lse = tl.where(lse == float("inf"), float("nan"), lse)  # a score of inf leaves no probabilities
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees nothing
     if NATURAL:
-        p = tl.exp2((x - lse) * LOG2E)
+        # A score of 1e9 and more that is summed in another order than the forward's may pass lse by more than exp2 takes.
+        p = tl.exp2(tl.minimum((x - lse) * LOG2E, 0.0, propagate_nan=tl.PropagateNan.ALL))
     else:
         p = tl.exp2(x * c - lse * LOG2E)
     used = p
