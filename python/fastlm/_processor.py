@@ -8,7 +8,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-_SIZE = 256  # large enough for a rate, and 20 milliseconds where PyTorch has no fast path for the dtype
+_SIZE = 256  # large enough for a rate, small enough not to be noticed where PyTorch has no fast path
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:
@@ -23,9 +23,9 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 def slowdown(dtype: torch.dtype) -> float:
     """How many times as long as in float32 the matrix products of training take in ``dtype`` on this CPU; measured once.
 
-    Below one where the processor has instructions for it. Without, PyTorch 2.13 takes ten times as long and, where matrices
-    are large, a hundred; in bfloat16 that is x86 before AVX-512 BF16 and AMX. One thread, and the least of ten turns, so
-    that a busy machine does not sway it.
+    Below one where the processor has instructions for it. Without (in bfloat16: x86 before AVX-512 BF16 and AMX) PyTorch
+    has no fast path, and falls behind the more the larger the matrices. One thread, and the least of ten turns, so that a
+    busy machine does not sway it.
     """
     if dtype == torch.float32:
         return 1.0

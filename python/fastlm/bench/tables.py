@@ -218,7 +218,7 @@ def trainer_table(data: dict[str, Any]) -> str:
         if row["loop"] == "fastlm":
             what = f"{row['model']}, seed {row['seed']}: time to the plain loop's loss of {row['target']:.4f}"
             took = f"{row['ratio']:.2f} of its time" if row["ratio"] else f"not reached (loss {row['loss']:.4f})"
-            aged = "" if row["source"] == rest else "; **at other sources than the rest**"
+            aged = "" if row.get("source") == rest else "; **at other sources than the rest**"
             lines.append(f"| {what} | {took}; goal {row['goal']}{aged} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 

@@ -97,7 +97,7 @@ def serves_backward(
 
 
 def _like(t: Tensor, dtype: torch.dtype | None, wanted: int) -> Tensor:
-    """An output shaped like ``t``, contiguous; empty unless ``wanted``. (``new_empty`` of a shape takes twice as long.)"""
+    """An output shaped like ``t``, contiguous; empty unless ``wanted``."""
     if not wanted:
         return t.new_empty(0, dtype=dtype)
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
