@@ -130,7 +130,7 @@ def work(run: Run, parts: list[Part]) -> None:
 
 def gpu_test_files(tests: Path) -> list[Path]:
     """The test files with tests marked gpu. Others are not even imported: they may need packages that are not here."""
-    return sorted(p for p in tests.glob("test_*.py") if re.search(r"^[^#\n]*pytest\.mark\.gpu\(", p.read_text(), re.M))
+    return sorted(p for p in tests.rglob("test_*.py") if re.search(r"^[^#\n]*pytest\.mark\.gpu\(", p.read_text(), re.M))
 
 
 def test_part(run: Run, limit: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.pop("FASTLM_BACKEND", None)
@@ -11,8 +12,11 @@ os.environ.pop("FASTLM_BACKEND", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import interpreter
+import paths
 import pytest
 import torch
+
+sys.path += [str(folder) for folder in paths.FOLDERS if str(folder) not in sys.path]
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from paths import python_path
 
 dtensor_worker = str(Path(__file__).with_name("dtensor_worker.py"))
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):
     command = [sys.executable, dtensor_worker, str(tmp_path / "meeting")]
-    out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": python_path()}
+    )
     ranks = [subprocess.Popen([*command, str(rank)], **out) for rank in range(2)]
     try:
         said = [rank.communicate(timeout=300)[0] for rank in ranks]

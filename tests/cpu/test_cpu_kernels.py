@@ -6,13 +6,13 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import fastlm
 import pytest
 import torch
 from dropout_add_norm_cases import BF16, F16, F32, Case, inputs, run
 from fastlm import _native
+from paths import python_path
 
 pytestmark = pytest.mark.skipif(bool(_native.missing()), reason="no compiled core")
 
@@ -41,7 +41,7 @@ def digest() -> str:
 def test_same_bits_on_every_instruction_set():
     found = {}
     for isa in ("portable", "avx2", "avx512"):
-        environment = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": python_path()}
         code = "import test_cpu_kernels as t; from fastlm import _native; print(_native._C.cpu_isa(), t.digest())"
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

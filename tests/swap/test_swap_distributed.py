@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import python_path
 from ports import free_port
 
 SCRIPT = """
 import os, sys, copy, torch, torch.distributed as dist
 from torch import nn
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import fastlm
 from test_swap_blocks import PreNorm, C, L
 
@@ -71,7 +71,7 @@ def test_two_processes_draw_the_masks_of_one(mode, order, tmp_path):
     processes = []
     for rank in range(2):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(script), str(Path(__file__).parent), mode, order]
+        command = [sys.executable, str(script), python_path(), mode, order]
         processes.append(
             subprocess.Popen(
                 command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

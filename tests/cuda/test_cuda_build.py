@@ -1,6 +1,6 @@
 """The CUDA kernels compile for sm_80 and sm_90a without a spill, and take the registers that the committed table says.
 
-python tests/test_cuda_build.py    rewrites bench/results/offline_cuda.json
+python tests/cuda/test_cuda_build.py    rewrites bench/results/offline_cuda.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "bench/results/offline_cuda.json"
 ARCHS = ("80", "90a")
 SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "device")
@@ -70,7 +70,7 @@ def test_compiles_without_a_spill(source, arch):
     if key() not in table:
         pytest.skip(f"{TABLE.name} has no figures of {key()}")
     assert kernels == table[key()][source][f"sm_{arch}"], (
-        f"run python tests/{Path(__file__).name} and look at the change"
+        f"run python tests/cuda/{Path(__file__).name} and look at the change"
     )
 
 

@@ -35,6 +35,7 @@ from attention_cases import (
 from fastlm.reference.attention import dropout_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import python_path
 
 op = fastlm.ops.attention
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled core with attention")
@@ -536,9 +537,7 @@ def test_the_rule_catches_wrong_gradients(name):
 @needs_cpu
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_obeys_the_rule(isa):
-    path = os.path.dirname(__file__)
     code = (
-        f"import sys; sys.path.insert(0, {path!r})\n"
         "import fastlm\nfrom accuracy import assert_as_exact_as_torch\nfrom attention_cases import *\n"
         "with fastlm.backend.use('cpu'):\n"
         "    few = replace(MANY, queries=1, keys=200)  # generation's own product\n"
@@ -546,9 +545,8 @@ def test_every_instruction_set_obeys_the_rule(isa):
         "        for dtype in (F32, BF16):\n"
         "            assert_as_exact_as_torch(lambda g: draw(replace(case, dtype=dtype), g))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FASTLM_CPU_ISA": isa}, capture_output=True, text=True
-    )
+    env = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": python_path()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

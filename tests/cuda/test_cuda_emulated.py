@@ -22,7 +22,7 @@ from fastlm import _native, backend
 from fastlm.cuda import dropout_add_norm as glue
 from fastlm.reference.dropout_add_norm import dropout_mask
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 op = fastlm.ops.dropout_add_norm
 
 

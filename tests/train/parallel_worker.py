@@ -1,4 +1,4 @@
-"""What one rank does in tests/test_parallel.py: runs named cases under a mesh, writes what came out as JSON.
+"""What one rank does in tests/train/test_parallel.py: runs named cases under a mesh, writes what came out as JSON.
 
 python parallel_worker.py OUT.json CASE...   with a Trainer per case; alone, or among the ranks that the environment names.
 """

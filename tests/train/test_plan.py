@@ -16,13 +16,14 @@ from fastlm.train import launch, mesh
 from fastlm.train.config import Config
 from fastlm.train.costs import Costs
 from fastlm.train.plan import plans
+from paths import python_path
 
 # A first job that is small, then one that is large: what the second adds to the process's peak is what was estimated,
 # whatever the process itself takes.
 SCRIPT = """
-import gc, json, sys
+import gc, json, os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import torch
 from fastlm.models.gpt import GPT, named
 from fastlm.train import machine, mesh
@@ -68,7 +69,7 @@ def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[lis
     processes = math.prod(mesh.parse(which).values())
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(Path(__file__).parent), which, str(tmp_path), json.dumps(cases)]
+    command = [sys.executable, str(script), python_path(), which, str(tmp_path), json.dumps(cases)]
     assert launch.run(command, processes, 1) == 0
     return [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(processes)]
 

@@ -1,4 +1,4 @@
-"""The processes of tests/test_kill.py: `fastlm train`, which on demand kills itself at its n-th file operation.
+"""The processes of tests/train/test_kill.py: `fastlm train`, which on demand kills itself at its n-th file operation.
 
 Run as a program this is a fork server: for each line of JSON on its input, the arguments of `train`, it forks a child with
 fastlm and torch imported already, writes the child's number, waits for it, and writes its exit status (-9: killed).

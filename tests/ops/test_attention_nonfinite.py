@@ -9,12 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import fastlm
 import pytest
 import torch
 from attention_cases import BACKENDS, BF16, F32
+from paths import python_path
 from torch import Tensor
 
 op = fastlm.ops.attention
@@ -81,8 +81,7 @@ def check(backend: str) -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_nothing_swallows_nan_or_infinity_on_any_instruction_set(isa: str) -> None:
     code = "import test_attention_nonfinite as t; t.check('cpu')"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": path}
+    env = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": python_path()}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -35,6 +35,7 @@ from attention_cases import (
 from fastlm import _native
 from fastlm.ops.attention import _arguments
 from fastlm.reference.attention import dropout_mask
+from paths import python_path
 
 pytestmark = pytest.mark.gpu("attention", "triton")
 op = fastlm.ops.attention
@@ -156,10 +157,8 @@ def test_same_bits_every_time_and_in_every_process():
         assert [digest(case) for case in DETERMINED] == first
     code = "import fastlm, test_gpu_attention as t\nwith fastlm.backend.use('triton'):\n"
     code += "    print(*(t.digest(c) for c in t.DETERMINED))"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    env = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == first
 

@@ -88,7 +88,7 @@ def test_a_bench_file_runs_under_pytest_with_its_row_beside_the_samples(tmp_path
 
 
 def test_make_test_runs_no_benchmark():
-    words = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_bench_evidence.py"]
+    words = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/bench/test_bench_evidence.py"]
     config = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True).stdout
     assert "bench/bench_" not in config
     assert not list((ROOT / "tests").rglob("bench_*.py"))  # pytest's testpaths is tests/

@@ -153,7 +153,7 @@ def test_ranks_hold_the_same_weights_after_training(out: Path, which: str) -> No
 @pytest.mark.parametrize("origin", ["one", *MESHES])
 def test_a_run_saved_on_any_mesh_goes_on_on_any_other(out: Path, which: str, origin: str) -> None:
     if which == origin == "one":
-        pytest.skip("tests/test_train.py")
+        pytest.skip("tests/train/test_train.py")
     whole = Outcome(out, which, "fused with dropout")
     result = json.loads((out / f"on {which}.json").read_text())[f"on {which} {origin} half"]
     assert result["steps"] == [3, 4]
