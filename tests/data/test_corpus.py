@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fastlm.data import InputError, Options, Prepared, TokenSource, prepare
-from fastlm.data.corpus import cut, documents, expand
+from fastlm.data.corpus import documents, expand
+from fastlm.data.cutting import cut
 from fastlm.data.shards import Column, open_shard
 from fastlm.data.tokenizer import BPETokenizer, CharTokenizer, load
 
@@ -97,7 +98,7 @@ def test_formats_give_the_same_documents(tmp_path: Path) -> None:
 
 
 def test_a_large_file_streams_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlm.data.corpus.WHOLE", 100_000)
+    monkeypatch.setattr("fastlm.data.cutting.WHOLE", 100_000)
     path = tmp_path / "big.txt"
     path.write_text(words(2, 3_000_000))
     pieces = list(documents(path))
@@ -184,8 +185,8 @@ def test_hidden_binary_and_odd_files_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlm.data.corpus.WHOLE", 300_000)
-    monkeypatch.setattr("fastlm.data.corpus.JOB", 200_000)
+    monkeypatch.setattr("fastlm.data.cutting.WHOLE", 300_000)
+    monkeypatch.setattr("fastlm.data.cutting.JOB", 200_000)
 
 
 def whole(pieces: list[Any]) -> list[bytes]:

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from fastlm.data import tokenizer as tokenizers
-from fastlm.data.corpus import BLOCK, Job, Part, cut, expand, jobs, kind, mark, pieces
+from fastlm.data.corpus import expand, jobs, pieces
+from fastlm.data.cutting import BLOCK, Job, Part, cut, mark
 from fastlm.data.errors import InputError
 from fastlm.data.pack import Packer, Rows
+from fastlm.data.readers import kind
 from fastlm.data.shards import Column, ShardWriter, open_shard
 from fastlm.data.workers import ordered
 

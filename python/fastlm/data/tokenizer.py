@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.data.corpus import cut
+from fastlm.data.cutting import cut
 from fastlm.data.errors import InputError
 
 SMALLEST_BPE = 257
