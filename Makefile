@@ -1,5 +1,5 @@
 # Everything a newcomer, a developer and CI run. Works with GNU make 3.81.
-#   make train | test | test-all | lint | bench | gpu | venv | clean
+#   make train | test | test-all | lint | bench | evidence | gpu | venv | clean
 # PYTHON        the interpreter that makes .venv (or, for `make gpu`, the one that is used as it is)
 # TORCH_INDEX   an index to take PyTorch from, for example that of its CPU wheels (see the README)
 # ARGS          passed on: make train ARGS="my.txt --steps 100", make test ARGS="-k mask"
@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 TEST_ENV := OMP_WAIT_POLICY=passive
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: train test test-all lint format bench gpu venv clean
+.PHONY: train test test-all lint format bench evidence gpu venv clean
 
 train: venv
 	$(BIN)/fastlm train $(ARGS)
@@ -36,6 +36,10 @@ format: venv
 
 bench: venv
 	$(BIN)/fastlm bench $(ARGS)
+
+# docs/remedies.md from bench/results; ARGS="--run augment" runs bench/quality_augment.py first
+evidence: venv
+	$(BIN)/python -m fastlm.bench.remedies $(ARGS)
 
 gpu:
 	$(PYTHON) scripts/gpu.py $(ARGS)
