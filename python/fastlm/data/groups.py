@@ -1,0 +1,28 @@
+"""Groups: copies of one text stay on one side of the split into training and validation.
+
+A row's `group` names what the split goes by in the place of the row's own text: the hash of the document (or block, where
+the corpus is split by blocks) that the row was made from, or of a cluster of near-duplicates. The hash of a text as a
+group has the mark that the text itself has, so a copy falls where its source does, also when the source is in another
+file and has no group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from fastlm.data import cutting
+
+_HASH = re.compile("[0-9a-f]{16}")
+
+
+def group_of(text: bytes) -> str:
+    """The group of a text that has none: sixteen hexadecimal digits, from the bytes that `cutting.mark` is made of."""
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def mark(group: str) -> float:
+    """A number in [0, 1): of a hash by `group_of` the mark of the text that was hashed, of another name that of the name."""
+    if _HASH.fullmatch(group):
+        return int.from_bytes(bytes.fromhex(group), "little") / 2**64
+    return cutting.mark(group.encode("utf-8", "surrogatepass"))
