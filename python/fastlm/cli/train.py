@@ -49,8 +49,8 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         --resume goes on.
 
         Args:
-            corpus: Files, folders and globs of text, source code, .jsonl, .parquet and datasets saved to disk, plain or
-                .gz/.zst.
+            corpus: Files, folders and globs of text, source code, rows (.jsonl, .json, .csv, .parquet) and datasets saved to
+                disk, plain or .gz, .zst, .xz, .bz2.
             resume: Run to go on with, from its last checkpoint; flags given beside it change it.
             fork: Run from whose last checkpoint a new run starts.
             other_data: Go on although the data differ from the checkpoint's.

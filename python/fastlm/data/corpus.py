@@ -1,5 +1,5 @@
-"""Corpora: files, folders and globs of text, source code, .jsonl, .parquet and .arrow (a folder that Hugging Face
-`datasets` saved to disk), plain or .gz/.zst, read as documents.
+"""Corpora: files, folders and globs of text, source code, rows (.jsonl, .json, .csv, .parquet) and .arrow (a folder that
+Hugging Face `datasets` saved to disk), plain or compressed, read as documents.
 
 A document is a file, a row, or what a separator parts. Reading streams, and is cut into jobs of about `JOB` bytes that
 can be done apart: a job names a part of a plain file, which whoever does the job reads, or holds texts that could only be
@@ -19,13 +19,13 @@ from pathlib import Path
 from fastlm.data import cutting, readers
 from fastlm.data.cutting import Job, Part, Piece
 from fastlm.data.errors import InputError
-from fastlm.data.readers import COLUMNS, kind
+from fastlm.data.readers import COLUMNS, LINES, TABLES, Form, compressed, form, kind
 
 JOB_FILES = 256
 SUFFIXES = frozenset(
     [".txt", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".js", ".ts", ".java",
-     ".go", ".rs", ".rb", ".sh", ".sql", ".html", ".css", ".json", ".toml", ".yaml", ".yml", ".ini", ".jsonl",
-     ".parquet", ".arrow"]
+     ".go", ".rs", ".rb", ".sh", ".sql", ".html", ".css", ".json", ".toml", ".yaml", ".yml", ".ini",
+     *LINES, *TABLES, *COLUMNS]
 )  # fmt: skip
 STDLIB_SKIP = frozenset(
     ["test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "tkinter", "turtledemo",
@@ -111,23 +111,40 @@ def parting(separator: str) -> bytes:
     return separator.replace("\\n", "\n").replace("\\t", "\t").encode()
 
 
+def apart(path: Path, found: Form, separator: str) -> bool:
+    """Whether parts of the file can be read apart: a plain one, by lines or as one text."""
+    return not compressed(path) and (found == "lines" or (found == "text" and not separator))
+
+
+def whole_texts(files: list[Path], field: str, separator: str) -> bool:
+    """Whether each file is one document, of as many bytes as the file has."""
+    for path in files:
+        with readers.Named(path):
+            if separator or compressed(path) or form(path, field) != "text":
+                return False
+    return True
+
+
 def jobs(files: list[Path], field: str = "text", separator: str = "") -> Iterator[tuple[Job, int]]:
     """(job, bytes on disk that it stands for) of a corpus, in order. Where they are cut depends on the files alone."""
     held: list[Piece | Part] = []
     size = disk = 0
-    parts = parting(separator)
+    border = parting(separator)
     for path in files:
         with readers.Named(path):
             length = path.stat().st_size
-            plain = kind(path) not in COLUMNS and not path.name.lower().endswith((".gz", ".zst"))
-            if plain and (not separator or kind(path) == ".jsonl"):
-                ranged = length > (cutting.JOB if kind(path) == ".jsonl" else cutting.WHOLE)
-                found = (
-                    cutting.parts(path, length) if ranged else iter([Part(path, 0, length, length)] if length else [])
+            found = form(path, field)
+            if apart(path, found, separator):
+                rows = found == "lines"
+                ranged = length > (cutting.JOB if rows else cutting.WHOLE)
+                parts = (
+                    cutting.parts(path, length, rows)
+                    if ranged
+                    else iter([Part(path, 0, length, length, rows)] if length else [])
                 )
-                pairs: Iterator[tuple[Piece | Part, int]] = ((p, p.end - p.start) for p in found)
+                pairs: Iterator[tuple[Piece | Part, int]] = ((p, p.end - p.start) for p in parts)
             else:
-                pairs = _progress(readers.streamed(path, field, parts), length)
+                pairs = _progress(readers.streamed(path, found, field, border), length)
             for item, part in pairs:
                 held.append(item)
                 disk += part
@@ -157,16 +174,10 @@ def pieces(job: Job, field: str = "text") -> Iterator[Piece]:
             yield item
             continue
         with readers.Named(item.path):
-            if kind(item.path) == ".jsonl":
+            if item.rows:
                 yield from readers.lines(item, field)
                 continue
-            for piece in cutting.read_part(item):
-                if item.start == 0 and piece.first and (at := piece.text.find(b"\0", 0, cutting.BLOCK)) >= 0:
-                    raise InputError(
-                        f"{item.path} is no text: byte {at} is 0, as in binary files and UTF-16; leave it out, or "
-                        f"convert it to UTF-8"
-                    )
-                yield piece
+            yield from cutting.read_part(item)
 
 
 def documents(path: Path, field: str = "text", separator: str = "") -> Iterator[Piece]:

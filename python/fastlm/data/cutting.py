@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from fastlm.data.errors import InputError
+
 BLOCK = 64 << 10
 JOB = 4 << 20
 WHOLE = 8 << 20
@@ -33,12 +35,13 @@ class Piece:
 @dataclass(frozen=True)
 class Part:
     """The bytes [start, end) of a plain file of `size` bytes, borders moved to line ends: a whole short file, or some of
-    a long one."""
+    a long one. `rows`: its lines are rows of JSON."""
 
     path: Path
     start: int
     end: int
     size: int
+    rows: bool = False
 
 
 Job = tuple["Piece | Part", ...]
@@ -47,6 +50,15 @@ Job = tuple["Piece | Part", ...]
 def mark(text: bytes) -> float:
     """A number in [0, 1) that depends on the text alone: below the validation fraction, the text is held out."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") / 2**64
+
+
+def refuse_zero(text: bytes, path: Path, at: int) -> None:
+    """InputError, by name and place, for a text from byte `at` of the file on that holds the byte 0."""
+    if (found := text.find(b"\0")) >= 0:
+        raise InputError(
+            f"{path} is no text: byte {at + found} is 0, as in binary files and UTF-16; leave it out, or convert it to "
+            f"UTF-8"
+        )
 
 
 def border(text: bytes, at: int, reach: int = BLOCK) -> int:
@@ -105,7 +117,9 @@ def read_part(part: Part) -> Iterator[Piece]:
     """The pieces of a part of a plain text file."""
     with open(part.path, "rb") as file:
         if part.size <= WHOLE:
-            yield Piece(file.read())
+            text = file.read()
+            refuse_zero(text, part.path, 0)
+            yield Piece(text)
             return
         head = mark(cut(file.read(2 * BLOCK))[0])
         ends = []
@@ -116,10 +130,11 @@ def read_part(part: Part) -> Iterator[Piece]:
             ends.append(at)
         file.seek(ends[0])
         text = file.read(ends[1] - ends[0])
+        refuse_zero(text, part.path, ends[0])
         yield from split(text, ends[1] == part.size, part.start == 0, head)
 
 
-def parts(path: Path, size: int) -> Iterator[Part]:
+def parts(path: Path, size: int, rows: bool = False) -> Iterator[Part]:
     """A long plain file in parts; none begins so near the end that it would be empty."""
     starts = [s for s in range(0, size, JOB) if not s or s < size - 2 * BLOCK]
-    yield from (Part(path, s, e, size) for s, e in zip(starts, [*starts[1:], size]))
+    yield from (Part(path, s, e, size, rows) for s, e in zip(starts, [*starts[1:], size]))

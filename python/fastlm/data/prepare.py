@@ -24,15 +24,14 @@ from typing import Any
 import numpy as np
 
 from fastlm.data import tokenizer as tokenizers
-from fastlm.data.corpus import expand, jobs, pieces
+from fastlm.data.corpus import expand, jobs, pieces, whole_texts
 from fastlm.data.cutting import BLOCK, Job, Part, cut, mark
 from fastlm.data.errors import InputError
 from fastlm.data.pack import Packer, Rows
-from fastlm.data.readers import kind
 from fastlm.data.shards import Column, ShardWriter, open_shard
 from fastlm.data.workers import ordered
 
-FORMAT = 2
+FORMAT = 3
 FEW_DOCUMENTS = 200
 DOMINANT = 0.05
 SMALLEST_BLOCK = 2048
@@ -183,10 +182,7 @@ class _Corpus:
     def count(self) -> tuple[int, int, int]:
         """(documents, bytes, the largest)."""
         documents = total = largest = size = 0
-        plain = not self.options.separator and not any(
-            kind(f) in (".jsonl", ".parquet", ".arrow") or f.suffix.lower() in (".gz", ".zst") for f in self.files
-        )
-        if plain:  # a document is a file
+        if whole_texts(self.files, self.options.field, self.options.separator):
             sizes = [n for n in (f.stat().st_size for f in self.files) if n]
             return len(sizes), sum(sizes), max(sizes, default=0)
         for more, part, biggest, rest in self.each("reading", _count, self.options.field):

@@ -100,7 +100,7 @@ class DataConfig:
     vocab: int = 8192
     """Tokens of a BPE trained on the corpus."""
     field: str = "text"
-    """Which field of .jsonl and .parquet rows holds the text."""
+    """Which field of rows (.jsonl, .json, .csv, .parquet) holds the text."""
     separator: str = ""
     """Text that parts documents within a file (\\n and \\t are understood)."""
     weights: tuple[float, ...] = ()
