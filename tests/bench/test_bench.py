@@ -126,7 +126,7 @@ test_bench = harness.pytest_cases(cases)
 def _result(path, ours, baseline, date="2026-01-01T00:00:00+00:00"):
     def contender(name, kind, median):
         return {"name": name, "kind": kind, "status": "ok", "median_s": median,
-                "quartiles_s": [median * 0.99, median * 1.01], "samples_s": [median]}  # fmt: skip
+                "quartiles_s": [median * 0.99, median * 1.01]}  # fmt: skip
 
     case = {"op": "attention", "name": "a", "bytes": 0, "flops": 0, "floor_s": 0, "goals": [], "ceilings": {},
             "contenders": [contender("fastlm", "ours", ours), contender("sdpa", "baseline", baseline)]}  # fmt: skip

@@ -118,7 +118,7 @@ class Timing:
             out["backends"] = self.backends
         if self.samples:
             low, high = self.spread
-            out |= {"median_s": self.median, "quartiles_s": [low, high], "samples_s": self.samples}
+            out |= {"median_s": self.median, "quartiles_s": [low, high]}
         return out
 
 
@@ -341,7 +341,7 @@ def pytest_cases(cases: Callable[[str], Iterable[Case]]) -> Callable[..., None]:
             taken[case.name] = timings, row(case, timings, limits) | {"allocator": allocator}
         timings, entry = taken[case.name]
         timing = next(t for t in timings if t.name == name)
-        own = {k: v for k, v in timing.as_json().items() if k != "samples_s"}
+        own = timing.as_json()
         benchmark.extra_info.update({k: v for k, v in entry.items() if k != "contenders"} | {"contender": own})
         if broken(own):
             pytest.fail(f"{timing.status}: {timing.reason}")

@@ -40,11 +40,7 @@ def write(path: Path, text: str) -> None:
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
-    """Writes a result file. Samples are kept to five digits: a clock gives no more."""
-    data = {
-        **data,
-        "cases": [{**case, "contenders": [_short(c) for c in case["contenders"]]} for case in data["cases"]],
-    }
+    """Writes a result file."""
     write(path, json.dumps(data, indent=1) + "\n")
 
 
@@ -74,11 +70,6 @@ def merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         **({"time_to_quality": quality} if quality else {}),
         "not_run": not_run,
     }  # fmt: skip
-
-
-def _short(contender: dict[str, Any]) -> dict[str, Any]:
-    samples = contender.get("samples_s")
-    return contender if samples is None else {**contender, "samples_s": [float(f"{s:.5g}") for s in samples]}
 
 
 def _seconds(value: float) -> str:

@@ -1,6 +1,6 @@
-"""What an op's kernels are made of, as a hash: comments stripped, with what they include or import and build flags.
+"""What an op's kernels are made of, as a hash of the text of their files, what those include or import, and build flags.
 
-A GPU result is kept with the hash of the sources that gave it, and goes stale when they change.
+A result is kept with the hash of the sources that gave it; `fastlm bench --status` says where the sources have changed.
 """
 
 from __future__ import annotations
@@ -37,42 +37,6 @@ def checkout() -> Path:
 
 
 _C_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
-_C_TOKENS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', re.DOTALL)
-
-
-@functools.cache  # many suites are made of the same files, and one page asks for all of them
-def stripped_cpp(text: str) -> str:
-    """C++ without comments and with white space folded."""
-    text = _C_TOKENS.sub(lambda m: " " if m[0][0] == "/" else m[0], text)
-    return " ".join(text.split())
-
-
-@functools.cache
-def stripped_python(text: str) -> str:
-    """Python without comments, docstrings and formatting, the same under every version of Python."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            body = node.body
-            if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                node.body = body[1:]
-    return _dumped(tree)
-
-
-def _dumped(node: object) -> str:
-    """As ``ast.dump``, without fields that are None or empty: later versions of Python add such to old nodes."""
-    if isinstance(node, list):
-        return "[" + ",".join(_dumped(part) for part in node) + "]"
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    fields = [(name, getattr(node, name, None)) for name in node._fields]
-    kept = [f"{n}={_dumped(v)}" for n, v in fields if n == "value" or v not in (None, [])]
-    return f"{type(node).__name__}({','.join(kept)})"
-
-
-def stripped_cmake(text: str) -> str:
-    """CMake without comments."""
-    return " ".join(re.sub(r"#[^\n]*", " ", text).split())
 
 
 def _python_path(module: str, root: Path) -> Path | None:
@@ -146,7 +110,7 @@ def files(op: str, backend: str, root: Path | None = None) -> list[Path]:
 
 
 def source_hash(op: str, backend: str, root: Path | None = None) -> str:
-    """Sixteen hexadecimal digits that change when the op's sources of this backend change in more than comments."""
+    """Sixteen hexadecimal digits that change when a file that this backend of ``op`` is made of changes."""
     root = root or checkout()
     return _digest(files(op, backend, root), root, build_settings(backend, root))
 
@@ -175,21 +139,14 @@ def build_settings(backend: str, root: Path) -> str:
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
     settings = re.findall(r"^cmake\.[a-z-]+ *= *[^#\n]*", project, re.MULTILINE)
     if backend == "cuda":
-        tree = ast.parse((root / "scripts/gpu.py").read_text(encoding="utf-8"))
-        settings += [stripped_python(ast.unparse(node)) for node in tree.body
+        script = (root / "scripts/gpu.py").read_text(encoding="utf-8")
+        settings += [ast.get_source_segment(script, node) or "" for node in ast.parse(script).body
                      if isinstance(node, ast.FunctionDef) and node.name in ("build", "arch_of")]  # fmt: skip
     return "\n".join(line.strip() for line in settings)
 
 
-def _digest(paths: Iterable[Path], root: Path, settings: str = "") -> str:
+def _digest(paths: Iterable[Path], root: Path, settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".py":
-            text = stripped_python(text)
-        elif path.suffix in _C_SUFFIXES:
-            text = stripped_cpp(text)
-        elif path.name == "CMakeLists.txt":
-            text = stripped_cmake(text)
-        digest.update(f"{path.relative_to(root)}\0{text}\0".encode())
+        digest.update(f"{path.relative_to(root)}\0{path.read_text(encoding='utf-8')}\0".encode())
     return digest.hexdigest()[:16]

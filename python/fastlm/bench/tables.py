@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm import backend
-from fastlm.bench import results, sources
+from fastlm.bench import front, results, sources
 
 TARGETS = ("README.md", "docs/benchmarks.md")
 
@@ -20,8 +20,11 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"
 
 
-def _machine(data: dict[str, Any], suites: Iterable[str], root: Path, with_commands: bool = True) -> str:
-    """What, when and how: one sentence for the machine, one for each command, and which figures are stale."""
+def _machine(data: dict[str, Any], suites: Iterable[str], with_commands: bool = True) -> str:
+    """What, when and how: one sentence for the machine, and one for each command.
+
+    Nothing here depends on the sources as they are now: `fastlm bench --status` says which figures are older than they.
+    """
     m = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
     why = f" ({m['instruction_set_reason']})" if m.get("instruction_set_reason") else ""
@@ -32,14 +35,7 @@ def _machine(data: dict[str, Any], suites: Iterable[str], root: Path, with_comma
     commands = "".join(
         f" By `{c}`." for c in sorted({run["command"].strip() for run in runs.values()}) if with_commands
     )
-    old = [name for name in runs if results.changed(data, name, root)]
-    stale = f" **Stale: the sources of {', '.join(old)} have changed since.**" if old else ""
-    return f"Measured {' and '.join(dates)} on {m['device']}{threads}{isa}; {versions}.{commands}{stale}"
-
-
-def _best(case: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any] | None:
-    ran = [c for c in case["contenders"] if c["kind"] in kinds and c["status"] == "ok"]
-    return min(ran, key=lambda c: c["median_s"]) if ran else None
+    return f"Measured {' and '.join(dates)} on {m['device']}{threads}{isa}; {versions}.{commands}"
 
 
 _GOAL = {True: "✓", False: "**missed**", None: "not measured:"}
@@ -233,7 +229,7 @@ def sections(root: Path) -> dict[str, str]:
     verified = {stem: data for stem, data in gpu.items() if data["cases"]}
     text = {"gpu-status": state}
     if verified:
-        text["gpu-table"] = "\n\n".join(f"{_machine(d, d['runs'], root)}\n\n{case_table(d)}" for d in verified.values())
+        text["gpu-table"] = "\n\n".join(f"{_machine(d, d['runs'])}\n\n{case_table(d)}" for d in verified.values())
     else:
         text["gpu-table"] = (
             "Not yet run on a GPU: the GPU kernels are compiled and interpreted in the tests, never timed."
@@ -242,31 +238,28 @@ def sections(root: Path) -> dict[str, str]:
     cpu = list(files.values())
 
     for op in (*backend.ops(), *sources.COMPOSED):
-        parts = [
-            f"{_machine(d, [op], root)}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])
-        ]
+        parts = [f"{_machine(d, [op])}\n\n{case_table(d, op)}" for d in cpu if any(c["op"] == op for c in d["cases"])]
         text[f"cpu-{op}"] = "\n\n".join(parts) or "Not measured."
-    # What each table is made of: those suites' figures may have gone stale.
+    text["front"] = front.text(cpu)
+    # Which suites each table is made of, and so which runs its head names.
     for name, table, suites in (
         ("behind", behind_table, [*backend.ops(), "step"]),
         ("losses", losses_table, None), ("memory", memory_table, None), ("ceilings", ceilings_table, None),
         ("profile", profile_table, ["step"]), ("within-step", within_step_table, ["step"]),
         ("trainer", trainer_table, ["train"]), ("preparation", preparation_table, ["loading"]),
     ):  # fmt: skip
-        text[f"cpu-{name}"] = _of_each(table, cpu, suites, root)
-    text["gpu-ceilings"] = _of_each(ceilings_table, list(verified.values()), None, root)
+        text[f"cpu-{name}"] = _of_each(table, cpu, suites)
+    text["gpu-ceilings"] = _of_each(ceilings_table, list(verified.values()), None)
     text["cpu-pictures"] = _pictures(files)
     text["gpu-pictures"] = _pictures(verified)
     text["cpu-missing"] = "\n".join(dict.fromkeys("\n".join(missing_peers(d) for d in cpu).splitlines())) or "None."
     return text
 
 
-def _of_each(
-    table: Callable[[dict[str, Any]], str], files: list[dict[str, Any]], suites: list[str] | None, root: Path
-) -> str:
+def _of_each(table: Callable[[dict[str, Any]], str], files: list[dict[str, Any]], suites: list[str] | None) -> str:
     """A table for each file that has something to say, under the machine and the suites (None: all) that it is of."""
     filled = [(data, table(data)) for data in files]
-    parts = [f"{_machine(d, d['runs'] if suites is None else suites, root, False)}\n\n{text}"
+    parts = [f"{_machine(d, d['runs'] if suites is None else suites, False)}\n\n{text}"
              for d, text in filled if text != "Not measured."]  # fmt: skip
     return "\n\n".join(parts) or "Not measured."
 
@@ -304,7 +297,15 @@ def write(root: Path) -> list[Path]:
     for folder, data in _drawn(root):
         if pictures.stale(data, folder):
             changed += pictures.draw(data, folder)
+    cpu = _cpu_results(root)
+    data = front.chosen(cpu)
+    if data is not None and front.stale(cpu, root):
+        changed.append(front.draw(data, root / front.PICTURE))
     return changed
+
+
+def _cpu_results(root: Path) -> list[dict[str, Any]]:
+    return [results.load(path) for path in sorted((root / "bench/results").glob("cpu-*.json"))]
 
 
 def _drawn(root: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -324,5 +325,6 @@ def stale(root: Path) -> list[str]:
     old = [name for name, text in texts.items() if filled(text, generated) != text]
     from fastlm.bench import pictures
 
+    old += [front.PICTURE] if front.stale(_cpu_results(root), root) else []
     return old + [str((folder / name).relative_to(root)) for folder, data in _drawn(root)
                   for name in pictures.stale(data, folder)]  # fmt: skip
