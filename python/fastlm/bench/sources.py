@@ -145,7 +145,7 @@ def build_settings(backend: str, root: Path) -> str:
     return "\n".join(line.strip() for line in settings)
 
 
-def _digest(paths: Iterable[Path], root: Path, settings: str) -> str:
+def _digest(paths: Iterable[Path], root: Path, settings: str = "") -> str:
     digest = hashlib.sha256(settings.encode())
     for path in paths:
         digest.update(f"{path.relative_to(root)}\0{path.read_text(encoding='utf-8')}\0".encode())

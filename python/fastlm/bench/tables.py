@@ -298,9 +298,9 @@ def write(root: Path) -> list[Path]:
         if pictures.stale(data, folder):
             changed += pictures.draw(data, folder)
     cpu = _cpu_results(root)
-    data = front.chosen(cpu)
-    if data is not None and front.stale(cpu, root):
-        changed.append(front.draw(data, root / front.PICTURE))
+    shown = front.chosen(cpu)
+    if shown is not None and front.stale(cpu, root):
+        changed.append(front.draw(shown, root / front.PICTURE))
     return changed
 
 
