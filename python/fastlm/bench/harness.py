@@ -118,7 +118,7 @@ class Timing:
             out["backends"] = self.backends
         if self.samples:
             low, high = self.spread
-            out |= {"median_s": self.median, "quartiles_s": [low, high]}
+            out |= {"median_s": self.median, "quartiles_s": [low, high], "samples": len(self.samples)}
         return out
 
 

@@ -64,7 +64,7 @@ def _case(op: str, name: str, before: str, after: str, what: str) -> Callable[[d
         times = {c["name"]: c for c in case["contenders"]}
         return {
             "measured": what, "before": f"{times[before]['median_s']:.2f} s", "after": f"{times[after]['median_s']:.2f} s",
-            "seconds": sum(sum(c.get("samples_s", [])) for c in case["contenders"]), "seeds": [],
+            "seconds": sum(c["median_s"] * c["samples"] for c in case["contenders"] if c["status"] == "ok"), "seeds": [],
             "command": "", "source": _first(data["runs"][op]["sources"]), "note": f"By `fastlm bench {op}`.",
         }  # fmt: skip
 
