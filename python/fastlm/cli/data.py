@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import tyro
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data.prepare import PARALLEL, Note
 from fastlm.train import job
-from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.config import DataConfig
 
 Data = Annotated[DataConfig, tyro.conf.arg(name="")]
@@ -72,8 +72,6 @@ def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEF
         corpus: Files, folders and globs, as `fastlm train` takes them.
         context: Tokens of a sample, which counts with --packing documents.
     """
-    data.check()
-    check("context", context, Range(1, COUNT))
     with reading() as note:
         start = time.perf_counter()
         found = job.read_data(corpus, data, context, note)
@@ -100,11 +98,8 @@ def show(
         seed: The run's seed.
         run: Take corpus, data, context and seed from this run.
     """
-    if not 0 <= n < 2**62:
-        raise InputError(f"the sample's number must be at least 0 and below 2**62; it is {n}")
-    data.check()
-    check("context", context, Range(1, COUNT))
-    check("seed", seed, Range(*SEED))
+    if n < 0:
+        raise InputError(f"the sample's number must be at least 0; it is {n}")
     if run:
         config, corpus = job.read_config(job.find_run(run))
         data, context, seed = config.data, config.model.length(), config.run.seed
@@ -131,12 +126,20 @@ def show(
     return 0
 
 
+OTHERS = {  # each in a module of its own, imported when called
+    "augment": ("fastlm.cli.augment", "IN ... --out FILE"),
+}
+
+
 def main(argv: list[str]) -> int:
+    if argv and argv[0] in OTHERS:
+        return int(importlib.import_module(OTHERS[argv[0]][0]).main(argv[1:]))
     if argv[:1] == ["prepare"]:
         return tyro.cli(prepare, prog="fastlm data prepare", args=argv[1:])
     if argv[:1] == ["show"]:
         return tyro.cli(show, prog="fastlm data show", args=argv[1:])
     asked = argv[:1] in (["-h"], ["--help"])
-    usage = "usage: fastlm data prepare [CORPUS ...] | show N [CORPUS ...]   (--help tells more)"
+    others = "".join(f" | {name} {takes}" for name, (_, takes) in OTHERS.items())
+    usage = f"usage: fastlm data prepare [CORPUS ...] | show N [CORPUS ...]{others}   (--help tells more)"
     print(usage, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
