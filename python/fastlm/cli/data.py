@@ -60,6 +60,8 @@ def _lines(data: Prepared, seconds: float) -> Iterator[str]:
             full = part["tokens"] / max(part["contexts"] * data.pack, 1)
             line += f", {part['contexts']:,} contexts of {data.pack}, {full:.1%} full"
         yield line
+    if m.get("left_out"):
+        yield f"{m['left_out']:,} documents are on neither side: they, or their groups, are in a --val set"
     if m["undecodable"]:
         yield f"{m['undecodable']:,} texts are not UTF-8 throughout"
     yield f"{seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s; {data.folder}"

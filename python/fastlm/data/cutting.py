@@ -23,13 +23,15 @@ WHOLE = 8 << 20
 class Piece:
     """Bytes of one document; `last` closes it, and `first` opens it.
 
-    `mark` is what the split goes by where the text is only a part of its document: the mark of the document's head.
+    `mark` is what the split goes by where that is not the text: the mark of the row's `group`, or of the document's head
+    where the text is only a part of it.
     """
 
     text: bytes
     last: bool = True
     first: bool = True
     mark: float | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,3 +26,13 @@ def mark(group: str) -> float:
     if _HASH.fullmatch(group):
         return int.from_bytes(bytes.fromhex(group), "little") / 2**64
     return cutting.mark(group.encode("utf-8", "surrogatepass"))
+
+
+def fold_of(mark: float, folds: int) -> int:
+    """Which of `folds` parts, 0 to folds - 1, holds out a text of this mark (its group's, where it has one).
+
+    Copies share a mark, so no fold validates on a copy of what it trains on. Raises ValueError for fewer than 2 folds.
+    """
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2; it is {folds}")
+    return min(int(mark * folds), folds - 1)

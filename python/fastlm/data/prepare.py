@@ -1,10 +1,11 @@
 """From a corpus to token shards, once: read, split by document, encode, write, and remember in a cache.
 
 The split takes a document for validation by its content's hash alone, so it stays the same when documents are added and
-exact copies fall on one side. With few documents, or one that dominates, blocks of 64 KiB cut at line ends take their
-place. A large corpus is read and encoded in several processes, and written in order by this one: the same text and
-tokenizer give the same bytes at any number of them. The cache's key is the files (path, size, time), the tokenizer and
-the options: a second call starts at once.
+exact copies fall on one side. A row's group takes the place of its content: what was made from a document, and its
+near-duplicates, fall where it does. With few documents, or one that dominates, blocks of 64 KiB cut at line ends take
+the place of documents without a group. A large corpus is read and encoded in several processes, and written in order by
+this one: the same text and tokenizer give the same bytes at any number of them. The cache's key is the files (path, size,
+time), the tokenizer and the options: a second call starts at once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.corpus import expand, jobs, pieces, whole_texts
-from fastlm.data.cutting import BLOCK, Job, Part, cut, mark
+from fastlm.data.cutting import BLOCK, Job, Part, Piece, cut, mark
 from fastlm.data.errors import InputError
+from fastlm.data.groups import group_of
 from fastlm.data.pack import Packer, Rows
 from fastlm.data.shards import Column, ShardWriter, open_shard
 from fastlm.data.workers import ordered
@@ -126,34 +128,92 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Sorted marks of a validation set's documents that have no group, and of its groups.
+
+    What shares a group with the set is foreign to training. Two documents without a group share nothing here, even if
+    they are equal: whoever validates on a part of the training text by name may do so.
+    """
+
+    documents: np.ndarray
+    groups: np.ndarray
+
+    def has(self, piece: Piece) -> bool:
+        own = _document_mark(piece)
+        return _among(self.groups, own) or (bool(piece.group) and _among(self.documents, own))
+
+
+def _among(marks: np.ndarray, own: float) -> bool:
+    at = int(np.searchsorted(marks, own))
+    return at < len(marks) and bool(marks[at] == own)
+
+
+@dataclass(frozen=True)
 class Split:
-    """Which texts are held out: those whose mark is below `limit`, by document (`block` 0) or by block of that size."""
+    """Which texts are held out: those whose mark is below `limit`, by document (`block` 0) or by block of that size.
+
+    A row with a group goes by the group's mark in either case. `without`: what further validation sets hold; it falls on
+    neither side.
+    """
 
     block: int
     limit: float
+    without: Held | None = dataclasses.field(default=None, compare=False)
 
 
-def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[bytes, bool, bool, bool]]:
-    """(text, held out, first, last) of each document, or block of one."""
+def _document_mark(piece: Piece) -> float:
+    return mark(piece.text) if piece.mark is None else piece.mark
+
+
+def _marked(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, float, bool, bool]]:
+    """(its piece, text, mark, first, last) of each document, or block of one."""
     for piece in pieces(job, name):
-        if not split.block:
-            own = mark(piece.text) if piece.mark is None else piece.mark
-            yield piece.text, own < split.limit, piece.first, piece.last
+        if not split.block or piece.group:
+            yield piece, piece.text, _document_mark(piece), piece.first, piece.last
             continue
         blocks = cut(piece.text, split.block)
         for i, text in enumerate(blocks):
-            yield text, mark(text) < split.limit, piece.first and i == 0, piece.last and i == len(blocks) - 1
+            yield piece, text, mark(text), piece.first and i == 0, piece.last and i == len(blocks) - 1
 
 
-def _count(job: Job, name: str) -> tuple[int, int, int, int]:
-    """(documents, bytes, largest document, bytes of the last one where it goes on in the next job)."""
-    documents = total = largest = size = 0
+def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[bytes, bool | None, bool, bool]]:
+    """(text, held out, first, last) of each document, or block of one. None in the place of "held out": on neither side,
+    being of a further validation set."""
+    for piece, text, own, first, last in _marked(job, split, name):
+        foreign = split.without is not None and split.without.has(piece)
+        yield text, None if foreign else own < split.limit, first, last
+
+
+def _documents(job: Job, name: str) -> np.ndarray:
+    """(mark, whether it is a group's) of each document that begins in a job, [documents, 2]."""
+    found = [(_document_mark(p), bool(p.group)) for p in pieces(job, name) if p.first]
+    return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+@dataclass
+class _Counted:
+    """Documents without a group: their number, bytes, the largest, and bytes of the last where it goes on in the next
+    job. Rows with a group: their number and bytes."""
+
+    documents: int = 0
+    total: int = 0
+    largest: int = 0
+    rest: int = 0
+    rows: int = 0
+    rows_total: int = 0
+
+
+def _count(job: Job, name: str) -> _Counted:
+    documents = total = largest = size = rows = rows_total = 0
     for piece in pieces(job, name):
+        if piece.group:
+            rows, rows_total = rows + 1, rows_total + len(piece.text)
+            continue
         size += len(piece.text)
         total += len(piece.text)
         if piece.last:
             documents, largest, size = documents + 1, max(largest, size), 0
-    return documents, total, largest, size
+    return _Counted(documents, total, largest, size, rows, rows_total)
 
 
 class _Corpus:
@@ -161,6 +221,8 @@ class _Corpus:
 
     def __init__(self, files: list[Path], options: Options, note: Note) -> None:
         self.files, self.options, self.note = files, options, note
+        self.documents = self.total = 0
+        self.grouped = False
         try:
             self.disk = sum(file.stat().st_size for file in files)
         except OSError as error:
@@ -179,35 +241,45 @@ class _Corpus:
             done += size
             self.note(what, done, self.disk)
 
-    def count(self) -> tuple[int, int, int]:
-        """(documents, bytes, the largest)."""
-        documents = total = largest = size = 0
+    def count(self) -> _Counted:
+        """Counts documents into `documents` and bytes into `total`; tells those of a group apart."""
+        found = _Counted()
         if whole_texts(self.files, self.options.field, self.options.separator):
             sizes = [n for n in (f.stat().st_size for f in self.files) if n]
-            return len(sizes), sum(sizes), max(sizes, default=0)
-        for more, part, biggest, rest in self.each("reading", _count, self.options.field):
-            documents, total = documents + more, total + part
-            size += biggest if more else 0  # the first that ends may have begun in an earlier job
-            largest = max(largest, biggest, size)
-            size = rest if more else size + rest
-        return documents, total, largest
+            found = _Counted(len(sizes), sum(sizes), max(sizes, default=0))
+        else:
+            size = 0
+            for more in self.each("reading", _count, self.options.field):
+                found.documents, found.total = found.documents + more.documents, found.total + more.total
+                found.rows, found.rows_total = found.rows + more.rows, found.rows_total + more.rows_total
+                size += more.largest if more.documents else 0  # the first that ends may have begun in an earlier job
+                found.largest = max(found.largest, more.largest, size)
+                size = more.rest if more.documents else size + more.rest
+        self.documents, self.total, self.grouped = (
+            found.documents + found.rows,
+            found.total + found.rows_total,
+            found.rows > 0,
+        )
+        return found
 
     def split(self) -> Split:
-        self.documents, self.total, largest = self.count()
+        found = self.count()
         if not self.total:
             names = ", ".join(str(f) for f in self.files[:3]) + (" ..." if len(self.files) > 3 else "")
             raise InputError(f"the corpus is empty: {len(self.files)} file(s) without text ({names})")
         fraction = self.options.val_fraction
-        if self.documents >= FEW_DOCUMENTS and largest <= DOMINANT * self.total:
+        size = 0
+        if found.documents and (found.documents < FEW_DOCUMENTS or found.largest > DOMINANT * found.total):
+            size = min(BLOCK, max(found.total // 20, SMALLEST_BLOCK))
+        elif not self.grouped:
             return Split(0, fraction)
-        size = min(BLOCK, max(self.total // 20, SMALLEST_BLOCK))
         # so few that chance may choose none: then the one with the smallest hash
         lowest, kinds = 1.0, set[float]()
         for job, _ in jobs(self.files, self.options.field, self.options.separator):
-            for text, *_ in _parts(job, Split(size, 1.0), self.options.field):
-                lowest = min(lowest, mark(text))
+            for _, _, own, *_ in _marked(job, Split(size, 1.0), self.options.field):
+                lowest = min(lowest, own)
                 if len(kinds) < 2:
-                    kinds.add(mark(text))
+                    kinds.add(own)
             if lowest < fraction:
                 break
         return Split(size, float(np.nextafter(lowest, 1.0)) if lowest >= fraction and len(kinds) > 1 else fraction)
@@ -215,7 +287,7 @@ class _Corpus:
     def train_texts(self, split: Split) -> Iterator[bytes]:
         done = 0
         for job, size in jobs(self.files, self.options.field, self.options.separator):
-            yield from (text for text, held, *_ in _parts(job, split, self.options.field) if not held)
+            yield from (text for text, held, *_ in _parts(job, split, self.options.field) if held is False)
             done += size
             self.note("learning the tokenizer", done, self.disk)
 
@@ -231,6 +303,7 @@ class _Encoded:
     texts: list[tuple[int, int, bool, bool]]
     bytes: list[int]
     undecodable: int
+    left_out: int = 0
 
 
 def _encode(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str) -> _Encoded:
@@ -238,6 +311,9 @@ def _encode(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str) 
     out = _Encoded([], [], [0, 0], 0)
     eot = np.array([tokenizer.eot], dtype=tokenizer.dtype)
     for text, held, first, last in _parts(job, split, name):
+        if held is None:
+            out.left_out += last
+            continue
         try:
             tokens = tokenizer.encode(text)
         except InputError as error:
@@ -258,23 +334,26 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
     pack = corpus.options.pack
     writers = [ShardWriter(folder, side, tokenizer.dtype, tokenizer.hash) for side in SIDES]
     packers = [Packer(folder, side, pack, tokenizer.hash) for side in SIDES] if pack else []
-    size, texts, undecodable, before = [0, 0], [0, 0], 0, -1
+    size, texts, undecodable, left_out, before = [0, 0], [0, 0], 0, 0, -1
     for done in corpus.each("encoding", _encode, split, tokenizer, corpus.options.field):
         for side, writer in enumerate(writers):
             writer.append(done.tokens[side])
             size[side] += done.bytes[side]
         undecodable += done.undecodable
+        left_out += done.left_out
         for side, count, first, last in done.texts:
             texts[side] += 1
             if pack:
                 packers[side].add(count, begins=first or side != before)
             before = -1 if last else side
     by_block = f"{'64 KiB' if split.block == BLOCK else f'{split.block} byte'} blocks"
+    by_group = " and groups" if corpus.grouped else ""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "documents": corpus.documents,
-        "split": "none" if split.limit > 1 else by_block if split.block else "documents",
+        "split": "none" if split.limit > 1 else (by_block if split.block else "documents") + by_group,
         "undecodable": undecodable,
+        "left_out": left_out,
         "pack": pack,
         "tokenizer": tokenizer.spec(),
     }
@@ -290,6 +369,7 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
             raise InputError(
                 f"the {empty} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
                 f"give more text or change --val-fraction (now {corpus.options.val_fraction})"
+                + (f"; {left_out} document(s) were left out, which a --val set holds" if left_out else "")
             )
     manifest["content"] = digest.hexdigest()[:32]
     manifest["times"] = {p.name: p.stat().st_mtime_ns for p in sorted(folder.glob("*.tok"))}
@@ -350,24 +430,35 @@ def prepare(
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
     whole: bool = False,
+    without: Held | None = None,
+    least: float = 0.0,
     cache: Path | None = None,
     note: Note = silent,
 ) -> Prepared:
     """The prepared corpus, from the cache when its files have not changed. `note(what, done, total)` is told of bytes.
 
-    `tokenizer` takes the place of the one that the options name. `whole`: no split, all is validation.
+    `tokenizer` takes the place of the one that the options name. `whole`: no split, all is validation. `without`: what
+    neither side takes (`held`). `least`: what the limit of the split is raised to
+    (`joint_limit`).
     Raises InputError where the corpus, an option or the cache cannot be used.
     """
     options = options or Options()
     _check(options)
     made = tokenizer.hash if tokenizer else _named(options)
-    key = _key(corpus, options, made, whole)
+    more: tuple[object, ...] = ()
+    if without is not None and without.groups.size + without.documents.size:
+        more += ("without", hashlib.sha256(without.groups.tobytes() + b"|" + without.documents.tobytes()).hexdigest())
+    if least > options.val_fraction:
+        more += ("least", least)
+    key = _key(corpus, options, made, whole, *more)
 
     def make(draft: Path) -> None:
         found = _Corpus(expand(corpus), options, note)
         if whole:
-            found.documents, found.total, _ = found.count()
-        split = Split(0, 2.0) if whole else found.split()
+            found.count()
+        split = Split(0, 2.0) if whole else dataclasses.replace(found.split(), without=without)
+        if least > split.limit:
+            split = dataclasses.replace(split, limit=least)
         own = tokenizer or tokenizers.make(options.tokenizer, options.vocab, lambda: found.train_texts(split))
         _write(found, split, own, draft)
 
@@ -394,6 +485,67 @@ def joint_tokenizer(
 
     folder = _made((cache or cache_folder()) / "tokenizers" / key, make)
     return tokenizers.load(json.loads((folder / "manifest.json").read_text()))
+
+
+def held(
+    corpora: list[tuple[str, ...]], options: Options, *, cache: Path | None = None, note: Note = silent
+) -> Held | None:
+    """What validation sets hold, by document and by group: for `without` of the corpus that is trained on."""
+
+    def make(draft: Path) -> None:
+        parts = [part for one in corpora for part in _Corpus(expand(one), options, note).each("reading", _documents,
+                                                                                             options.field)]  # fmt: skip
+        every = np.concatenate([*parts, np.empty((0, 2))])
+        np.save(draft / "marks.npy", np.unique(every, axis=0))
+        (draft / "manifest.json").write_text("{}")
+
+    if not corpora:
+        return None
+    key = _key(tuple(name for one in corpora for name in one), "marks", options.field, options.separator)
+    found = np.load(_made((cache or cache_folder()) / "marks" / key, make) / "marks.npy")
+    return Held(found[found[:, 1] == 0, 0], found[found[:, 1] == 1, 0])
+
+
+def joint_limit(
+    corpora: list[tuple[str, ...]], options: Options, *, cache: Path | None = None, note: Note = silent
+) -> float:
+    """The limit that corpora mixed by weights share where one of them has groups, else 0.
+
+    A corpus so small that its split takes the lowest mark raises its limit; a copy in another corpus must follow it.
+    """
+    _check(options)
+    every = [path for corpus in corpora for path in expand(corpus)]
+    if whole_texts(every, options.field, options.separator):
+        return 0.0
+
+    def make(draft: Path) -> None:
+        parts = [_Corpus(expand(corpus), options, note) for corpus in corpora]
+        limits = [part.split().limit for part in parts]
+        limit = max(limits) if any(part.grouped for part in parts) else 0.0
+        (draft / "manifest.json").write_text(json.dumps({"limit": limit}))
+
+    key = _key(
+        tuple(name for corpus in corpora for name in corpus),
+        "limit", options.field, options.separator, options.val_fraction, list(map(len, corpora)),
+    )  # fmt: skip
+    return float(
+        json.loads((_made((cache or cache_folder()) / "limits" / key, make) / "manifest.json").read_text())["limit"]
+    )
+
+
+def split_units(
+    corpus: tuple[str, ...], options: Options | None = None, note: Note = silent
+) -> Iterator[tuple[bytes, str]]:
+    """(text, group) of what the split decides on, in order: documents, or blocks where the corpus is split by blocks.
+
+    What is made from such a text must carry its group.
+    """
+    options = options or Options()
+    found = _Corpus(expand(corpus), options, note)
+    split = found.split()
+    for job, _ in jobs(found.files, options.field, options.separator):
+        for piece, text, *_ in _marked(job, split, options.field):
+            yield text, piece.group or group_of(text)
 
 
 def _named(options: Options) -> str:

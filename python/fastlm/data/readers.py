@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from fastlm.data import cutting
+from fastlm.data import cutting, groups
 from fastlm.data.cutting import Part, Piece
 from fastlm.data.errors import InputError
 
+GROUP = "group"  # the key of a row, or the column, that copies of one text share
 COLUMNS = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -176,7 +177,7 @@ class _NoZero(io.RawIOBase):
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
-def _row(value: Any, where: str) -> Iterator[Piece]:
+def _row(value: Any, where: str, group: Any = None) -> Iterator[Piece]:
     if isinstance(value, str):
         value = _bytes(value)
     if value is not None and not isinstance(value, bytes):
@@ -184,7 +185,16 @@ def _row(value: Any, where: str) -> Iterator[Piece]:
     if value:
         if b"\0" in value:
             raise InputError(f"{where}: the text holds the byte 0, which no text does; remove it, or the row")
-        yield Piece(value)
+        yield _grouped(value, group, where)
+
+
+def _grouped(text: bytes, group: Any, where: str) -> Piece:
+    """A row's text, whose side of the split its group decides where it has one."""
+    if group is None or group == "":
+        return Piece(text)
+    if isinstance(group, bool) or not isinstance(group, str | int):
+        raise InputError(f"{where}: the group must be a string, it is a {type(group).__name__}")
+    return Piece(text, mark=groups.mark(str(group)), group=str(group))
 
 
 def _object(row: Any, field: str, where: str) -> Iterator[Piece]:
@@ -193,7 +203,7 @@ def _object(row: Any, field: str, where: str) -> Iterator[Piece]:
     if field not in row:
         has = ", ".join(row) or "nothing"
         raise InputError(f"{where}: not a JSON object with a text in {field!r}; it has {has} (--field)")
-    yield from _row(row[field], where)
+    yield from _row(row[field], where, row.get(GROUP))
 
 
 def _line(line: bytes, field: str, where: str) -> Iterator[Piece]:
@@ -284,12 +294,13 @@ def _table(stream: IO[bytes], field: str, path: Path) -> Iterator[Piece]:
         if names and field not in names:
             raise InputError(f"{path} has no column {field!r}; its first line names {', '.join(names)} (--field)")
         column = names.index(field) if names else 0
+        group = names.index(GROUP) if GROUP in names else None
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if row and len(row) != len(names):
                 raise InputError(f"{where}: the row has {len(row)} columns, and the first line names {len(names)}")
             if row:
-                yield from _row(row[column], where)
+                yield from _row(row[column], where, None if group is None else row[group])
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
     finally:
@@ -305,7 +316,8 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
     with open(path, "rb") as file:
         if kind(path) == ".parquet":
             table = pq.ParquetFile(file)
-            schema, batches = table.schema_arrow, lambda: table.iter_batches(batch_size=1024, columns=[field])
+            wanted = [name for name in (field, GROUP) if name in table.schema_arrow.names]
+            schema, batches = table.schema_arrow, lambda: table.iter_batches(batch_size=1024, columns=wanted)
         elif file.read(6) == b"ARROW1":
             file.seek(0)
             feather = pa.ipc.open_file(file)
@@ -318,10 +330,12 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
             raise InputError(f"{path} has no column {field!r}; it has {', '.join(schema.names)} (--field)")
         number = 0
         for batch in batches():
-            column = batch.column(batch.schema.names.index(field))
-            for value in column.to_pylist():
+            named = batch.schema.names
+            column = batch.column(named.index(field)).to_pylist()
+            group = batch.column(named.index(GROUP)).to_pylist() if GROUP in named else [None] * len(column)
+            for value, own in zip(column, group):
                 number += 1
-                yield from _row(value, f"{path}, row {number}")
+                yield from _row(value, f"{path}, row {number}", own)
 
 
 # ------------------------------------------------------------------------------------------------------------------ text

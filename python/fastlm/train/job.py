@@ -21,7 +21,7 @@ from fastlm import backend
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
-from fastlm.data.prepare import Note, joint_tokenizer, silent
+from fastlm.data.prepare import Note, held, joint_limit, joint_tokenizer, silent
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lora, parallel, report, state
 from fastlm.train.callbacks import Picture, Samples, standard, warn
@@ -47,26 +47,36 @@ def options_of(config: DataConfig, context: int) -> Options:
 def read_data(corpus: tuple[str, ...], config: DataConfig, context: int, note: Note = silent) -> list[Prepared]:
     """One prepared corpus, or one for each name when weights mix them. `context` counts when documents are packed."""
     options = options_of(config, context)
+    without = held([(path,) for path in _named_sets(config).values()], options, note=note)
     if not config.weights:
-        return [prepare(corpus, options, note=note)]
+        return [prepare(corpus, options, without=without, note=note)]
     if len(config.weights) != len(corpus) or min(config.weights) <= 0:
         raise InputError(f"--weights needs one positive weight per corpus: {len(config.weights)} for {len(corpus)}")
     tokenizer = joint_tokenizer([(name,) for name in corpus], options, note=note)
-    return [prepare((name,), options, tokenizer=tokenizer, note=note) for name in corpus]
+    least = joint_limit([(name,) for name in corpus], options, note=note)
+    return [prepare((name,), options, tokenizer=tokenizer, without=without, least=least, note=note) for name in corpus]
+
+
+def _named_sets(config: DataConfig) -> dict[str, str]:
+    """--val's NAME=PATH by name. Raises InputError for what is no such pair, or a name given twice."""
+    found: dict[str, str] = {}
+    for given in config.val:
+        name, _, path = given.partition("=")
+        if not name.isidentifier() or not path or name in found:
+            raise InputError(f"--val takes NAME=PATH, each name (letters, digits, _) once; it is {given!r}")
+        found[name] = path
+    return found
 
 
 def read_validation(
     config: DataConfig, context: int, tokenizer: tokenizers.Tokenizer, note: Note = silent
 ) -> dict[str, Prepared]:
     """The further validation sets by name, none of which is split."""
-    found: dict[str, Prepared] = {}
-    for given in config.val:
-        name, _, path = given.partition("=")
-        if not name.isidentifier() or not path or name in found:
-            raise InputError(f"--val takes NAME=PATH, each name (letters, digits, _) once; it is {given!r}")
-        options = options_of(config, context)
-        found[name] = prepare((path,), options, tokenizer=tokenizer, whole=True, note=note)
-    return found
+    options = options_of(config, context)
+    return {
+        name: prepare((path,), options, tokenizer=tokenizer, whole=True, note=note)
+        for name, path in _named_sets(config).items()
+    }
 
 
 def validation(
