@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from fastlm import backend, nn, ops, rng
-from fastlm.swap import swap, unswap
+from fastlm.swap import explain, swap, unswap
 
-__all__ = ["backend", "nn", "ops", "rng", "swap", "unswap"]
+__all__ = ["backend", "explain", "nn", "ops", "rng", "swap", "unswap"]
 __version__ = _version("fastlm")

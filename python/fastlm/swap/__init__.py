@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fastlm import backend, rng
 from fastlm.swap import attention, blocks, classes, dropout, interface, multihead, norms  # noqa: F401  (they register their rules)
+from fastlm.swap.explain import Explanation, explain
 from fastlm.swap.report import Report, Row
 from fastlm.swap.rules import RULES, Reason, Rewrite
 
-__all__ = ["Report", "Row", "swap", "unswap"]
+__all__ = ["Explanation", "Report", "Row", "explain", "swap", "unswap"]
 
 
 def swap(model: nn.Module) -> Report:

@@ -1,7 +1,8 @@
-"""torch.compile backend "fastlm": fusion across blocks in the traced graph, then inductor.
+"""torch.compile backend "fastlm": rewrites of the traced graph, then inductor.
 
-Swap fuses within a block; a block's last dropout + add and the next block's first norm stand in different modules. In
-the graph that torch.compile traces they are neighbours, and become one dropout_add_norm, which also gives the residual:
+What people wrote out, dropout, add and norm, or attention, is found by ``fastlm.swap.graph``. What swap put there is fused
+across blocks here: a block's last dropout + add and the next block's first norm stand in different modules, and in the
+graph that torch.compile traces they are neighbours. They become one dropout_add_norm, which also gives the residual:
 
     z = dropout_add_norm(x, residual, norm=None), or x + residual;  y = norm(z)    ->    y, z = dropout_add_norm(x, ...)
 
@@ -11,7 +12,9 @@ nothing is imported before it is used.
 
 from __future__ import annotations
 
+import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +22,9 @@ import torch
 from torch import fx
 
 import fastlm.ops  # noqa: F401  (defines the operators)
+from fastlm.swap.graph import Event, rewrite
+
+log = logging.getLogger("fastlm")
 
 # Positions in the operator's schema.
 _X, _RESIDUAL, _LAYERSCALE, _ROWSCALE, _SEED, _OFFSET, _P, _EPS, _WEIGHT_OFFSET, _NORM = 0, 1, 4, 5, 6, 7, 8, 9, 10, 11
@@ -26,12 +32,33 @@ _Y_DTYPE, _Z_DTYPE, _NEED_Z, _COUNT = 12, 13, 14, 15
 _OPS = (torch.ops.fastlm.dropout_add_norm, torch.ops.fastlm.dropout_add_norm.default)
 
 
-def compile_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-    """What ``torch.compile(model, backend="fastlm")`` calls."""
+def compile_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="fastlm")`` calls; ``mode`` and ``options`` mean what they mean to inductor.
+
+    ``fastlm.explain`` shows what the rewrites find; here it is logged ("fastlm", level INFO).
+    """
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    fuse(gm)
-    return compile_fx(gm, example_inputs, **options)  # type: ignore[no-any-return,arg-type,return-value]
+    fired = Counter(event.pattern for event in rewrite_all(gm) if not event.why)
+    log.info("fastlm.compile: %s", ", ".join(f"{n} x {what}" for what, n in fired.items()) or "nothing to rewrite")
+    patches = {**(list_mode_options(mode) if mode is not None else {}), **(options or {})}
+    if patches:
+        more["config_patches"] = {name.replace("-", "_"): setting for name, setting in patches.items()}
+    return compile_fx(gm, example_inputs, **more)  # type: ignore[no-any-return,arg-type,return-value]
+
+
+def rewrite_all(gm: fx.GraphModule) -> list[Event]:
+    """Rewrites ``gm`` in place; returns what fired and what nearly did."""
+    events = rewrite(gm)
+    return [*events, *(Event("dropout + add + norm across swapped blocks", "(graph)") for _ in range(fuse(gm)))]
 
 
 def fuse(gm: fx.GraphModule) -> int:
