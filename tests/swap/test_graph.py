@@ -111,9 +111,16 @@ def check(function, shapes, expected):
     assert_as_exact_as_torch(draw)
 
 
+SOME = ("F.layer_norm", "rms, wide, weight + 1, sqrt", "layer")
+
+
 @pytest.mark.parametrize(
     ("name", "order"),
-    [*((name, "residual first") for name in NORMS), ("rms", "branch first"), ("layer", "branch first")],
+    [
+        *(pytest.param(name, "residual first", marks=() if name in SOME else pytest.mark.slow) for name in NORMS),
+        pytest.param("rms", "branch first", marks=pytest.mark.slow),
+        pytest.param("layer", "branch first", marks=pytest.mark.slow),
+    ],
 )
 def test_add_and_norm(name, order):
     def chain(x, r, w, b):
@@ -141,7 +148,7 @@ def test_add_and_norm(name, order):
             name,
             dtype,
             dynamic,
-            marks=() if name in ("F.layer_norm", "rms, wide, weight + 1, sqrt") else pytest.mark.slow,
+            marks=() if name in SOME[:2] else pytest.mark.slow,
         )
         for name in NORMS
         for dtype, dynamic in ((torch.float32, True), (torch.bfloat16, False))
@@ -327,7 +334,9 @@ def test_attention_written_out(function):
     check(function, SHAPES, [WRITTEN[function]])
 
 
-@pytest.mark.parametrize("function", [added, filled_finite, folded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [filled_finite, *(pytest.param(f, marks=pytest.mark.slow) for f in (added, folded))]
+)
 def test_attention_under_dynamic_shapes(function):
     """One graph serves other lengths and batches, without a guard of ours."""
     graphs = []
