@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow (make test-all)")
+    parser.addoption(
+        "--grid-part", type=float, default=1.0, help="the share of each grid that runs, drawn by --grid-seed"
+    )
+    parser.addoption("--grid-seed", type=int, default=None, help="default: a new one, printed at the end")
     parser.addoption("--gpu-report", default="", help="write the outcome of tests marked gpu(op, backend) as JSON")
 
 
@@ -31,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import accuracy
 
         accuracy.MAX_DRAWS = accuracy.POOL
+    if config.option.grid_seed is None:  # drawn before workers start, which are given these options
+        config.option.grid_seed = random.SystemRandom().randrange(2**32)
     if config.getoption("--gpu-report"):
         config.pluginmanager.register(GpuReport(Path(config.getoption("--gpu-report"))))
 
@@ -60,7 +67,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow (make test-all)"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("--grid-part") < 1:
+        leave_out(config, items)
     interpreter.redirect(config, items)
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects the tests marked ``grid`` that the seed does not draw."""
+    part, seed = config.getoption("--grid-part"), config.getoption("--grid-seed")
+    left = [
+        item
+        for item in items
+        if item.get_closest_marker("grid") and random.Random(f"{seed} {item.nodeid}").random() >= part
+    ]
+    config.hook.pytest_deselected(items=left)
+    gone = set(left)
+    items[:] = [item for item in items if item not in gone]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    part = config.getoption("--grid-part")
+    if part < 1:
+        terminalreporter.write_line(f"{part:.0%} of the grids, drawn by --grid-seed {config.getoption('--grid-seed')}")
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,7 @@ def test_as_exact_as_torch(number):
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("number", range(len(FEATURES)))
 def test_as_exact_as_torch_in_every_dtype(number, dtype):

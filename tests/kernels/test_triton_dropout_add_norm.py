@@ -100,6 +100,7 @@ def test_as_exact_as_torch_at_other_shapes(case):
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("shape", [(2, 3, 2, 129), (6, 20000), (2, 65536)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_as_exact_as_torch_at_extreme_shapes(shape, dtype):

@@ -61,6 +61,7 @@ FULL = [(b, c) for b in BACKENDS for c in GRID[:: 10 if b == "reference" else 1]
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("name,case", FULL, ids=lambda x: str(x))
 def test_as_exact_as_torch_full_grid(name, case):
     with fastlm.backend.use(name):

@@ -43,6 +43,7 @@ def test_as_exact_as_torch(name, case, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("case", [case for case in grid() if case.shape == (1, 1)], ids=str)
 def test_gradients_of_one_element_are_as_exact_on_the_reference(case):
     """4,096 draws, for each has one element."""
