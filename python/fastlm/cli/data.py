@@ -130,6 +130,7 @@ def show(
 
 OTHERS = {  # each in a module of its own, imported when called
     "augment": ("fastlm.cli.augment", "IN ... --out FILE"),
+    "clean": ("fastlm.cli.clean", "IN ... --out FOLDER"),
 }
 
 

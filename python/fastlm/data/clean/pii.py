@@ -1,0 +1,103 @@
+"""Personal data in text: e-mail addresses, public IP addresses, IBANs, card numbers, phone numbers.
+
+A run of digits inside a float, an object identifier or a version is none of these.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+
+from fastlm.data.clean.options import KINDS
+
+EMAIL = re.compile(
+    r"(?<![\w.+-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@])"
+)
+IP4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6}(?![\w:])")
+VERSION = re.compile(r"(?:version|release|revision|oid|\bv)[\s:=]*$", re.I)
+IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){11,18}(?![\w]|[.-]\d)")
+SEPARATED = r"[ .-]"
+PHONE = re.compile(
+    rf"(?<![\w.+/:=-])(?:\+\d{{1,3}}(?:{SEPARATED}?\(?\d{{1,4}}\)?){{2,6}}"
+    rf"|(?:(?:\+?1|001){SEPARATED})?(?:\(\d{{3}}\) ?|\d{{3}}{SEPARATED})\d{{3}}{SEPARATED}\d{{4}}"
+    rf"|\(0\d{{1,5}}\) ?\d{{3,8}}(?:{SEPARATED}\d{{2,6}})*)(?:x\d{{1,6}}| ext\.? ?\d{{1,6}})?(?![\w]|[.-]\d|\))"
+)
+ANY = re.compile(r"@|\d[\d .():-]{6}|[A-Z]{2}\d{2}[ A-Z0-9]|:[0-9a-fA-F]{0,4}:")
+
+
+def _public(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
+
+
+def _ip(text: str) -> Iterator[tuple[int, int]]:
+    for found in IP4.finditer(text):
+        if _public(found[0]) and not VERSION.search(text[max(found.start() - 12, 0) : found.start()]):
+            yield found.span()
+    if "::" in text or text.count(":") > 3:
+        for found in IP6.finditer(text):
+            if _public(found[0]):
+                yield found.span()
+
+
+def _iban(text: str) -> Iterator[tuple[int, int]]:
+    from stdnum import iban
+
+    for found in IBAN.finditer(text):
+        words = found[0].split(" ")
+        while words and not iban.is_valid("".join(words), check_country=False):
+            words.pop()
+        if words:
+            yield found.start(), found.start() + len(" ".join(words))
+
+
+def _card(text: str) -> Iterator[tuple[int, int]]:
+    from stdnum import luhn
+
+    for found in CARD.finditer(text):
+        digits = re.sub("[ -]", "", found[0])
+        brand = digits[0] in "3456" or digits[:4] in ("2131", "1800") or "2221" <= digits[:4] <= "2720"
+        if brand and luhn.is_valid(digits) and len(set(digits)) > 1:
+            yield found.span()
+
+
+def _phone(text: str) -> Iterator[tuple[int, int]]:
+    import phonenumbers
+
+    for found in PHONE.finditer(text):
+        if not re.search(r"[ .()+-]", found[0]):
+            continue
+        try:
+            number = phonenumbers.parse(found[0], "US")
+        except phonenumbers.NumberParseException:
+            continue
+        if phonenumbers.is_possible_number(number):
+            yield found.span()
+
+
+def find(text: str, kinds: tuple[str, ...] = KINDS) -> list[tuple[int, int, str]]:
+    """(start, end, kind) of each, in order and without overlap; of two the kind that KINDS names first."""
+    if not ANY.search(text):
+        return []
+    out: list[tuple[int, int, str]] = []
+    for kind in (k for k in KINDS if k in kinds):
+        if kind == "email":
+            spans = [m.span() for m in EMAIL.finditer(text)] if "@" in text else []
+        else:
+            spans = list({"ip": _ip, "iban": _iban, "card": _card, "phone": _phone}[kind](text))
+        out += [(s, e, kind) for s, e in spans if all(e <= a or s >= b for a, b, _ in out)]
+    return sorted(out)
+
+
+def mask(text: str, found: list[tuple[int, int, str]]) -> str:
+    """The text with each find as [KIND]."""
+    parts, at = [], 0
+    for start, end, kind in found:
+        parts += [text[at:start], f"[{kind.upper()}]"]
+        at = end
+    return "".join([*parts, text[at:]])

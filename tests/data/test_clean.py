@@ -1,0 +1,249 @@
+"""`fastlm data clean`: what each rule takes, copies, personal data, restarts, and bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastlm.data import InputError, prepare
+from fastlm.data.clean import CleanOptions, pii
+from fastlm.data.clean.options import bands
+
+pytest.importorskip("datatrove")
+from fastlm.cli.main import main
+from fastlm.data.clean import near, rules, run, words
+
+VOCABULARY = ["the", "of", "and", "to", "have"] + [
+    f"{a}{b}{c}o{d}" for a in "bdfgk" for b in "aeio" for c in "nrst" for d in "lmn"
+]
+
+
+def prose(seed: int, size: int = 120) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(VOCABULARY) for _ in range(size)) + ".\n"
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.open()]
+
+
+def clean(path: Path, out: Path, **options: Any) -> dict[str, Any]:
+    found = run.clean((str(path),), out, CleanOptions(workers=1, **options), note=lambda _: None)
+    assert found is not None
+    return found
+
+
+def edited(text: str, seed: int) -> str:
+    """Three words of a text changed."""
+    draw, parts = random.Random(seed), text.split()
+    for _ in range(3):
+        parts[draw.randrange(len(parts))] = f"new{seed}"
+    return " ".join(parts) + "\n"
+
+
+def test_copies_are_dropped_and_the_first_stays_with_its_group(tmp_path: Path) -> None:
+    base = [prose(n, 200) for n in range(40)]
+    texts = base + base[:5] + [edited(base[n], n) for n in range(5, 12)] + ["short text\n"]
+    table = clean(write(tmp_path / "in.jsonl", texts), tmp_path / "out")
+    assert table["documents"] == 53
+    assert {rule: n["documents"] for rule, n in table["dropped"].items()} == {
+        "exact_copy": 5, "near_duplicate": 7, "gopher_short_doc": 1,
+    }  # fmt: skip
+    kept = rows(tmp_path / "out")
+    assert [row["text"] for row in kept] == base
+    assert len({row["group"] for row in kept}) == 40
+    assert prepare((str(tmp_path / "out"),), cache=tmp_path / "cache").manifest["documents"] == 40
+
+
+def test_near_duplicates_that_stay_share_a_group_and_rows_keep_theirs(tmp_path: Path) -> None:
+    base = prose(1, 200)
+    path = tmp_path / "in.jsonl"
+    given: list[dict[str, str]] = [{"text": prose(2, 200), "group": "mine"}, {"text": base, "group": "a"}]
+    given += [{"text": edited(base, 3), "group": "b"}, {"text": prose(4, 200), "group": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    clean(path, tmp_path / "out", copies="group")
+    assert [row["group"] for row in rows(tmp_path / "out")] == ["mine", "a", "a", "a"]
+
+
+def test_candidates_find_what_brute_force_finds() -> None:
+    """Recall over pairs of all similarities from 0.7 on, against Jaccard of every pair."""
+    count, height = bands(0.7)
+    draw = random.Random(0)
+    sets, marks = [], []
+    for n in range(60):
+        words_ = prose(n, 300).split()
+        for _ in range(5):
+            variant = [w if draw.random() > 0.015 else "x" for w in words_]
+            sets.append(words.shingles(" ".join(variant)))
+            marks.append(words.signature(sets[-1], count, height))
+    close = [(a, b) for a in range(300) for b in range(a) if words.jaccard(sets[a], sets[b]) >= 0.7]
+    assert len(close) > 200
+    assert sum(bool((marks[a] == marks[b]).any()) for a, b in close) / len(close) >= 0.98
+
+
+def test_the_rules_are_datatrove_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gopher's rules give the verdicts of datatrove's own filters, over the same words."""
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+
+    own = rules.Quality(Path("unused"), Path("unused"), 50), rules.Repetition(Path("unused"), Path("unused"))
+    language = rules.Sentences()
+    theirs = GopherQualityFilter(language=language), GopherRepetitionFilter(language=language)
+    monkeypatch.setattr(rules, "language", lambda _: "en")
+    draw, verdicts = random.Random(0), set()
+    for n in range(150):
+        text = prose(n, draw.choice([20, 80, 200]))
+        turn = n % 10
+        if turn == 1:
+            text = text[:300] * 3
+        elif turn == 2:
+            text = "\n".join(f"- {line}" for line in text.split(" ")[:90])
+        elif turn == 3:
+            text = text.replace(" ", " # ")
+        elif turn == 4:
+            text = " ".join(f"{w} 1 2" for w in text.split())
+        elif turn == 5:
+            text = text.replace(" the ", " ").replace(" of ", " ").replace(" to ", " ").replace(" and ", " ")
+            text = text.replace("have", "")
+        elif turn == 6:
+            text = "\n".join([text[:60], text[60:100] + "..."] * 6)
+        elif turn == 7:
+            words_ = text.split()
+            text = " ".join(words_ + words_[: len(words_) // draw.choice([2, 4, 8])])
+        elif turn == 8:
+            text = "".join(f"{w}{w}{w}{w} " for w in text.split())
+        for mine, other in zip(own, theirs):
+            found, said = mine.judge(Document(text, "1")), other.filter(Document(text, "1"))
+            assert (True if found is None else (False, found[0])) == said, text
+            verdicts.add(said)
+    assert len(verdicts) > 8
+
+
+def test_the_same_bytes_for_any_number_of_workers_and_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "TASK", 100_000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(6):
+        texts = [prose(n * 50 + i, 200) for i in range(50)] + [prose(3, 200), edited(prose(n * 50, 200), n)]
+        write(folder / f"{n}.jsonl", texts)
+    clean(folder, tmp_path / "one")
+    found = run.clean((str(folder),), tmp_path / "two", CleanOptions(workers=2), note=lambda _: None)
+    assert found is not None
+    assert found["dropped"]["near_duplicate"]["documents"] == 6
+
+    real = near.Write.run
+    monkeypatch.setattr(near.Write, "run", lambda self, data, rank=0, world_size=1: _die(real, self, data, rank))
+    with pytest.raises(KeyboardInterrupt):
+        clean(folder, tmp_path / "killed")
+    monkeypatch.setattr(near.Write, "run", real)
+    monkeypatch.setattr(near.Link, "run", lambda *_: pytest.fail("a finished stage ran again"))
+    assert clean(folder, tmp_path / "killed") == found
+    names = sorted(p.name for p in (tmp_path / "one").glob("*.jsonl"))
+    assert len(names) > 3
+    for other in ("two", "killed"):
+        assert sorted(p.name for p in (tmp_path / other).glob("*.jsonl")) == names
+        assert all((tmp_path / other / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in names)
+
+
+def _die(real: Any, self: Any, data: Any, rank: int) -> Any:
+    if rank == 2:
+        raise KeyboardInterrupt
+    return real(self, data, rank)
+
+
+def test_memory_of_linking_is_bounded_by_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many passes over the keys give the clusters of one."""
+    texts = [prose(n, 200) for n in range(60)] + [edited(prose(n, 200), n) for n in range(30)]
+    path = write(tmp_path / "in.jsonl", texts)
+    first = clean(path, tmp_path / "one")
+    monkeypatch.setattr(near, "PASS", 7)
+    monkeypatch.setattr(near, "HELD", 3)
+    assert clean(path, tmp_path / "many") == first
+    assert first["dropped"]["near_duplicate"]["documents"] == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("write to jane.doe+x@mail.example.org, please", "write to [EMAIL], please"),
+        ("at 8.8.8.8 and 192.168.1.1 here", "at [IP] and 192.168.1.1 here"),
+        ("account GB82 WEST 1234 5698 7654 32 there", "account [IBAN] there"),
+        ("card 4111 1111 1111 1111 ok", "card [CARD] ok"),
+        ("call (202) 555-0143 or +44 20 7946 0958 now", "call [PHONE] or [PHONE] now"),
+        ("pi = 3.14159265358979, 0.4111111111111111", None),
+        ("oid 1.3.6.1.4.1.311.20.2 and version 8.8.8.8", None),
+        ("x = 1234567890; id 4111111111111112; 2024-01-02 10:11:12", None),
+    ],
+)
+def test_personal_data(text: str, masked: str | None) -> None:
+    assert pii.mask(text, pii.find(text)) == (masked or text)
+
+
+def test_steps_mend_and_drop(tmp_path: Path) -> None:
+    page = "<!DOCTYPE html><html><body><nav>menu</nav><article><p>" + prose(1, 150) + "</p></article></body></html>"
+    texts = [page, prose(2, 150) + " lâ€™été", "lorem ipsum " + prose(3, 150), prose(4, 150) + " a@b.example.com"]
+    write(tmp_path / "in.jsonl", texts)
+    table = clean(tmp_path / "in.jsonl", tmp_path / "out")
+    kept = [row["text"] for row in rows(tmp_path / "out")]
+    assert table["kept"] == 3
+    assert "lorem_ipsum" in table["dropped"]
+    assert "<" not in kept[0]
+    assert "l’été" in kept[1]
+    assert kept[2].rstrip().endswith("[EMAIL]")
+    assert table["found"] == {"masked:email": 1}
+
+
+def test_show_dropped_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in.jsonl", [prose(1), "too short\n"])
+    command = ["data", "clean", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    assert "gopher_short_doc" in capsys.readouterr().out
+    assert main(["data", "clean", "--out", str(tmp_path / "out"), "--show-dropped", "gopher_short_doc"]) == 0
+    said = capsys.readouterr().out
+    assert "2 words, at least 50 are wanted" in said
+    assert "too short" in said
+    assert main(["data", "clean", "--out", str(tmp_path / "out"), "--show-dropped", "nothing"]) == 2
+    assert "rules that dropped some: gopher_short_doc" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", ["short\n"])
+    with pytest.raises(InputError, match="nothing is left of 1 documents; most fell to gopher_short_doc"):
+        clean(path, tmp_path / "out")
+    with pytest.raises(InputError, match="the result of other files or options"):
+        clean(path, tmp_path / "out", min_words=0)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(InputError, match=r"broken.jsonl, line 2"):
+        clean(broken, tmp_path / "out2")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        clean(path, tmp_path / "full")
+    with pytest.raises(InputError, match=r"has no policy\.toml"):
+        clean(path, tmp_path / "out3", filter=str(tmp_path))
+    (tmp_path / "policy.toml").write_text("")
+    with pytest.raises(InputError, match="no scorer for it yet"):
+        clean(path, tmp_path / "out3", filter=str(tmp_path))
+    for wrong in ({"dedup": 2.0}, {"pii_kinds": ("name",)}, {"lang": ("English",)}, {"executor": "slurm"}):
+        with pytest.raises(InputError, match="--"):
+            clean(path, tmp_path / "out4", **wrong)
+    assert not (tmp_path / "out4").exists()
+    shutil.rmtree(tmp_path / "full")
+
+
+def test_jaccard_is_that_of_sets() -> None:
+    a, b = np.array([1, 2, 3], np.uint64), np.array([2, 3, 4, 5], np.uint64)
+    assert words.jaccard(a, b) == 2 / 5
