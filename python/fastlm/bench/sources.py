@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fastlm
 
-COMPOSED = ("step", "train", "loading")  # the suites that are no op, in the order in which they are run and shown
+COMPOSED = ("step", "drop_in", "train", "loading")  # the suites that are no op, in the order in which they are run and shown
 
 
 class NoCheckout(RuntimeError):
