@@ -188,8 +188,9 @@ class NanoChat(_Loss):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         x, n = rms(self.tokens(input_ids)), input_ids.shape[1]
+        cos, sin = self.get_buffer("cos")[:n], self.get_buffer("sin")[:n]
         for block in self.blocks:
-            x = block(x, self.cos[:n], self.sin[:n])
+            x = block(x, cos, sin)
         return self.loss(15 * torch.tanh(self.head(rms(x)) / 15), labels)
 
 

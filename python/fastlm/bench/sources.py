@@ -15,7 +15,8 @@ from pathlib import Path
 
 import fastlm
 
-COMPOSED = ("step", "drop_in", "train", "loading")  # the suites that are no op, in the order in which they are run and shown
+# The suites that are no op, in the order in which they are run and shown.
+COMPOSED = ("step", "drop_in", "train", "loading")
 
 
 class NoCheckout(RuntimeError):
