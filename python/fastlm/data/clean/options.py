@@ -75,13 +75,13 @@ class CleanOptions:
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows) of the signature: as many rows as still find a pair of that similarity with 98%.
+    """(bands, rows) of the signature: as many rows as still find a pair of that similarity with 99.5%.
 
     A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec et al., Mining of Massive
     Datasets, section 3.4). False candidates cost time alone: each is checked.
     """
     best = 1
     for rows in range(1, 17):
-        if 1 - (1 - threshold**rows) ** (HASHES // rows) >= 0.98:
+        if 1 - (1 - threshold**rows) ** (HASHES // rows) >= 0.995:
             best = rows
     return HASHES // best, best

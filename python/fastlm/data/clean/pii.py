@@ -21,7 +21,7 @@ IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z
 CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){11,18}(?![\w]|[.-]\d)")
 SEPARATED = r"[ .-]"
 PHONE = re.compile(
-    rf"(?<![\w.+/:=-])(?:\+\d{{1,3}}(?:{SEPARATED}?\(?\d{{1,4}}\)?){{2,6}}"
+    rf"(?<![\w.+/:=-])(?:\+\d{{1,3}}(?:{SEPARATED}?\(?\d{{2,4}}\)?){{2,6}}"
     rf"|(?:(?:\+?1|001){SEPARATED})?(?:\(\d{{3}}\) ?|\d{{3}}{SEPARATED})\d{{3}}{SEPARATED}\d{{4}}"
     rf"|\(0\d{{1,5}}\) ?\d{{3,8}}(?:{SEPARATED}\d{{2,6}})*)(?:x\d{{1,6}}| ext\.? ?\d{{1,6}})?(?![\w]|[.-]\d|\))"
 )
@@ -30,9 +30,12 @@ ANY = re.compile(r"@|\d[\d .():-]{6}|[A-Z]{2}\d{2}[ A-Z0-9]|:[0-9a-fA-F]{0,4}:")
 
 def _public(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).is_global
+        address = ipaddress.ip_address(text)
     except ValueError:
         return False
+    parts = text.split(".")
+    numbered = len(parts) == 4 and sum(len(p) == 1 for p in parts) > 2 and len(set(parts)) > 1  # 7.1.4.34, a version
+    return address.is_global and not address.is_multicast and not numbered and not text.lower().startswith("ffff:")
 
 
 def _ip(text: str) -> Iterator[tuple[int, int]]:
