@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 namespace fastlm {
-namespace dan {
+namespace dropout_add_norm {
 
 constexpr int kLayer = 0, kRms = 1, kNone = 2;  // Norm of fastlm.h
 
@@ -59,12 +59,12 @@ static inline __attribute__((always_inline)) int64_t blocks(int64_t rows) {
   return (rows + block_rows(rows) - 1) / block_rows(rows);
 }
 
-}  // namespace dan
+}  // namespace dropout_add_norm
 
-#define FASTLM_DAN(isa)                                        \
-  namespace isa {                                              \
-  void dan_forward(const dan::Forward& a, float* workspace);   \
-  void dan_backward(const dan::Backward& a, float* workspace); \
+#define FASTLM_DAN(isa)                                                                  \
+  namespace isa {                                                                        \
+  void dropout_add_norm_forward(const dropout_add_norm::Forward& a, float* workspace);   \
+  void dropout_add_norm_backward(const dropout_add_norm::Backward& a, float* workspace); \
   }
 FASTLM_DAN(portable)
 FASTLM_DAN(avx2)

@@ -26,7 +26,7 @@ void backward_rows(const Backward& a, const float* weight, const float* layersca
   const Walk xs(a.x, a, lines + 3 * line), rowscales(a.rowscale, a, nullptr);
   const Walk dxs(a.dx, a, nullptr), dresiduals(a.dresidual, a, nullptr);
   const bool stream_dx = streams(a, a.dx), stream_dresidual = streams(a, a.dresidual);
-  const bool norm = a.dy.data != nullptr, layer = a.norm == dan::kLayer;
+  const bool norm = a.dy.data != nullptr, layer = a.norm == dropout_add_norm::kLayer;
   Philox philox = Philox::make(a.key);
 
   for (int64_t r = begin; r < end; ++r) {
@@ -130,13 +130,13 @@ void combine(float* partial, int64_t blocks, int64_t step, const Operand& out, i
 
 }  // namespace
 
-void dan_backward(const Backward& a, float* workspace) {
+void dropout_add_norm_backward(const Backward& a, float* workspace) {
   const int64_t columns = a.size[3], line = padded(columns);
-  const int64_t per_block = dan::block_rows(a.rows), blocks = dan::blocks(a.rows);
-  float* const shared = workspace + a.threads * dan::kBackwardLines * line;
+  const int64_t per_block = dropout_add_norm::block_rows(a.rows), blocks = dropout_add_norm::blocks(a.rows);
+  float* const shared = workspace + a.threads * dropout_add_norm::kBackwardLines * line;
   const float* weight = parameter(a.weight, a.weight_offset, columns, shared);
   const float* layerscale = parameter(a.layerscale, 0.0f, columns, shared + line);
-  float* const partial = shared + dan::kVectors * line;  // [blocks][parameter][line]
+  float* const partial = shared + dropout_add_norm::kVectors * line;  // [blocks][parameter][line]
   const Operand* parameters[3] = {&a.dweight, &a.dbias, &a.dlayerscale};
   int count = 0;
   for (const Operand* t : parameters) count += t->data != nullptr;
@@ -150,7 +150,7 @@ void dan_backward(const Backward& a, float* workspace) {
   const int instance = types.instance();
 
   on_threads(a.threads, [&](int thread, int threads) {
-    float* const lines = workspace + thread * dan::kBackwardLines * line;
+    float* const lines = workspace + thread * dropout_add_norm::kBackwardLines * line;
     float* const sub = lines + 4 * line;
     Sums sums = {nullptr, nullptr, nullptr};
     float** const slots[3] = {&sums.weight, &sums.bias, &sums.layerscale};
@@ -160,8 +160,8 @@ void dan_backward(const Backward& a, float* workspace) {
     for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
       const int64_t last = a.rows < (block + 1) * per_block ? a.rows : (block + 1) * per_block;
       float* const mine = partial + block * count * line;
-      for (int64_t begin = block * per_block; begin < last; begin += dan::kSubRows) {
-        const int64_t end = last < begin + dan::kSubRows ? last : begin + dan::kSubRows;
+      for (int64_t begin = block * per_block; begin < last; begin += dropout_add_norm::kSubRows) {
+        const int64_t end = last < begin + dropout_add_norm::kSubRows ? last : begin + dropout_add_norm::kSubRows;
         memset(sub, 0, count * line * sizeof(float));
         if (a.drop) {
           backward_instance<true>(instance, a, weight, layerscale, begin, end, sums, lines);

@@ -44,7 +44,7 @@ void forward_rows(const Forward& a, const float* weight, const float* bias, cons
   const Walk xs(a.x, a, lines + line), residuals(a.residual, a, lines + 2 * line);
   const Walk ys(a.y, a, nullptr), zs(a.z, a, nullptr), rowscales(a.rowscale, a, nullptr);
   const bool stream_y = streams(a, a.y), stream_z = streams(a, a.z);
-  const bool rms = a.norm == dan::kRms, norm = a.norm != dan::kNone;
+  const bool rms = a.norm == dropout_add_norm::kRms, norm = a.norm != dropout_add_norm::kNone;
   Philox philox = Philox::make(a.key);
 
   for (int64_t r = begin; r < end; ++r) {
@@ -133,9 +133,9 @@ void forward_instance(int instance, const Forward& a, const float* w, const floa
 
 }  // namespace
 
-void dan_forward(const Forward& a, float* workspace) {
+void dropout_add_norm_forward(const Forward& a, float* workspace) {
   const int64_t columns = a.size[3], line = padded(columns);
-  float* const shared = workspace + a.threads * dan::kForwardLines * line;
+  float* const shared = workspace + a.threads * dropout_add_norm::kForwardLines * line;
   const float* weight = parameter(a.weight, a.weight_offset, columns, shared);
   const float* bias = parameter(a.bias, 0.0f, columns, shared + line);
   const float* layerscale = parameter(a.layerscale, 0.0f, columns, shared + 2 * line);
@@ -146,7 +146,7 @@ void dan_forward(const Forward& a, float* workspace) {
   types.note(types.stream, a.z, true);
   const int instance = types.instance();
   on_threads(a.threads, [&](int thread, int threads) {
-    float* const lines = workspace + thread * dan::kForwardLines * line;
+    float* const lines = workspace + thread * dropout_add_norm::kForwardLines * line;
     const int64_t begin = a.rows * thread / threads, end = a.rows * (thread + 1) / threads;
     if (a.drop) {
       forward_instance<true>(instance, a, weight, bias, layerscale, begin, end, lines);

@@ -13,11 +13,11 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-using dan::Backward;
-using dan::Common;
-using dan::Forward;
-using dan::Operand;
-using dan::padded;
+using dropout_add_norm::Backward;
+using dropout_add_norm::Common;
+using dropout_add_norm::Forward;
+using dropout_add_norm::Operand;
+using dropout_add_norm::padded;
 
 constexpr int kBlock = 128;   // columns a Keep decides
 constexpr int kAhead = 4096;  // bytes between what is read and what is asked for: hardware stops at the end of a page

@@ -18,7 +18,7 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 24 * 1024;
 
-dan::Operand operand(const Tensor& t, const char* name, bool needed = false) {
+dropout_add_norm::Operand operand(const Tensor& t, const char* name, bool needed = false) {
   if (t[0] == 0 && needed) throw std::invalid_argument(std::string("dropout_add_norm: ") + name + " is missing");
   if (t[1] != kFloat32 && t[1] != kBFloat16 && t[1] != kFloat16) {
     throw std::invalid_argument(std::string("dropout_add_norm: ") + name +
@@ -27,8 +27,8 @@ dan::Operand operand(const Tensor& t, const char* name, bool needed = false) {
   return {reinterpret_cast<char*>(t[0]), static_cast<int>(t[1]), {t[2], t[3], t[4], t[5]}};
 }
 
-dan::Operand output(const Tensor& t, const char* name, bool needed = false) {
-  const dan::Operand out = operand(t, name, needed);
+dropout_add_norm::Operand output(const Tensor& t, const char* name, bool needed = false) {
+  const dropout_add_norm::Operand out = operand(t, name, needed);
   if (out.data != nullptr && out.stride[3] != 1) {
     throw std::invalid_argument(std::string("dropout_add_norm: ") + name + " must have adjacent columns");
   }
@@ -70,16 +70,17 @@ int64_t last_level_cache() {
 // Whether outputs go past the cache: where all that a call reads and writes takes more than half of it, lines of the
 // outputs would be fetched from memory to be overwritten, and be gone again before a consumer comes. Counting what is
 // read too took a quarter off the time of a bfloat16 [4096, 1024] and nothing off what a following matmul takes.
-bool past_the_cache(const dan::Common& a, std::initializer_list<const dan::Operand*> tensors) {
+bool past_the_cache(const dropout_add_norm::Common& a,
+                    std::initializer_list<const dropout_add_norm::Operand*> tensors) {
   int64_t bytes = 0;
-  for (const dan::Operand* t : tensors) {
+  for (const dropout_add_norm::Operand* t : tensors) {
     if (t->data != nullptr) bytes += a.rows * a.size[3] * (t->dtype == kFloat32 ? 4 : 2);
   }
   return bytes > last_level_cache() / 2;
 }
 
-void set_common(dan::Common& a, const Sizes& sizes, const Tensor& seed, const Tensor& offset, bool offset_per_row,
-                double p, double weight_offset, int norm, int threads) {
+void set_common(dropout_add_norm::Common& a, const Sizes& sizes, const Tensor& seed, const Tensor& offset,
+                bool offset_per_row, double p, double weight_offset, int norm, int threads) {
   for (int i = 0; i < 4; ++i) {
     if (sizes[i] < 0) throw std::invalid_argument("dropout_add_norm: sizes must not be negative");
     a.size[i] = sizes[i];
@@ -112,8 +113,8 @@ Workspace workspace(int64_t floats) {
   return Workspace(static_cast<float*>(p));
 }
 
-void run(const dan::Forward& a, float* space) { FASTLM_DISPATCH(dan_forward, a, space); }
-void run(const dan::Backward& a, float* space) { FASTLM_DISPATCH(dan_backward, a, space); }
+void run(const dropout_add_norm::Forward& a, float* space) { FASTLM_DISPATCH(dropout_add_norm_forward, a, space); }
+void run(const dropout_add_norm::Backward& a, float* space) { FASTLM_DISPATCH(dropout_add_norm_backward, a, space); }
 
 }  // namespace
 
@@ -121,7 +122,7 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
                                   Tensor rowscale, Tensor seed, Tensor offset, bool offset_per_row, double p,
                                   double eps, double weight_offset, int norm, Tensor y, Tensor z, Tensor mean,
                                   Tensor rstd, int threads) {
-  dan::Forward a;
+  dropout_add_norm::Forward a;
   set_common(a, sizes, seed, offset, offset_per_row, p, weight_offset, norm, threads);
   if (a.rows == 0 || a.size[3] == 0 || (norm == kNoNorm && z[0] == 0)) return;
   a.x = operand(x, "x", true);
@@ -136,8 +137,8 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
   a.mean = statistic(mean, "mean", norm == kLayerNorm);
   a.rstd = statistic(rstd, "rstd", norm != kNoNorm);
   a.stream = past_the_cache(a, {&a.x, &a.residual, &a.y, &a.z});
-  const int64_t lines = a.threads * dan::kForwardLines + dan::kVectors;
-  run(a, workspace(lines * dan::padded(a.size[3])).get());
+  const int64_t lines = a.threads * dropout_add_norm::kForwardLines + dropout_add_norm::kVectors;
+  run(a, workspace(lines * dropout_add_norm::padded(a.size[3])).get());
 }
 
 void dropout_add_norm_backward_cpu(Sizes sizes, Tensor dy, Tensor dz, Tensor z, Tensor x, Tensor weight,
@@ -145,7 +146,7 @@ void dropout_add_norm_backward_cpu(Sizes sizes, Tensor dy, Tensor dz, Tensor z, 
                                    Tensor offset, bool offset_per_row, double p, double weight_offset, int norm,
                                    Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dlayerscale,
                                    int threads) {
-  dan::Backward a;
+  dropout_add_norm::Backward a;
   set_common(a, sizes, seed, offset, offset_per_row, p, weight_offset, norm, threads);
   if (a.size[3] == 0) return;
   const bool normed = dy[0] != 0 && norm != kNoNorm;
@@ -168,7 +169,8 @@ void dropout_add_norm_backward_cpu(Sizes sizes, Tensor dy, Tensor dz, Tensor z, 
     throw std::invalid_argument("dropout_add_norm: dweight and dbias need dy and a norm");
   }
   a.stream = past_the_cache(a, {&a.dy, &a.dz, &a.z, &a.dx, &a.dresidual});
-  const int64_t lines = a.threads * dan::kBackwardLines + dan::kVectors + 3 * dan::blocks(a.rows);
-  run(a, workspace(lines * dan::padded(a.size[3])).get());
+  const int64_t lines =
+      a.threads * dropout_add_norm::kBackwardLines + dropout_add_norm::kVectors + 3 * dropout_add_norm::blocks(a.rows);
+  run(a, workspace(lines * dropout_add_norm::padded(a.size[3])).get());
 }
 }  // namespace fastlm

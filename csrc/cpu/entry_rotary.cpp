@@ -7,17 +7,17 @@
 #include "fastlm.h"
 
 namespace fastlm {
-FASTLM_DECLARE(void, rotary, (const rot::Call&, char*))
+FASTLM_DECLARE(void, rotary, (const rotary_call::Call&, char*))
 
 namespace {
 constexpr int64_t kParallelElements = 24 * 1024;  // below, a second thread costs more than it saves
 
-void run(const rot::Call& a, char* workspace) { FASTLM_DISPATCH(rotary, a, workspace); }
+void run(const rotary_call::Call& a, char* workspace) { FASTLM_DISPATCH(rotary, a, workspace); }
 }  // namespace
 
 void rotary_cpu(Sizes sizes, Tensor x, Tensor cos, Tensor sin, Tensor positions, bool each, int64_t table, int64_t half,
                 bool interleaved, bool inverse, Tensor out, int threads) {
-  rot::Call a;
+  rotary_call::Call a;
   int64_t count = 1;
   for (int i = 0; i < 4; ++i) {
     if (sizes[i] < 0) throw std::invalid_argument("rotary: sizes must not be negative");

@@ -17,7 +17,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-using rot::Call;
+using rotary_call::Call;
 
 template <class T>
 FASTLM_INLINE Vec get(const char* p, int64_t i, int n) {

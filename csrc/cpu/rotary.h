@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 namespace fastlm {
-namespace rot {
+namespace rotary_call {
 
 struct Call {
   int64_t size[4];  // batch, heads, positions, head size
@@ -20,5 +20,5 @@ struct Call {
   int threads;
 };
 
-}  // namespace rot
+}  // namespace rotary_call
 }  // namespace fastlm

@@ -8,7 +8,7 @@
 
 namespace fastlm {
 namespace cuda {
-namespace dan {
+namespace dropout_add_norm {
 
 constexpr int kTilesPerWarp = 2;  // a lane holds 16 columns of its row in registers
 constexpr int kMaxWarps = 16;     // of a block: 8,192 columns
@@ -58,8 +58,8 @@ FASTLM_DEVICE RowBranch row_branch(const Branch& b, const Index& i, int64_t row)
 
 // scale[e] = rowscale * dropout, and with `with_layerscale` * layerscale. All lanes of the warp must call.
 template <int D>
-FASTLM_DEVICE void branch_scale(const Branch& b, const RowBranch& r, const Place& at, int lane, bool split, int columns,
-                                bool with_layerscale, float (&scale)[8]) {
+FASTLM_DEVICE void branch_scale(const Branch& b, const RowBranch& r, const LaneColumns& at, int lane, bool split,
+                                int columns, bool with_layerscale, float (&scale)[8]) {
 #pragma unroll
   for (int e = 0; e < 8; ++e) scale[e] = r.scale;
   if (b.threshold) drop(scale, at, lane, split, r.row_low, r.row_high, r.key0, r.key1, b.threshold);
@@ -77,7 +77,7 @@ struct Moments {
 };
 
 // Joins the moments that the lanes hold (Chan, Golub, LeVeque 1983); all lanes get the result.
-FASTLM_DEVICE Moments join(const Moments& m) {
+FASTLM_DEVICE Moments merge_moments(const Moments& m) {
   const float count = warp_sum(m.count);
   const float mean = warp_sum(m.count * m.mean) / count;
   const float apart = m.mean - mean;
@@ -88,18 +88,18 @@ struct Sums {
   float first, second;
 };
 
-struct Place2 {  // where a thread stands in its block and its row
+struct ThreadPosition {  // where a thread stands in its block and its row
   int lane, part, group, rank;
   int64_t block;  // number of the cluster
 };
 
-FASTLM_DEVICE Place2 stand(const Plan& plan) {
+FASTLM_DEVICE ThreadPosition thread_position(const Plan& plan) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   return {static_cast<int>(threadIdx.x) % 32, warp % plan.warps, warp / plan.warps,
           plan.cluster > 1 ? cluster_rank() : 0, static_cast<int64_t>(blockIdx.x) / plan.cluster};
 }
 
-FASTLM_DEVICE int tile_of(const Plan& plan, const Place2& me, int k) {
+FASTLM_DEVICE int tile_of(const Plan& plan, const ThreadPosition& me, int k) {
   return (k * plan.cluster + me.rank) * plan.warps + me.part;
 }
 
@@ -142,13 +142,13 @@ struct Kind {
   int x = -1, z = -1, y = -1;  // -1 until a tensor tells
   bool vector = true, split = false;
 
-  void see(int& place, const RowTensor& t) {
+  void note(int& known, const RowTensor& t) {
     if (!t.data) return;
     split = split || t.dtype == kFloat32;
-    vector = vector && t.vector && (place == -1 || place == t.dtype);
-    place = t.dtype;
+    vector = vector && t.vector && (known == -1 || known == t.dtype);
+    known = t.dtype;
   }
-  void see(const ColumnVector& v) { vector = vector && (!v.data || v.vector); }
+  void note(const ColumnVector& v) { vector = vector && (!v.data || v.vector); }
   bool fits(int want_x, int want_z, int want_y) const {
     return vector && (x == -1 || x == want_x) && (z == -1 || z == want_z) && (y == -1 || y == want_y) &&
            split == (want_x == kFloat32 || want_z == kFloat32 || want_y == kFloat32);
@@ -156,7 +156,7 @@ struct Kind {
 };
 
 template <int D>
-FASTLM_DEVICE bool inside(const Place& at, int e, int columns) {  // known widths are divisible by 8
+FASTLM_DEVICE bool inside(const LaneColumns& at, int e, int columns) {  // known widths are divisible by 8
   return (D == kAny ? column_of(at, e) : (e < 4 ? at.low : at.high)) < columns;
 }
 
@@ -185,6 +185,6 @@ inline float* statistic(const Tensor& t, const char* op, const char* name) {
   return reinterpret_cast<float*>(t[0]);
 }
 
-}  // namespace dan
+}  // namespace dropout_add_norm
 }  // namespace cuda
 }  // namespace fastlm

@@ -14,7 +14,7 @@
 
 namespace fastlm {
 namespace cuda {
-namespace dan {
+namespace dropout_add_norm {
 
 struct Backward {
   Rows rows;
@@ -53,7 +53,7 @@ template <int X, int Z, int Y>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Backward p) {
   const bool split = X == kAny ? p.split : X == kFloat32 || Z == kFloat32 || Y == kFloat32;
   const int columns = p.rows.columns, threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const Place2 me = stand(p.plan);
+  const ThreadPosition me = thread_position(p.plan);
   const int groups = p.plan.groups, warps = p.plan.warps, cluster = p.plan.cluster;
   const bool normed = p.dy.data != nullptr;
 
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
     Raw dy[kTilesPerWarp] = {}, z[kTilesPerWarp] = {}, dz[kTilesPerWarp] = {};
 #pragma unroll
     for (int k = 0; k < kTilesPerWarp; ++k) {
-      const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+      const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
       if (!active || at.tile * kTile >= columns) continue;
       if (normed) {
         dy[k] = fetch<Y>(p.dy, row_of(p.dy, index), at, split, columns);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
         }
         if (p.weight.data) {  // from the L1 cache: held in registers they would cost half of the occupancy
           float weight[8];
-          parameters<X>(p.weight, place_of(tile_of(p.plan, me, k), me.lane, split), columns, weight);
+          parameters<X>(p.weight, lane_columns(tile_of(p.plan, me, k), me.lane, split), columns, weight);
 #pragma unroll
           for (int e = 0; e < 8; ++e) grad[k][e] *= weight[e] + p.weight_offset;
         }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
     const RowBranch branch = branched ? row_branch(p.branch, index, row) : RowBranch{};
 #pragma unroll
     for (int k = 0; k < kTilesPerWarp; ++k) {
-      const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+      const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
       if (at.tile * kTile >= columns) continue;
       float other[8];
       if (p.dz.data) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
           const float4 more = acc[i * threads + g * warps * 32];
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
-        const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+        const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
         const int column = half ? at.high : at.low;
         if (column >= columns) continue;
         float* out = p.workspace + (which * p.parts + me.block) * columns + column;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_stream_kernel(const __gr
       Sums sum = {};
 #pragma unroll 1
       for (int tile = warp; tile < tiles; tile += kMaxWarps) {
-        const Place at = place_of(tile, lane, split);
+        const LaneColumns at = lane_columns(tile, lane, split);
         float dy[8] = {}, grad[8] = {}, xhat[8] = {}, other[8];
         if (normed) {
           normalised<kAny, kAny>(p, fetch<kAny>(p.dy, row_of(p.dy, index), at, split, columns),
@@ -314,11 +314,11 @@ __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __gri
   }
 }
 
-}  // namespace dan
+}  // namespace dropout_add_norm
 }  // namespace cuda
 
 using namespace cuda;
-using namespace cuda::dan;
+using namespace cuda::dropout_add_norm;
 
 namespace {
 const char* const kBackward = "dropout_add_norm backward";
@@ -380,14 +380,14 @@ void dropout_add_norm_backward_cuda(Sizes sizes, Tensor dy, Tensor dz, Tensor z,
     b.rows_per_part = rows_per_part(b.rows.count);
 
     Kind kind;
-    kind.see(kind.x, b.x);
-    kind.see(kind.x, b.dx);
-    kind.see(kind.z, b.z);
-    kind.see(kind.z, b.dz);
-    kind.see(kind.z, b.dresidual);
-    kind.see(kind.y, b.dy);
-    kind.see(b.weight);
-    kind.see(b.branch.layerscale);
+    kind.note(kind.x, b.x);
+    kind.note(kind.x, b.dx);
+    kind.note(kind.z, b.z);
+    kind.note(kind.z, b.dz);
+    kind.note(kind.z, b.dresidual);
+    kind.note(kind.y, b.dy);
+    kind.note(b.weight);
+    kind.note(b.branch.layerscale);
     b.split = kind.split;
 
     auto kernel = backward_kernel<kAny, kAny, kAny>;

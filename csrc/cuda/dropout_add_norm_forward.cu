@@ -9,7 +9,7 @@
 
 namespace fastlm {
 namespace cuda {
-namespace dan {
+namespace dropout_add_norm {
 
 struct Forward {
   Rows rows;
@@ -25,8 +25,8 @@ struct Forward {
 
 // The rounded z of eight columns, encoded; the values in `z`.
 template <int X, int Z>
-FASTLM_DEVICE Raw make_z(const Forward& p, const RowBranch& branch, const Place& at, int lane, bool split, const Raw& x,
-                         const Raw& residual, float (&z)[8]) {
+FASTLM_DEVICE Raw make_z(const Forward& p, const RowBranch& branch, const LaneColumns& at, int lane, bool split,
+                         const Raw& x, const Raw& residual, float (&z)[8]) {
   float scale[8];
   branch_scale<X>(p.branch, branch, at, lane, split, p.rows.columns, true, scale);
   decode<X>(p.x.dtype, x, z);
@@ -45,7 +45,7 @@ FASTLM_DEVICE Raw make_z(const Forward& p, const RowBranch& branch, const Place&
 }
 
 template <int Y>
-FASTLM_DEVICE void put_y(const Forward& p, char* row, const Place& at, bool split, float mean, float rstd,
+FASTLM_DEVICE void put_y(const Forward& p, char* row, const LaneColumns& at, bool split, float mean, float rstd,
                          const float (&z)[8]) {
   float y[8], parameter[8];
 #pragma unroll
@@ -67,7 +67,7 @@ template <int X, int Z, int Y>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Forward p) {
   const bool split = X == kAny ? p.split : X == kFloat32 || Z == kFloat32 || Y == kFloat32;
   const int columns = p.rows.columns;
-  const Place2 me = stand(p.plan);
+  const ThreadPosition me = thread_position(p.plan);
   const int64_t row = me.block * p.plan.groups + me.group;
   const bool active = row < p.rows.count;
   const Index index = index_of(p.rows, active ? row : 0);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   Raw x[kTilesPerWarp] = {}, residual[kTilesPerWarp] = {};
 #pragma unroll
   for (int k = 0; k < kTilesPerWarp; ++k) {
-    const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+    const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
     if (!active || at.tile * kTile >= columns) continue;
     x[k] = fetch<X>(p.x, row_of(p.x, index), at, split, columns);
     if (p.residual.data) residual[k] = fetch<Z>(p.residual, row_of(p.residual, index), at, split, columns);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   float z[kTilesPerWarp][8] = {}, count = 0.0f, sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kTilesPerWarp; ++k) {
-    const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+    const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
     if (!active || at.tile * kTile >= columns) continue;
     count += static_cast<float>(min(kTile, columns - at.tile * kTile));
     const Raw rounded = make_z<X, Z>(p, branch, at, me.lane, split, x[k], residual[k], z[k]);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   if (p.norm == kLayerNorm) m.mean = warp_sum(sum) / fmaxf(count, 1.0f);
 #pragma unroll
   for (int k = 0; k < kTilesPerWarp; ++k) {
-    const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+    const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const float apart = inside<X>(at, e, columns) ? z[k][e] - m.mean : 0.0f;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     const float* other = shared + 3 * (me.group * p.plan.warps + min(me.lane, p.plan.warps - 1));
     m = {other[0], other[1], other[2]};
     if (me.lane >= p.plan.warps) m = {};
-    m = join(m);
+    m = merge_moments(m);
     if (p.plan.cluster > 1) {
       float* block = shared + 3 * p.plan.warps;
       if (threadIdx.x == 0) block[0] = m.count, block[1] = m.mean, block[2] = m.m2;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       if (me.lane < p.plan.cluster) {
         m = {cluster_read(block, me.lane), cluster_read(block + 1, me.lane), cluster_read(block + 2, me.lane)};
       }
-      m = join(m);
+      m = merge_moments(m);
       cluster_sync();  // no block may leave while another one reads its shared memory
     }
   }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   char* y = row_of(p.y, index);
 #pragma unroll
   for (int k = 0; k < kTilesPerWarp; ++k) {
-    const Place at = place_of(tile_of(p.plan, me, k), me.lane, split);
+    const LaneColumns at = lane_columns(tile_of(p.plan, me, k), me.lane, split);
     if (at.tile * kTile < columns) put_y<Y>(p, y, at, split, m.mean, rstd, z[k]);
   }
 }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_stream_kernel(const __gri
     Sums sum = {};
 #pragma unroll 1
     for (int tile = warp; tile < tiles; tile += kMaxWarps) {
-      const Place at = place_of(tile, lane, p.split);
+      const LaneColumns at = lane_columns(tile, lane, p.split);
       Raw residual = {};
       const Raw x = fetch<kAny>(p.x, row_of(p.x, index), at, p.split, columns);
       if (p.residual.data) residual = fetch<kAny>(p.residual, row_of(p.residual, index), at, p.split, columns);
@@ -187,11 +187,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_stream_kernel(const __gri
   }
 }
 
-}  // namespace dan
+}  // namespace dropout_add_norm
 }  // namespace cuda
 
 using namespace cuda;
-using namespace cuda::dan;
+using namespace cuda::dropout_add_norm;
 
 namespace {
 const char* const kForward = "dropout_add_norm forward";
@@ -226,13 +226,13 @@ void dropout_add_norm_forward_cuda(Sizes sizes, Tensor x, Tensor residual, Tenso
   f.norm = norm;
 
   Kind kind;
-  kind.see(kind.x, f.x);
-  kind.see(kind.z, f.residual);
-  kind.see(kind.z, f.z);
-  kind.see(kind.y, f.y);
-  kind.see(f.weight);
-  kind.see(f.bias);
-  kind.see(f.branch.layerscale);
+  kind.note(kind.x, f.x);
+  kind.note(kind.z, f.residual);
+  kind.note(kind.z, f.z);
+  kind.note(kind.y, f.y);
+  kind.note(f.weight);
+  kind.note(f.bias);
+  kind.note(f.branch.layerscale);
   if (kind.z != -1 && kind.z != f.z.dtype) kind.vector = false;
   if (kind.z == -1) kind.z = f.z.dtype;
   kind.split = kind.split || f.z.dtype == kFloat32;

@@ -43,7 +43,7 @@ struct Index {
 };
 
 // A lane's eight columns: low..low+3 and high..high+3.
-struct Place {
+struct LaneColumns {
   int low, high, tile;
 };
 
@@ -66,13 +66,13 @@ FASTLM_DEVICE char* row_of(const RowTensor& t, const Index& i) {
   return t.data + i.i0 * t.stride[0] + i.i1 * t.stride[1] + i.i2 * t.stride[2];
 }
 
-FASTLM_DEVICE Place place_of(int tile, int lane, bool split) {
+FASTLM_DEVICE LaneColumns lane_columns(int tile, int lane, bool split) {
   const int base = tile * kTile;
-  return split ? Place{base + 4 * lane, base + 128 + 4 * lane, tile}
-               : Place{base + 8 * lane, base + 8 * lane + 4, tile};
+  return split ? LaneColumns{base + 4 * lane, base + 128 + 4 * lane, tile}
+               : LaneColumns{base + 8 * lane, base + 8 * lane + 4, tile};
 }
 
-FASTLM_DEVICE int column_of(const Place& at, int e) { return (e < 4 ? at.low : at.high) + (e & 3); }
+FASTLM_DEVICE int column_of(const LaneColumns& at, int e) { return (e < 4 ? at.low : at.high) + (e & 3); }
 
 template <class Value>
 FASTLM_DEVICE Value load(const char* at) {
@@ -101,7 +101,7 @@ FASTLM_DEVICE void store_scalar(char* at, int dtype, float value) {
 
 // Eight values of the row at `row`; zeros beyond the last column.
 template <int D>
-FASTLM_DEVICE Raw fetch(const RowTensor& t, const char* row, const Place& at, bool split, int columns) {
+FASTLM_DEVICE Raw fetch(const RowTensor& t, const char* row, const LaneColumns& at, bool split, int columns) {
   Raw raw = {};
   const int dtype = D == kAny ? t.dtype : D;
   if (D == kAny && !t.vector) {
@@ -173,7 +173,7 @@ FASTLM_DEVICE Raw encode(int runtime_dtype, const float (&in)[8]) {
 }
 
 template <int D>
-FASTLM_DEVICE void put(const RowTensor& t, char* row, const Place& at, bool split, int columns, const Raw& raw) {
+FASTLM_DEVICE void put(const RowTensor& t, char* row, const LaneColumns& at, bool split, int columns, const Raw& raw) {
   const int dtype = D == kAny ? t.dtype : D;
   if (D == kAny && !t.vector) {
 #pragma unroll
@@ -201,7 +201,7 @@ FASTLM_DEVICE void put(const RowTensor& t, char* row, const Place& at, bool spli
 // Eight parameters, their dtype looked up at run time whatever D is: they come from the L1 or L2 cache. Zeros beyond
 // the last column. D is kAny where they may be unaligned.
 template <int D>
-FASTLM_DEVICE void parameters(const ColumnVector& v, const Place& at, int columns, float (&out)[8]) {
+FASTLM_DEVICE void parameters(const ColumnVector& v, const LaneColumns& at, int columns, float (&out)[8]) {
   const bool vector = D != kAny || v.vector;
   if (vector && v.dtype == kFloat32) {
     uint4 low = {}, high = {};
@@ -223,8 +223,8 @@ FASTLM_DEVICE void parameters(const ColumnVector& v, const Place& at, int column
 }
 
 // scale[e] = kept ? scale[e] : 0 for a lane's eight columns of a tile. All lanes of the warp must call.
-FASTLM_DEVICE void drop(float (&scale)[8], const Place& at, int lane, bool split, uint32_t row_low, uint32_t row_high,
-                        uint32_t key0, uint32_t key1, uint32_t threshold) {
+FASTLM_DEVICE void drop(float (&scale)[8], const LaneColumns& at, int lane, bool split, uint32_t row_low,
+                        uint32_t row_high, uint32_t key0, uint32_t key1, uint32_t threshold) {
   const int odd = lane & 1;
   const uint32_t chunk = static_cast<uint32_t>(at.tile) * (kTile / 8) + (split ? (lane >> 1) + 16 * odd : lane);
   philox::Words words = philox::philox4x32({{chunk, row_low, row_high, 0u}}, key0, key1);

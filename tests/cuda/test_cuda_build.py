@@ -51,7 +51,7 @@ def figures(source: str, arch: str) -> dict[str, dict[str, int]]:
 
 
 def _readable(symbol: str) -> str:
-    """dan::forward_kernel<1,1,1> of a mangled name; c++filt is not on every machine."""
+    """dropout_add_norm::forward_kernel<1,1,1> of a mangled name; c++filt is not on every machine."""
     names = re.findall(r"\d([a-z_]+_kernel)", symbol)
     arguments = [("-" if sign else "") + value for sign, value in re.findall(r"Li(n?)(\d+)E", symbol)]
     return (names[-1] if names else symbol) + (f"<{','.join(arguments)}>" if arguments else "")
