@@ -47,23 +47,25 @@ void dropout_add_norm_backward_cuda(Sizes sizes, Tensor dy, Tensor dz, Tensor z,
 int64_t dropout_add_norm_parts_cuda(int64_t rows);
 enum Norm : int { kLayerNorm = 0, kRmsNorm = 1, kNoNorm = 2 };
 
-// --- attention: sizes {batches, query heads, key heads, queries, keys, head size}; packed: {sequences, ..., tokens}
+// --- attention: sizes {batches, query heads, key heads, queries, keys, head size, that of v}; packed: {sequences, ...,
+// tokens}
 // --- q, k, v, out and their gradients carry strides {batch (packed: 0), head, row, column}; bias {batch, head, query,
 // key}. alibi_slopes: its first stride is that of batches, 0 if one row serves all. The rest is contiguous: seed [1],
-// batch_ids [batches], cu_seqlens [sequences + 1], seqlens_k [batches], lse and dlse [batches, heads, queries] or
-// packed [heads, tokens]. causal 0 none, 1 lower right, 2 upper left, 3 none but aligned upper left; left, right -1:
-// unlimited. dbias float32, zeroed, strides 0 along axes it is summed over.
-using AttentionSizes = std::array<int64_t, 6>;
+// batch_ids [batches], cu_seqlens [sequences + 1], seqlens_k [batches], sinks [heads], dsinks [batches, heads], lse,
+// rest and dlse [batches, heads, queries] or packed [heads, tokens]. causal 0 none, 1 lower right, 2 upper left, 3 none
+// but aligned upper left; left, right -1: unlimited. dbias float32, zeroed, strides 0 along axes it is summed over.
+using AttentionSizes = std::array<int64_t, 7>;
 void attention_forward_cpu(AttentionSizes sizes, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor alibi_slopes,
                            Tensor seed, Tensor batch_ids, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k,
-                           int causal, int64_t left, int64_t right, double softcap, double scale, double p,
-                           int64_t head0, int64_t q0, int64_t k0, Tensor out, Tensor lse, int threads);
+                           Tensor sinks, int causal, int64_t left, int64_t right, double softcap, double scale,
+                           double p, int64_t head0, int64_t q0, int64_t k0, Tensor out, Tensor lse, Tensor rest,
+                           int threads);
 void attention_backward_cpu(AttentionSizes sizes, Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
-                            Tensor lse, Tensor bias, Tensor alibi_slopes, Tensor seed, Tensor batch_ids,
-                            Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k, int causal, int64_t left,
-                            int64_t right, double softcap, double scale, double p, int64_t head0, int64_t q0,
-                            int64_t k0, Tensor dq, Tensor dk, Tensor dv, Tensor dbias, bool dbias_all_batches,
-                            bool dbias_all_heads, int threads);
+                            Tensor lse, Tensor rest, Tensor bias, Tensor alibi_slopes, Tensor seed, Tensor batch_ids,
+                            Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k, Tensor sinks, int causal,
+                            int64_t left, int64_t right, double softcap, double scale, double p, int64_t head0,
+                            int64_t q0, int64_t k0, Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias,
+                            bool dbias_all_batches, bool dbias_all_heads, int threads);
 // to += from, element by element in order of memory; 4-D float32, strides of `to` 0 along summed axes.
 void reduce_in_order_cpu(std::array<int64_t, 4> sizes, Tensor from, Tensor to);
 

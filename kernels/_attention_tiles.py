@@ -21,11 +21,13 @@ from torch import Tensor
 _KEY = tl.constexpr(KEY_ATTENTION)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E_LOW = tl.constexpr(1.4426950408889634 - 1.4426950216293335)  # what float32 takes from it
+LN2_LOW = tl.constexpr(0.6931471805599453 - 0.6931471824645996)
 LIMIT = 2**29  # lengths and distances stay below, so that positions fit into 32 bits
 
 # The integers and floats of every call, in the order in which ``Call.scalars`` gives them.
 CALL_INTS = (
-    "heads group rows keys longest_q longest_k size blocks bias_b bias_h bias_q bias_k slope_b base left right head0 q0 "
+    "heads group rows keys longest_q longest_k size size_v blocks bias_b bias_h bias_q bias_k slope_b base left right head0 q0 "
     "chunk0 lead threshold"
 )
 
@@ -157,6 +159,26 @@ def score(x, i, j, ok_i, bias, bias_q, bias_k, slope, base, len_k, left, right, 
 
 
 @triton.jit
+def join_sink(lse, rest, sink):
+    """(lse, rest, share of the keys) of rows whose softmax has a sink as well; all -inf: -inf, 0 and 0."""
+    top = tl.maximum(lse, sink)
+    safe = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+    keys = tl.exp2(((lse - safe) + rest) * LOG2E)
+    whole = keys + tl.exp2((sink - safe) * LOG2E)
+    none = whole == 0.0
+    more = tl.log(tl.where(none, 1.0, whole))
+    joined = tl.where(none, float("-inf"), safe + more)
+    left = more - (joined - safe)
+    return joined, finite(left), keys / tl.where(none, 1.0, whole)
+
+
+@triton.jit
+def finite(x):
+    """0 in the place of what is no finite number."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def kept_tile(seed, batch, head, query, tile, chunk0, q0, threshold, DOWN: tl.constexpr, M: tl.constexpr,
               N: tl.constexpr):  # fmt: skip
     """Keep-decisions of key tile ``tile`` [M, N], or [N, M] if DOWN; ``query`` within the sequence, shaped [M, 1] or [1, M]."""
@@ -187,6 +209,7 @@ class Call:
         self,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         tensors: list[Tensor],
         bias: Tensor | None,
         alibi_slopes: Tensor | None,
@@ -195,6 +218,7 @@ class Call:
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
         seqlens_k: Tensor | None,
+        sinks: Tensor | None,
         max_seqlen_q: int,
         max_seqlen_k: int,
         causal: int,
@@ -223,14 +247,18 @@ class Call:
         floats = q.dtype == torch.float32 or (bias is not None and bias.dtype != torch.bool)
         natural = floats or alibi_slopes is not None or softcap > 0 or not 0 < scale <= 0.5
         self.unit, self.vec = vectors(tensors)
-        size = q.shape[-1]
-        self.dim = max(16, triton.next_power_of_2(size))
+        size, size_v = q.shape[-1], v.shape[-1]
+        self.dim, self.dim_v = (max(16, triton.next_power_of_2(n)) for n in (size, size_v))
+        self.sinks = sinks
         self.pointers = (bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k)
         bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
         slope_stride = alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
-        self._ints = (
-            *(self.heads, self.group, self.rows, self.keys, self.longest_q, self.longest_k, size // self.vec),
-            *(bias_strides, slope_stride, q0 - k0, min(window_left, LIMIT * 2 - 1), min(right, LIMIT * 2 - 1)),
+        self._sizes = (
+            *(self.heads, self.group, self.rows, self.keys, self.longest_q, self.longest_k),
+            *(size // self.vec, size_v // self.vec),
+        )
+        self._places = (
+            *(*bias_strides, slope_stride, q0 - k0, min(window_left, LIMIT * 2 - 1), min(right, LIMIT * 2 - 1)),
             *(head0, q0, k0 // 8, self.lead, threshold_of(p)),
         )
         self._floats = (
@@ -249,20 +277,21 @@ class Call:
         self.constants = {
             "SHIFT": causal < 2, "LEFT": 0 <= window_left < LIMIT * 2, "RIGHT": 0 <= right < LIMIT * 2, "BIAS": kind,
             "SOFTCAP": softcap > 0, "NATURAL": natural, "DROPOUT": p > 0, "VEC": self.vec, "UNIT": self.unit,
-            "EVEN": self.dim == size, "DIM": self.dim,
+            "EVEN": self.dim == size, "DIM": self.dim, "EVEN_V": self.dim_v == size_v, "DIM_V": self.dim_v,
         }  # fmt: skip
         names = {"dropout": p > 0, "bias": bias is not None or alibi_slopes is not None or softcap > 0}
         self.features = frozenset(name for name, has in names.items() if has)
 
     def scalars(self, blocks: int) -> tuple[Any, ...]:
         """CALL_INTS and the floats."""
-        head, bias, tail = self._ints[:7], self._ints[7], self._ints[8:]
-        return (*head, blocks, *bias, *tail, *self._floats)
+        return (*self._sizes, blocks, *self._places, *self._floats)
 
     def config(self, kernel: str) -> dict[str, Any]:
         """The table's choice."""
         dtype = table.DTYPE_NAME[self.q.dtype]
-        return table.config(kernel, arch=arch_of(self.q.device), dtype=dtype, size=self.dim, features=self.features)
+        return table.config(
+            kernel, arch=arch_of(self.q.device), dtype=dtype, size=max(self.dim, self.dim_v), features=self.features
+        )
 
     def strides(self, t: Tensor) -> tuple[int, int, int, int]:
         """Batch, head, row (in units of VEC) and column stride; of packed [T, H, D] the batch stride is 0."""
@@ -273,5 +302,5 @@ class Call:
 def vectors(tensors: list[Tensor]) -> tuple[bool, int]:
     """Whether every last stride is 1, and how many elements every row's address is a multiple of: 8 or 1."""
     unit = all(t.stride(-1) == 1 for t in tensors)
-    aligned = unit and all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) and tensors[0].shape[-1] % 8 == 0
+    aligned = unit and all(s % 8 == 0 for t in tensors for s in (*t.stride()[:-1], t.shape[-1]))
     return unit, 8 if aligned else 1

@@ -59,7 +59,7 @@ def _recorded(
             arch, f"{direction} {name} backward", bytes_moved=2 * moved + q.numel() * q.element_size(),
             flops=flops * 5 // 2, tensor_cores=cores, thorough=thorough,
         ) as recorded:  # fmt: skip
-            backward(q, None, q, k, v, q, lse, *options, bool(bias), shape)
+            backward(q, None, q, k, v, q, lse, lse, *options, bool(bias), shape)
         cases += recorded
     return cases
 
@@ -70,6 +70,7 @@ def _light(cases: list[OfflineCase], light: bool = True) -> list[OfflineCase]:
 
 def offline_cases() -> list[OfflineCase]:
     """Head sizes 64, 128 and 256 in bfloat16 and float32: causal with dropout, with a bias, at 128 plain; decoding.
+    512 as well, causal with dropout, and decoding.
 
     At 64 in bfloat16 also a bias whose gradient is summed over queries, over keys, over both, over heads. Each kernel is compiled
     by the default tests in one call at least: ``_LIGHT`` names those that a plain call does not reach. Grouped heads change
@@ -85,6 +86,8 @@ def offline_cases() -> list[OfflineCase]:
                 if size == 128:
                     cases += _recorded(arch, dtype, size, causal=True, thorough=True)
                     cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
+            cases += _recorded(arch, dtype, 512, causal=True, p=0.1, thorough=True)
+            cases += _recorded(arch, dtype, 512, causal=True, rows=1, thorough=True)
         for axes in ("hk", "hq", "h", "bqk"):
             cases += _light(_recorded(arch, torch.bfloat16, 64, bias=axes))
     dtypes = {name: dtype for dtype, name in table.DTYPE_NAME.items()}
@@ -144,7 +147,7 @@ def _featured(arch: int) -> list[OfflineCase]:
         cases += recorded
         added = options.bias is not None and options.bias.dtype != torch.bool
         with recording(arch, f"attention {name} backward", **given) as recorded:
-            backward(x, None, x, x, x, x, lse, *options, added, [batch, heads, length, length] if added else [])
+            backward(x, None, x, x, x, x, lse, lse, *options, added, [batch, heads, length, length] if added else [])
         cases += recorded
     return cases
 

@@ -12,12 +12,14 @@ struct AttentionView {
 };
 
 struct Attention {
-  int64_t batches, q_heads, k_heads, q_length, k_length, head_size;  // packed: sequences, and lengths of all together
-  int64_t longest_q, longest_k;                                      // of one sequence
-  AttentionView q, k, v, out, bias;                                  // bias.p null: none
-  AttentionView dout, dq, dk, dv;                                    // backward
-  const float* alibi;                                                // [q_heads] or [batches, q_heads]
-  int64_t alibi_batch;                                               // its batch stride
+  int64_t batches, q_heads, k_heads, q_length, k_length;  // packed: sequences, and lengths of all together
+  int64_t head_size, v_head_size;                         // of q and k; of v and out
+  int64_t longest_q, longest_k;                           // of one sequence
+  AttentionView q, k, v, out, bias;                       // bias.p null: none
+  AttentionView dout, dq, dk, dv;                         // backward
+  const float* alibi;                                     // [q_heads] or [batches, q_heads]
+  int64_t alibi_batch;                                    // its batch stride
+  const float* sinks;                                     // [q_heads], or null: logits of keys without a value
   const int64_t* batch_ids;
   const int32_t *cu_q, *cu_k, *seqlens_k;
   uint64_t key;        // seed XOR the op's constant
@@ -29,6 +31,8 @@ struct Attention {
   double scale;
   int64_t head0, q0, k0;
   float* lse;         // [batches, q_heads, q_length]; packed [q_heads, q_length]
+  float* rest;        // as lse: what rounding to float took from it
+  float* dsinks;      // [batches, q_heads], zeroed, or null
   const float* dlse;  // as lse, or null
   float* dbias;       // float32, zeroed; strides below; null: not wanted
   int64_t dbias_stride[4];

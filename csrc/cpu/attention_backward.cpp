@@ -1,7 +1,8 @@
 // Attention, backward: from dout (and dlse) the gradients of q, k, v and the bias. Probabilities are worked out again:
 //
-//     p = exp(shape(q k^T) - lse);  delta = sum(dout * out) - dlse;  ds = p * (keep * dout v^T - delta)
+//     p = exp(shape(q k^T) - lse - rest);  delta = sum(dout * out) - dlse;  ds = p * (keep * dout v^T - delta)
 //     dv = (keep * p)^T dout;  dk = scale * ds^T q;  dq = scale * ds k;  dbias = the sum of ds over its broadcast axes
+//     dsink = -sum(exp(sink - lse - rest) * delta)
 //
 // Five products of rows x keys x head size. An item of work owns one head of k and v, or one of its segments of keys
 // where heads are few: it walks over tiles of keys, and within each over the query heads and rows that see them, in
@@ -22,10 +23,13 @@ constexpr int kSegments = 4;  // of the keys of a head, at most, none below kSeg
 constexpr int64_t kSegmentKeys = 256;
 
 struct Plan {
-  int segments, pieces, words, columns, padded;  // pieces: segments that are items of their own, or 1
-  int64_t depth, group, dq_rows;                 // query heads of a head of k; rows of dq's scratch of one head
-  int64_t turns_b, turns_h, own_b, own_h;        // batches and heads of k that take turns, and those within a turn
-  int64_t dq_floats;                             // of one item
+  int segments, pieces;              // pieces: segments that are items of their own, or 1
+  int words, columns, padded;        // of q and k: words of a packed row, columns (a multiple of 16), floats of a row
+  int v_words, v_columns, v_padded;  // of v and dout
+  int64_t depth, v_depth;            // words that are summed
+  int64_t group, dq_rows;            // query heads of a head of k; rows of dq's scratch of one head
+  int64_t turns_b, turns_h, own_b, own_h;  // batches and heads of k that take turns, and those within a turn
+  int64_t dq_floats;                       // of one item
 };
 
 template <bool Pairs>
@@ -35,6 +39,10 @@ Plan plan_of(const Attention& a) {
   p.words = Pairs ? p.padded / 2 : p.padded;
   p.depth = Pairs ? (a.head_size + 1) / 2 : a.head_size;
   p.columns = static_cast<int>(round_up(a.head_size, 16));
+  p.v_padded = static_cast<int>(round_up(a.v_head_size, Pairs ? 32 : 16));
+  p.v_words = Pairs ? p.v_padded / 2 : p.v_padded;
+  p.v_depth = Pairs ? (a.v_head_size + 1) / 2 : a.v_head_size;
+  p.v_columns = static_cast<int>(round_up(a.v_head_size, 16));
   p.group = a.q_heads / a.k_heads;
   p.dq_rows = round_up(a.longest_q, kPanel);
   p.dq_floats = p.group * p.dq_rows * p.padded;
@@ -57,14 +65,14 @@ Scratch scratch_of(Pool& pool, const Attention& a, const Plan& p, bool pairs) {
   Scratch w = {};
   w.k = pool.take<Word>(kKeys * p.words);
   w.k_turned = pool.take<Word>(kKeys * p.words);
-  w.v = pool.take<Word>(kKeys * p.words);
-  w.v_turned = pool.take<Word>(kKeys * p.words);
+  w.v = pool.take<Word>(kKeys * p.v_words);
+  w.v_turned = pool.take<Word>(kKeys * p.v_words);
   w.q = pool.take<Word>(kRows * p.words);
-  w.dout = pool.take<Word>(kRows * p.words);
+  w.dout = pool.take<Word>(kRows * p.v_words);
   if (pairs) {
     w.k_pairs = pool.take<Word>(kKeys * p.words);
     w.q_pairs = pool.take<Word>(kRows * p.words);
-    w.dout_pairs = pool.take<Word>(kRows * p.words);
+    w.dout_pairs = pool.take<Word>(kRows * p.v_words);
     w.p_pairs = pool.take<Word>(kRows / 2 * kScoreRow);
     w.ds_pairs = pool.take<Word>(kRows / 2 * kScoreRow);
     w.ds_rows = pool.take<Word>(kRows * kScoreRow / 2);
@@ -73,7 +81,7 @@ Scratch scratch_of(Pool& pool, const Attention& a, const Plan& p, bool pairs) {
   w.ds = pool.take<float>(kRows * kScoreRow);
   if (a.softcap > 0.0f) w.slope = pool.take<float>(kRows * kScoreRow);
   w.dk = pool.take<float>(kKeys * p.padded);
-  w.dv = pool.take<float>(kKeys * p.padded);
+  w.dv = pool.take<float>(kKeys * p.v_padded);
   w.delta = pool.take<float>(p.group * p.dq_rows);
   w.bits = pool.take<uint16_t>(kRows * kChunks);
   if (p.pieces == 1) {
@@ -83,10 +91,12 @@ Scratch scratch_of(Pool& pool, const Attention& a, const Plan& p, bool pairs) {
   return w;
 }
 
-// delta of all rows of a head
-void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta) {
-  const int n = static_cast<int>(a.head_size);
-  const float* lse = a.lse + lse_place(a, s, head);
+// delta of all rows of a head; what they give to its sink, if `dsink` is not null
+void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta, float* dsink) {
+  const int n = static_cast<int>(a.v_head_size);
+  const float *lse = a.lse + lse_place(a, s, head), *rest = a.rest + lse_place(a, s, head);
+  const double sink = a.sinks ? a.sinks[head] : -kInfinity;
+  double pull = 0.0;
   for (int64_t i = 0; i < s.rows; ++i) {
     const char* x = place(a.dout, s.batch, head, s.q_start + i);
     const char* y = place(a.out, s.batch, head, s.q_start + i);
@@ -98,20 +108,23 @@ void deltas(const Attention& a, const Sequence& s, int64_t head, float* delta) {
     delta[i] = total(part);
     if (a.dlse) delta[i] -= a.dlse[lse_place(a, s, head) + i];
     if (lse[i] == -kInfinity) delta[i] = 0.0f;
+    if (dsink && lse[i] != -kInfinity) pull -= exp(sink - lse[i] - rest[i]) * delta[i];
   }
+  if (dsink) *dsink = static_cast<float>(pull);
 }
 
 // One row of a tile: scores become kept probabilities, dout v^T becomes ds.
-FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natural, float lse, float delta,
+FASTLM_INLINE void differentiate(const Seen& seen, int from, int to, Factor natural, float lse, float rest, float delta,
                                  const uint16_t* keep, float keep_scale, const float* slope, float* dbias,
                                  int64_t dbias_stride, int keys, float* p, float* ds) {
-  const Vec scale = set1(natural.high), more = set1(natural.low), kept = set1(keep_scale), minus = set1(delta);
-  const Vec shift = set1(lse == -kInfinity ? -kInfinity : -lse);
+  const Vec kept = set1(keep_scale), minus = set1(delta), lowest = set1(-__FLT_MAX__);
+  const Vec shift = set1(lse == -kInfinity ? -kInfinity : -lse), less_rest = set1(rest);
   const Factor log2 = Factor::of(kLog2e);
   Vec row_sum = zero();
   for (int c = from; c < to; c += 16) {
-    const Vec score = maximum(set1(-__FLT_MAX__), load(p + c));  // -inf times 0 would be NaN; a NaN stays one
-    Vec x = exp_of(minimum(zero(), fma(score, more, fma(score, scale, shift))), log2);
+    const Vec given = load(p + c), score = maximum(lowest, given);  // -inf times 0 would be NaN; a NaN stays one
+    Vec x = exp_of(minimum(zero(), exponent(score, natural, shift) - less_rest), log2);
+    x = select(less(given, lowest), zero(), x);  // hidden by -inf, in a row that may see nothing but the lowest scores
     if (!seen.all) x = select(seen.bits[c / 16], x, zero());
     Vec g = load(ds + c), stays = x;
     if (keep) {
@@ -169,30 +182,31 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
   const Factor natural = Factor::of(shape_needed ? 1.0 : a.scale);
   pack_rows<Pairs>(w.q, p.words, place(a.q, s.batch, head, s.q_start + t.row0), a.q.dtype, a.q.s[2], a.q.s[3], t.rows,
                    rows_padded, n);
-  pack_rows<Pairs>(w.dout, p.words, place(a.dout, s.batch, head, s.q_start + t.row0), a.dout.dtype, a.dout.s[2],
-                   a.dout.s[3], t.rows, rows_padded, n);
+  pack_rows<Pairs>(w.dout, p.v_words, place(a.dout, s.batch, head, s.q_start + t.row0), a.dout.dtype, a.dout.s[2],
+                   a.dout.s[3], t.rows, rows_padded, static_cast<int>(a.v_head_size));
   if (Pairs) {
     pack_pairs(w.q_pairs, w.q, p.words, p.words, rows_padded);
-    pack_pairs(w.dout_pairs, w.dout, p.words, p.words, rows_padded);
+    pack_pairs(w.dout_pairs, w.dout, p.v_words, p.v_words, rows_padded);
   }
   const bool dots = scores_by_dots(a);
   if (dots) dot<Pairs>(t.rows, p.words, w.q, p.words, w.k, p.words, round_up(t.keys, 16), w.p, kScoreRow);
   for (int column = t.low / kColumns * kColumns; column < t.high; column += kColumns) {
-    const int64_t b = static_cast<int64_t>(column) * p.words;
     for (int side = dots; side < 2; ++side) {
-      const Word *left = side ? w.dout : w.q, *right = (side ? w.v_turned : w.k_turned) + b;
+      const int words = side ? p.v_words : p.words;
+      const Word* left = side ? w.dout : w.q;
+      const Word* right = (side ? w.v_turned : w.k_turned) + static_cast<int64_t>(column) * words;
       float* result = side ? w.ds : w.p;
       for (int panel = 0; panel < panels; ++panel) {
         const int from = t.from[panel] > column ? t.from[panel] : column;
         const int to = t.to[panel] < column + kColumns ? t.to[panel] : column + kColumns;
         if (from >= to) continue;
-        multiply<Pairs>(kPanel, to - from, p.depth, left + static_cast<int64_t>(panel) * kPanel * p.words, p.words, 1,
-                        right + (from - column), kColumns, result + panel * kPanel * kScoreRow + from, kScoreRow,
-                        false);
+        multiply<Pairs>(kPanel, to - from, side ? p.v_depth : p.depth,
+                        left + static_cast<int64_t>(panel) * kPanel * words, words, 1, right + (from - column),
+                        kColumns, result + panel * kPanel * kScoreRow + from, kScoreRow, false);
       }
     }
   }
-  const float* lse = a.lse + lse_place(a, s, head) + t.row0;
+  const int64_t first_row = lse_place(a, s, head) + t.row0;
   // A bias shared by all rows: eight rows are summed by themselves first, then the tile's, which keeps a long sum
   // exact.
   constexpr int kBiasRows = 8;
@@ -216,8 +230,9 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         dbias = a.dbias + s.batch * a.dbias_stride[0] + head * a.dbias_stride[1] + (t.row0 + row) * a.dbias_stride[2] +
                 t.key0 * a.dbias_stride[3];
       }
-      differentiate(Seen::of(s, t, row, t.row0 + row, from, to), from, to, natural, lse[row], delta[t.row0 + row],
-                    a.threshold ? keep : nullptr, a.keep_scale, slope, dbias, a.dbias_stride[3], t.keys, scores, ds);
+      differentiate(Seen::of(s, t, row, t.row0 + row, from, to), from, to, natural, a.lse[first_row + row],
+                    a.rest[first_row + row], delta[t.row0 + row], a.threshold ? keep : nullptr, a.keep_scale, slope,
+                    dbias, a.dbias_stride[3], t.keys, scores, ds);
     }
     if (shared_by_rows && row % kBiasRows == kBiasRows - 1) {
       for (int c = t.low; c < t.high; ++c) tile_bias[c] += few_bias[c], few_bias[c] = 0.0f;
@@ -252,9 +267,11 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
       last[c] = panel + 1;
     }
   }
-  for (int column = 0; column < p.columns; column += kColumns) {
-    const int wide = p.columns - column < kColumns ? p.columns - column : kColumns;
+  for (int column = 0; column < (p.columns > p.v_columns ? p.columns : p.v_columns); column += kColumns) {
     for (int side = 0; side < 2; ++side) {
+      const int columns = side ? p.columns : p.v_columns, padded = side ? p.padded : p.v_padded;
+      const int wide = columns - column < kColumns ? columns - column : kColumns;
+      if (wide <= 0) continue;
       const float* left = side ? w.ds : w.p;
       const Word* left_pairs = side ? w.ds_pairs : w.p_pairs;
       const Word* right = (Pairs ? (side ? w.q_pairs : w.dout_pairs) : (side ? w.q : w.dout)) + column;
@@ -264,16 +281,17 @@ void backward_tile(const Attention& a, const Plan& p, const Scratch& w, const Se
         if (count <= 0) continue;
         if (Pairs) {
           multiply<Pairs>(kPanel, wide, count / 2, left_pairs + begin / 2 * kScoreRow + key, 1, kScoreRow,
-                          right + static_cast<int64_t>(begin / 2) * p.padded, p.padded,
-                          result + static_cast<int64_t>(key) * p.padded, p.padded, true);
+                          right + static_cast<int64_t>(begin / 2) * padded, padded,
+                          result + static_cast<int64_t>(key) * padded, padded, true);
         } else {
           multiply<Pairs>(kPanel, wide, count, reinterpret_cast<const Word*>(left) + begin * kScoreRow + key, 1,
-                          kScoreRow, right + static_cast<int64_t>(begin) * p.padded, p.padded,
-                          result + static_cast<int64_t>(key) * p.padded, p.padded, true);
+                          kScoreRow, right + static_cast<int64_t>(begin) * padded, padded,
+                          result + static_cast<int64_t>(key) * padded, padded, true);
         }
       }
     }
-    for (int panel = 0; panel < panels; ++panel) {
+    const int wide = p.columns - column < kColumns ? p.columns - column : kColumns;
+    for (int panel = 0; panel < panels && wide > 0; ++panel) {
       const int from = t.from[panel], to = t.to[panel];
       if (from >= to) continue;
       float* c = dq + (t.row0 + panel * kPanel) * p.padded + column;
@@ -311,7 +329,7 @@ FASTLM_INLINE Range rows_of(const Sequence& s, int64_t key_begin, int64_t key_en
 template <bool Pairs>
 void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s, int64_t kv_head, Range keys,
                    float* dq) {
-  const int n = static_cast<int>(a.head_size);
+  const int n = static_cast<int>(a.head_size), v_n = static_cast<int>(a.v_head_size);
   const Range seen = rows_of(s, keys.begin, keys.end);
   for (int64_t g = 0; g < p.group && seen.begin < seen.end; ++g) {
     const int64_t begin = seen.begin / kPanel * kPanel, end = round_up(seen.end, kPanel);
@@ -323,16 +341,16 @@ void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Se
     t.key0 = key0;
     t.keys = static_cast<int>(least(stored, s.valid - key0));
     memset(w.dk, 0, sizeof(float) * kKeys * p.padded);
-    memset(w.dv, 0, sizeof(float) * kKeys * p.padded);
+    memset(w.dv, 0, sizeof(float) * kKeys * p.v_padded);
     const Range rows = rows_of(s, key0, key0 + stored);
     if (rows.begin < rows.end) {
       const int64_t keys16 = round_up(t.keys, 16);
       pack_rows<Pairs>(w.k, p.words, place(a.k, s.batch, kv_head, s.k_start + key0), a.k.dtype, a.k.s[2], a.k.s[3],
                        t.keys, keys16, n);
-      pack_rows<Pairs>(w.v, p.words, place(a.v, s.batch, kv_head, s.k_start + key0), a.v.dtype, a.v.s[2], a.v.s[3],
-                       t.keys, keys16, n);
+      pack_rows<Pairs>(w.v, p.v_words, place(a.v, s.batch, kv_head, s.k_start + key0), a.v.dtype, a.v.s[2], a.v.s[3],
+                       t.keys, keys16, v_n);
       pack_turned(w.k_turned, w.k, p.words, p.words, keys16);
-      pack_turned(w.v_turned, w.v, p.words, p.words, keys16);
+      pack_turned(w.v_turned, w.v, p.v_words, p.v_words, keys16);
       if (Pairs) pack_pairs(w.k_pairs, w.k, p.words, p.words, keys16);
       for (int64_t g = 0; g < p.group; ++g) {
         const int64_t head = kv_head * p.group + g;
@@ -348,8 +366,8 @@ void backward_item(const Attention& a, const Plan& p, const Scratch& w, const Se
     for (int j = 0; j < stored; ++j) {
       store_row(place(a.dk, s.batch, kv_head, s.k_start + key0 + j), a.dk.dtype, a.dk.s[3], w.dk + j * p.padded,
                 static_cast<float>(a.scale), n);
-      store_row(place(a.dv, s.batch, kv_head, s.k_start + key0 + j), a.dv.dtype, a.dv.s[3], w.dv + j * p.padded,
-                a.keep_scale, n);
+      store_row(place(a.dv, s.batch, kv_head, s.k_start + key0 + j), a.dv.dtype, a.dv.s[3], w.dv + j * p.v_padded,
+                a.keep_scale, v_n);
     }
   }
 }
@@ -402,7 +420,11 @@ bool backward(const Attention& a) {
         finish_dq(a, p, s, kv_head * p.group + g, dq);
         return;
       }
-      for (int64_t g = 0; g < p.group; ++g) deltas(a, s, kv_head * p.group + g, w.delta + g * p.dq_rows);
+      for (int64_t g = 0; g < p.group; ++g) {
+        const int64_t head = kv_head * p.group + g;
+        float* dsink = a.dsinks && piece == 0 ? a.dsinks + batch * a.q_heads + head : nullptr;
+        deltas(a, s, head, w.delta + g * p.dq_rows, dsink);
+      }
       if (p.pieces > 1) {
         backward_item<Pairs>(a, p, w, s, kv_head, segment_of(s, static_cast<int>(piece)), pieces + item * p.dq_floats);
         return;

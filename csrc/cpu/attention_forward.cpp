@@ -23,7 +23,8 @@ struct Plan {
   int rows, pieces, stack;  // rows of a block; pieces of the keys; heads of a block
   bool dots;
   int64_t blocks, queries, piece_keys;
-  int words, columns;  // words of a packed row; columns of the output (a multiple of 16)
+  int words, v_words;  // words of a packed row of Q and K, of V
+  int columns;         // of the output (a multiple of 16)
   int64_t depth;       // words that are summed for a score
   int padded;          // floats of a row of the output, and of V as the right factor
 };
@@ -31,13 +32,15 @@ struct Plan {
 template <bool Pairs>
 Plan plan_of(const Attention& a) {
   Plan p;
-  p.padded = static_cast<int>(round_up(a.head_size, Pairs ? 32 : 16));
-  p.words = Pairs ? p.padded / 2 : p.padded;
+  p.padded = static_cast<int>(round_up(a.v_head_size, Pairs ? 32 : 16));
+  p.words = static_cast<int>(Pairs ? round_up(a.head_size, 32) / 2 : round_up(a.head_size, 16));
+  p.v_words = Pairs ? p.padded / 2 : p.padded;
   p.depth = Pairs ? (a.head_size + 1) / 2 : a.head_size;
-  p.columns = static_cast<int>(round_up(a.head_size, 16));
+  p.columns = static_cast<int>(round_up(a.v_head_size, 16));
   const int64_t heads = a.batches * a.q_heads;
   p.stack = stacked_heads(a);
-  p.rows = a.head_size > 128 ? 128 : 256;
+  const int64_t widest = most(a.head_size, a.v_head_size);
+  p.rows = widest > 256 ? 64 : widest > 128 ? 128 : 256;
   while (p.rows > 64 && heads * ((a.longest_q + p.rows - 1) / p.rows) < 16) p.rows /= 2;
   p.rows = static_cast<int>(least(p.rows, round_up(most(p.stack * a.longest_q, 1), kPanel)));
   p.queries = p.stack > 1 ? a.longest_q : p.rows;
@@ -62,8 +65,8 @@ Scratch scratch_of(Pool& pool, const Plan& p, bool pairs) {
   w.q = pool.take<Word>(static_cast<int64_t>(p.rows) * p.words);
   w.k = pool.take<Word>(kKeys * p.words);
   w.k_turned = pool.take<Word>(kKeys * p.words);
-  w.v = pool.take<Word>(kKeys * p.words);
-  w.v_pairs = pool.take<Word>(pairs ? kKeys * p.words : 0);
+  w.v = pool.take<Word>(kKeys * p.v_words);
+  w.v_pairs = pool.take<Word>(pairs ? kKeys * p.v_words : 0);
   w.p_pairs = pool.take<Word>(pairs ? static_cast<int64_t>(p.rows) * kScoreRow / 2 : 0);
   w.scores = pool.take<float>(static_cast<int64_t>(p.rows) * kScoreRow);
   w.out = pool.take<float>(static_cast<int64_t>(p.rows) * p.padded);
@@ -114,13 +117,35 @@ FASTLM_INLINE void soften(const Seen& seen, int from, int to, Factor log2, const
   sum += total(part);
 }
 
-// A row's output, and lse from its largest score and the sum of exponentials. A row that sees a NaN has a sum that is
-// NaN.
-FASTLM_INLINE void finish(const Attention& a, const Sequence& s, Query q, const float* out, double top, float sum) {
+// A row's output, lse and rest from its largest score (in units of 1 / natural) and the sum of exponentials relative to
+// it; here the sink joins. A row that sees a NaN has a sum that is NaN. rest is what the backward, which takes lse off
+// the score as `exponent` does, must take off as well, so that the largest score has the probability 1 / sum.
+FASTLM_INLINE void finish(const Attention& a, const Sequence& s, Query q, const float* out, float top, double natural,
+                          float sum) {
   const bool none = sum == 0.0f;
-  store_row(place(a.out, s.batch, q.head, s.q_start + q.i), a.out.dtype, a.out.s[3], out,
-            none ? 0.0f : a.keep_scale / sum, static_cast<int>(a.head_size));
-  a.lse[lse_place(a, s, q.head) + q.i] = none ? -kInfinity : static_cast<float>(top + log(static_cast<double>(sum)));
+  const double high = top * natural;
+  double total = none ? -kInfinity : high + log(static_cast<double>(sum));
+  double more = log(static_cast<double>(sum));  // of all exponentials, relative to the largest
+  bool sink_is_largest = false;
+  float factor = none ? 0.0f : a.keep_scale / sum;
+  if (a.sinks && !(a.sinks[q.head] == -kInfinity)) {
+    const double sink = a.sinks[q.head];
+    sink_is_largest = none || sink > high;
+    const double reference = sink_is_largest ? sink : high;
+    const double share = none ? 0.0 : exp(high - reference), all = share * sum + exp(sink - reference);
+    more = log(all);
+    total = reference + more;
+    factor = static_cast<float>(a.keep_scale * share / all);
+  }
+  const float lse = static_cast<float>(total);
+  store_row(place(a.out, s.batch, q.head, s.q_start + q.i), a.out.dtype, a.out.s[3], out, factor,
+            static_cast<int>(a.v_head_size));
+  const int64_t at = lse_place(a, s, q.head) + q.i;
+  const float above =
+      sink_is_largest ? a.sinks[q.head] - lse : first_lane(exponent(set1(top), Factor::of(natural), set1(-lse)));
+  const float rest = static_cast<float>(above + more);
+  a.lse[at] = lse;
+  a.rest[at] = rest - rest == 0.0f ? rest : 0.0f;  // of what is no finite number nothing is left
 }
 
 // Rows row0 ... of heads head ... against keys [key_begin, key_end); the result, or `part` of it.
@@ -162,12 +187,13 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     const Rows k =
         Rows::of<Pairs>(a.k, place(a.k, s.batch, kv_head, s.k_start + key0), t.keys, keys16, p.words, n, w.k);
     if (!p.dots) pack_turned(w.k_turned, k.p, k.step, p.words, keys16);
-    Rows v = Rows::of<Pairs>(a.v, place(a.v, s.batch, kv_head, s.k_start + key0), t.keys, keys16, p.words, n, w.v);
+    Rows v = Rows::of<Pairs>(a.v, place(a.v, s.batch, kv_head, s.k_start + key0), t.keys, keys16, p.v_words,
+                             static_cast<int>(a.v_head_size), w.v);
     if (Pairs) {
-      pack_pairs(w.v_pairs, v.p, v.step, p.words, keys16);
-    } else if (v.step != p.words && rows > 16) {  // rows far apart fall on few cache sets: worth a copy if read often
-      for (int64_t r = 0; r < keys16; ++r) memcpy(w.v + r * p.words, v.p + r * v.step, sizeof(Word) * p.words);
-      v = {w.v, p.words};
+      pack_pairs(w.v_pairs, v.p, v.step, p.v_words, keys16);
+    } else if (v.step != p.v_words && rows > 16) {  // rows far apart fall on few cache sets: worth a copy if read often
+      for (int64_t r = 0; r < keys16; ++r) memcpy(w.v + r * p.v_words, v.p + r * v.step, sizeof(Word) * p.v_words);
+      v = {w.v, p.v_words};
     }
 
     if (p.dots) dot<Pairs>(rows, p.words, w.q, p.words, k.p, k.step, keys16, w.scores, kScoreRow);
@@ -222,7 +248,7 @@ void forward_item(const Attention& a, const Plan& p, const Scratch& w, const Seq
     return;
   }
   for (int r = 0; r < rows; ++r) {
-    finish(a, s, query_of(t, r), w.out + static_cast<int64_t>(r) * p.padded, w.top[r] * natural, w.sum[r]);
+    finish(a, s, query_of(t, r), w.out + static_cast<int64_t>(r) * p.padded, w.top[r], natural, w.sum[r]);
   }
 }
 
@@ -251,7 +277,7 @@ void join(const Attention& a, const Plan& p, const Scratch& w, const Sequence& s
       sum += parts[i * step + ends + p.rows + r] * weight;
       for (int c = 0; c < p.columns; c += 16) store(w.out + c, fma(load(row + c), set1(weight), load(w.out + c)));
     }
-    finish(a, s, query_of(t, r), w.out, top * natural, sum);
+    finish(a, s, query_of(t, r), w.out, top, natural, sum);
   }
 }
 

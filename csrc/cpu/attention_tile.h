@@ -226,6 +226,11 @@ FASTLM_NOINLINE void shape(const Attention& a, const Sequence& s, int64_t head, 
   }
 }
 
+// What a score in units of 1 / natural is above lse (`minus_lse` from it, -inf where the row sees nothing).
+FASTLM_INLINE Vec exponent(Vec score, Factor natural, Vec minus_lse) {
+  return fma(score, set1(natural.low), fma(score, set1(natural.high), minus_lse));
+}
+
 // --- dropout ---
 
 // The decisions of one batch: rows of kKeys keys.

@@ -41,14 +41,18 @@ int64_t longest(const int32_t* cu, int64_t sequences, int64_t total, const char*
 
 Attention common(const AttentionSizes& n, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
                  const Tensor& alibi, const Tensor& seed, const Tensor& batch_ids, const Tensor& cu_q,
-                 const Tensor& cu_k, const Tensor& seqlens_k, int causal, int64_t left, int64_t right, double softcap,
-                 double scale, double p, int64_t head0, int64_t q0, int64_t k0, int threads) {
+                 const Tensor& cu_k, const Tensor& seqlens_k, const Tensor& sinks, int causal, int64_t left,
+                 int64_t right, double softcap, double scale, double p, int64_t head0, int64_t q0, int64_t k0,
+                 int threads) {
   for (int64_t size : n) {
     if (size < 0) throw std::invalid_argument("attention: a size is negative");
   }
   Attention a = {};
   a.batches = n[0], a.q_heads = n[1], a.k_heads = n[2], a.q_length = n[3], a.k_length = n[4], a.head_size = n[5];
-  if (a.head_size < 1 || a.head_size > 256) throw std::invalid_argument("attention: head size must be 1 to 256");
+  a.v_head_size = n[6];
+  for (int64_t size : {a.head_size, a.v_head_size}) {
+    if (size < 1 || size > 512) throw std::invalid_argument("attention: head sizes must be 1 to 512");
+  }
   if (a.k_heads < 1 || a.q_heads % a.k_heads != 0) {
     throw std::invalid_argument("attention: heads of q must be a multiple of those of k");
   }
@@ -61,6 +65,7 @@ Attention common(const AttentionSizes& n, const Tensor& q, const Tensor& k, cons
   a.batch_ids = pointer<const int64_t>(batch_ids, kInt64, "batch_ids");
   a.cu_q = pointer<const int32_t>(cu_q, kInt32, "cu_seqlens_q");
   a.cu_k = pointer<const int32_t>(cu_k, kInt32, "cu_seqlens_k");
+  a.sinks = pointer<const float>(sinks, kFloat32, "sinks");
   a.seqlens_k = pointer<const int32_t>(seqlens_k, kInt32, "seqlens_k");
   if ((a.cu_q == nullptr) != (a.cu_k == nullptr)) {
     throw std::invalid_argument("attention: cu_seqlens_q and cu_seqlens_k go together");
@@ -97,25 +102,27 @@ bool run_backward(const Attention& a) { FASTLM_DISPATCH(attention_backward, a); 
 
 void attention_forward_cpu(AttentionSizes sizes, Tensor q, Tensor k, Tensor v, Tensor bias, Tensor alibi_slopes,
                            Tensor seed, Tensor batch_ids, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k,
-                           int causal, int64_t left, int64_t right, double softcap, double scale, double p,
-                           int64_t head0, int64_t q0, int64_t k0, Tensor out, Tensor lse, int threads) {
+                           Tensor sinks, int causal, int64_t left, int64_t right, double softcap, double scale,
+                           double p, int64_t head0, int64_t q0, int64_t k0, Tensor out, Tensor lse, Tensor rest,
+                           int threads) {
   Attention a = common(sizes, q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k,
-                       causal, left, right, softcap, scale, p, head0, q0, k0, threads);
+                       sinks, causal, left, right, softcap, scale, p, head0, q0, k0, threads);
   a.out = view(out, "out", a.q_length > 0);
   a.lse = pointer<float>(lse, kFloat32, "lse");
+  a.rest = pointer<float>(rest, kFloat32, "rest");
   if (a.q_length == 0 || a.batches == 0 || a.q_heads == 0) return;
-  if (!a.lse) throw std::invalid_argument("attention: lse has no memory");
+  if (!a.lse || !a.rest) throw std::invalid_argument("attention: lse or rest has no memory");
   if (!run_forward(a)) throw std::bad_alloc();
 }
 
 void attention_backward_cpu(AttentionSizes sizes, Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
-                            Tensor lse, Tensor bias, Tensor alibi_slopes, Tensor seed, Tensor batch_ids,
-                            Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k, int causal, int64_t left,
-                            int64_t right, double softcap, double scale, double p, int64_t head0, int64_t q0,
-                            int64_t k0, Tensor dq, Tensor dk, Tensor dv, Tensor dbias, bool dbias_all_batches,
-                            bool dbias_all_heads, int threads) {
+                            Tensor lse, Tensor rest, Tensor bias, Tensor alibi_slopes, Tensor seed, Tensor batch_ids,
+                            Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqlens_k, Tensor sinks, int causal,
+                            int64_t left, int64_t right, double softcap, double scale, double p, int64_t head0,
+                            int64_t q0, int64_t k0, Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias,
+                            bool dbias_all_batches, bool dbias_all_heads, int threads) {
   Attention a = common(sizes, q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k,
-                       causal, left, right, softcap, scale, p, head0, q0, k0, threads);
+                       sinks, causal, left, right, softcap, scale, p, head0, q0, k0, threads);
   const bool rows = a.q_length > 0, keys = a.k_length > 0;
   a.dout = view(dout, "dout", rows);
   a.out = view(out, "out", rows);
@@ -123,14 +130,16 @@ void attention_backward_cpu(AttentionSizes sizes, Tensor dout, Tensor dlse, Tens
   a.dk = view(dk, "dk", keys);
   a.dv = view(dv, "dv", keys);
   a.lse = pointer<float>(lse, kFloat32, "lse");
+  a.rest = pointer<float>(rest, kFloat32, "rest");
   a.dlse = pointer<const float>(dlse, kFloat32, "dlse");
+  a.dsinks = pointer<float>(dsinks, kFloat32, "dsinks");
   a.dbias = pointer<float>(dbias, kFloat32, "dbias");
   for (int i = 0; i < 4; ++i) a.dbias_stride[i] = dbias[2 + i];
   a.dbias_all_batches = dbias_all_batches;
   a.dbias_all_heads = dbias_all_heads;
   a.dbias_in_order = a.dbias && (!dbias_all_batches || !dbias_all_heads);
   if (a.batches == 0 || a.q_heads == 0 || (!rows && !keys)) return;
-  if (rows && !a.lse) throw std::invalid_argument("attention: lse has no memory");
+  if (rows && (!a.lse || !a.rest)) throw std::invalid_argument("attention: lse or rest has no memory");
   if (!run_backward(a)) throw std::bad_alloc();
 }
 

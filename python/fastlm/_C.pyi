@@ -10,7 +10,7 @@ def cuda_device_count() -> int: ...
 def copy_nontemporal(source: int, target: int, size: int, threads: int) -> None: ...
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
 def attention_forward_cpu(
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int, int],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -21,6 +21,7 @@ def attention_forward_cpu(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqlens_k: Tensor,
+    sinks: Tensor,
     causal: int,
     left: int,
     right: int,
@@ -32,10 +33,11 @@ def attention_forward_cpu(
     k0: int,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     threads: int,
 ) -> None: ...
 def attention_backward_cpu(
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int, int],
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -43,6 +45,7 @@ def attention_backward_cpu(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     bias: Tensor,
     alibi_slopes: Tensor,
     seed: Tensor,
@@ -50,6 +53,7 @@ def attention_backward_cpu(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqlens_k: Tensor,
+    sinks: Tensor,
     causal: int,
     left: int,
     right: int,
@@ -62,6 +66,7 @@ def attention_backward_cpu(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dsinks: Tensor,
     dbias: Tensor,
     dbias_all_batches: bool,
     dbias_all_heads: bool,

@@ -50,20 +50,22 @@ class Case:
     valid: tuple[int, ...] | None = None
     lengths: tuple[tuple[int, int], ...] | None = None
     layout: str = "blhd"
+    sinks: bool = False
+    v_size: int | None = None  # head size of the values; None: head_size
 
     def __str__(self) -> str:
         plain = Case()
         shape = f"{self.batch}x{self.heads}x{self.queries}x{self.keys}x{self.head_size}"
         parts = [shape, str(self.dtype).removeprefix("torch.")]
         for name in ("kv_heads", "causal", "window", "bias", "mask", "alibi", "softcap", "scale", "p", "valid", "lengths",
-                     "layout"):  # fmt: skip
+                     "layout", "sinks", "v_size"):  # fmt: skip
             value = getattr(self, name)
             if value != getattr(plain, name) and not (name == "kv_heads" and value == self.heads):
                 parts.append(f"{name}={value}".replace(" ", ""))
         return "-".join(parts)
 
 
-LEAVES = ("q", "k", "v", "bias")
+LEAVES = ("q", "k", "v", "bias", "sinks")
 
 
 def _axes(case: Case, axes: str) -> tuple[int, ...]:
@@ -74,12 +76,15 @@ def _axes(case: Case, axes: str) -> tuple[int, ...]:
 def inputs(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[str, Tensor]:
     """Fresh random inputs, with the gradients of both outputs ("dout", "dlse") and a seed."""
 
-    def normal(heads: int, length: int, tokens: int | None, dtype: torch.dtype = case.dtype) -> Tensor:
+    v_size = case.v_size or case.head_size
+
+    def normal(heads: int, length: int, tokens: int | None, size: int = case.head_size) -> Tensor:
+        dtype = case.dtype
         if tokens is not None:
-            return torch.randn(tokens, heads, case.head_size, generator=generator).to(dtype).to(device)
-        shape = (case.batch, length, heads, case.head_size)
+            return torch.randn(tokens, heads, size, generator=generator).to(dtype).to(device)
+        shape = (case.batch, length, heads, size)
         if case.layout == "bhld":
-            shape = (case.batch, heads, length, case.head_size)
+            shape = (case.batch, heads, length, size)
         x = torch.randn(shape, generator=generator).to(dtype).to(device)
         return x.transpose(1, 2) if case.layout == "blhd" else x
 
@@ -87,8 +92,8 @@ def inputs(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[
     out = {
         "q": normal(case.heads, case.queries, total[0]),
         "k": normal(case.kv_heads, case.keys, total[1]),
-        "v": normal(case.kv_heads, case.keys, total[1]),
-        "dout": normal(case.heads, case.queries, total[0]),
+        "v": normal(case.kv_heads, case.keys, total[1], v_size),
+        "dout": normal(case.heads, case.queries, total[0], v_size),
     }
     rows = (case.batch, case.heads, case.queries) if total[0] is None else (case.heads, total[0])
     out["dlse"] = torch.randn(rows, generator=generator).to(device)
@@ -96,6 +101,8 @@ def inputs(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[
         out["bias"] = torch.randn(_axes(case, case.bias), generator=generator).to(case.dtype).to(device)
     if case.mask is not None:
         out["mask"] = (torch.rand(_axes(case, case.mask), generator=generator) < 0.7).to(device)
+    if case.sinks:
+        out["sinks"] = torch.randn(case.heads, generator=generator).to(device)
     if case.alibi:
         out["slopes"] = torch.rand(case.heads, generator=generator).to(device)
     if case.lengths is not None:
@@ -113,6 +120,7 @@ def arguments(case: Case, tensors: dict[str, Tensor]) -> dict:
     bias = tensors.get("bias", tensors.get("mask"))
     out = {
         "causal": case.causal, "window": case.window, "bias": bias, "alibi_slopes": tensors.get("slopes"),
+        "sinks": tensors.get("sinks"),
         "softcap": case.softcap, "scale": case.scale, "dropout_p": case.p,
         "seed": tensors["seed"] if case.p else None, "seqlens_k": tensors.get("valid"),
     }  # fmt: skip
@@ -147,7 +155,7 @@ def run(case: Case, tensors: dict[str, Tensor], **extra) -> dict[str, Tensor]:
     return with_gradients(out, lse, t, tensors)
 
 
-def _sequence(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask, slopes, keep, saved):
+def _sequence(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask, slopes, sinks, keep, saved):
     """One sequence, q [H, Lq, D], k and v [Hkv, Lk, D]: (out, lse) by plain differentiable steps."""
     queries, keys = q.shape[1], k.shape[1]
     group = q.shape[0] // k.shape[0]
@@ -174,7 +182,11 @@ def _sequence(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, 
     if mask is not None:
         visible = visible & mask
     s = s.masked_fill(~visible, float("-inf"))
-    if keys == 0:
+    if sinks is not None:  # a key that all see, whose value is 0
+        s = torch.cat([s, sinks[:, None, None].expand(-1, queries, 1)], -1)
+        v = torch.cat([v, torch.zeros_like(v[:, :1]) if keys else v.new_zeros(v.shape[0], 1, v.shape[2])], 1)
+        keep = None if keep is None else torch.cat([keep, torch.ones_like(s[..., :1], dtype=torch.bool)], -1)
+    elif keys == 0:
         return torch.zeros_like(q) + 0 * q, s.sum(-1) - math.inf
     keep = 1.0 if keep is None else keep.to(s.dtype) * keep_scale(case.p)
     if saved is not None:
@@ -231,7 +243,7 @@ def compose(case: Case, tensors: dict[str, Tensor], wide: torch.dtype, leaf: tor
             ids = torch.tensor([b], device=q.device)
             keep = dropout_mask((1, case.heads, q.shape[1], k.shape[1]), tensors["seed"], case.p, ids)[0]
         out, lse = _sequence(
-            case, q, k, v, bias, mask, tensors.get("slopes"), keep, None if leaf else tensors["q"].dtype
+            case, q, k, v, bias, mask, tensors.get("slopes"), w.get("sinks"), keep, None if leaf else tensors["q"].dtype
         )
         outs.append(out)
         lses.append(lse)
@@ -250,7 +262,18 @@ def truth(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def sdpa_serves(case: Case) -> bool:
     """Whether F.scaled_dot_product_attention computes this call on its flash path. (Of its lse nothing is seen.)"""
     aligned = case.causal in (False, "upper_left") or case.queries == case.keys
-    plain = (case.window, case.bias, case.mask, case.alibi, case.softcap, case.p, case.valid, case.lengths)
+    plain = (
+        case.sinks,
+        case.v_size,
+        case.window,
+        case.bias,
+        case.mask,
+        case.alibi,
+        case.softcap,
+        case.p,
+        case.valid,
+        case.lengths,
+    )
     return not any(plain) and aligned and case.queries > 0 and case.keys > 0
 
 
@@ -304,6 +327,10 @@ FEATURES = (
     Case(lengths=((17, 20), (40, 33), (0, 0)), causal=True, kv_heads=2, p=0.1, alibi=True),
     Case(lengths=((64, 64), (31, 31)), window=(8, 8), softcap=5.0),
     Case(p=0.9, scale=0.0),
+    Case(sinks=True, causal=True, queries=77, keys=33, kv_heads=2, p=0.1),  # the first queries see the sink alone
+    Case(v_size=24, keys=77, bias="hk", layout="bhld"),
+    Case(sinks=True, v_size=72, lengths=((17, 20), (40, 33), (3, 0), (0, 0)), window=(8, 8)),
+    Case(sinks=True, queries=1, heads=48, kv_heads=16, keys=600, v_size=16, valid=(600, 3)),
 )
 RICH = Case(batch=1, causal=True, kv_heads=2, bias="hk", p=0.1)
 MANY = Case(batch=8, heads=32, kv_heads=8, causal=True, bias="bhk", p=0.1)  # for short lengths
@@ -330,6 +357,9 @@ def grid(backend: str) -> list[Case]:
             continue
         for dtype in (F32, BF16) if not few else ((F32, BF16)[n % 2],):
             cases.append(replace(MANY if q * k < 6 else DECODE if q == 1 else RICH, queries=q, keys=k, dtype=dtype))
+    if not few:
+        cases += [replace(RICH, queries=70, keys=50, head_size=a, v_size=b, dtype=d)
+                  for a, b, d in ((512, 512, F32), (300, 512, BF16), (192, 128, F32))]  # fmt: skip
     for n, d in enumerate(HEAD_SIZES if not few else ()):
         cases.append(replace(RICH, queries=129, keys=150, head_size=d, dtype=(F32, BF16)[n % 2]))
         cases.append(Case(queries=129, keys=129, causal=True, head_size=d, dtype=(BF16, F32, F16)[n % 3]))

@@ -522,6 +522,23 @@ SPOILED_GRADIENTS = {
 }  # fmt: skip
 
 
+SPOILED_SINKS = {
+    "a sink twice as large": (lambda case, t: run(case, t | {"sinks": t["sinks"] + 0.7}), {*ALL, "dsinks"} - {"dbias"}),
+    "a sink of another head": (lambda case, t: run(case, t | {"sinks": t["sinks"].roll(1)}), {*ALL, "dsinks"} - {"dbias"}),
+    "a sink's gradient without that of lse": (
+        lambda case, t: run(case, t) | {"dsinks": run(case, t | {"dlse": t["dlse"] * 0})["dsinks"]}, {"dsinks"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED_SINKS)
+def test_the_rule_catches_wrong_sinks(backend, name):
+    case = Case(kv_heads=2, keys=70, causal=True, sinks=True, p=0.1)
+    tensors = inputs(case, torch.Generator().manual_seed(1))
+    spoil, caught = SPOILED_SINKS[name]
+    spoiled, real, measure = spoil(case, tensors), truth(case, tensors), compose(case, tensors, F32)
+    assert {n for n in real if violation([Result(spoiled[n], measure[n], real[n])])} == caught
+
+
 def _first(case):
     return (torch.arange(case.batch) == 0).view(-1, 1, 1, 1)
 
@@ -554,5 +571,6 @@ def test_every_instruction_set_obeys_the_rule(isa):
 def test_features_name_every_argument():
     """The table of features is what holds each argument on each backend; one that is missing would go untested."""
     plain = Case()
-    for name in ("causal", "window", "bias", "mask", "alibi", "softcap", "scale", "p", "valid", "lengths", "kv_heads"):
+    for name in ("causal", "window", "bias", "mask", "alibi", "softcap", "scale", "p", "valid", "lengths", "kv_heads", "sinks",
+                 "v_size"):  # fmt: skip
         assert any(getattr(f, name) != getattr(plain, name) for f in FEATURES), name

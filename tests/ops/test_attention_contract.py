@@ -22,7 +22,7 @@ def backend(request):
 
 OPCHECKED = [
     Case(p=0.2, causal=True, kv_heads=2), Case(bias="hk"), Case(mask="qk", softcap=2.0), Case(valid=(3, 20)),
-    Case(lengths=((3, 9), (0, 1))),
+    Case(lengths=((3, 9), (0, 1))), Case(sinks=True, v_size=24), Case(sinks=True, v_size=8, lengths=((3, 9), (0, 1))),
 ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ BAD = [
     (dict(q=Q.int()), TypeError, r"q is int32; it must be one of float32"),
     (dict(q=Q[0]), ValueError, r"q has shape \[4, 6, 16\]; it must be \[batch, heads, length, head size\]"),
     (dict(k=K.bfloat16()), TypeError, r"k is torch.bfloat16 and q is torch.float32"),
-    (dict(v=K[:, :, :8]), ValueError, r"v has shape \[2, 2, 8, 16\]; it must be \[2, 2, 9, 16\] like k"),
+    (dict(v=K[:, :, :8]), ValueError, r"v has shape \[2, 2, 8, 16\]; it must be \[2, 2, 9, 16\] like k, but"),
     (dict(k=K[..., :8], v=K[..., :8]), ValueError, r"k has shape \[2, 2, 9, 8\]; its last axis must be .* 16"),
     (dict(k=K[:1], v=K[:1]), ValueError, r"k has shape \[1, 2, 9, 16\]; its batch must be q's, 2"),
     (dict(q=Q[:, :3]), ValueError, r"k has 2 heads .*; q's 3 must be a multiple"),
@@ -139,6 +139,9 @@ BAD = [
     (dict(bias=torch.zeros(6, 9).int()), TypeError, r"bias is int32"),
     (dict(alibi_slopes=torch.ones(2)), ValueError, r"alibi_slopes has shape \[2\]; it must be \[4\] or \[2, 4\]"),
     (dict(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError, r"alibi_slopes requires a gradient"),
+    (dict(sinks=torch.ones(2)), ValueError, r"sinks has shape \[2\]; it must be \[4\]"),
+    (dict(sinks=torch.ones(4).int()), TypeError, r"sinks is int32"),
+    (dict(v=K[..., :0]), ValueError, r"v has shape \[2, 2, 9, 0\]; its head size must be at least 1"),
     (dict(softcap=-1.0), ValueError, r"softcap is -1.0; it must be finite in float32 and not negative"),
     (dict(causal=[]), ValueError, r"causal is \[\]; it must be False, True or"),
     (dict(scale=1e39), ValueError, r"scale is 1e\+39; it must be finite in float32"),
@@ -197,6 +200,7 @@ SMALL = Case(heads=2, kv_heads=2, queries=5, keys=6, head_size=3, dtype=torch.fl
     dict(kv_heads=1, causal=True, softcap=2.0, window=(3, -1)), dict(bias="bhqk", alibi=True, p=0.3),
     dict(bias="hk", valid=(6, 2), scale=0.7), dict(bias="q", p=0.2, causal="upper_left"), dict(mask="bqk"),
     dict(lengths=((4, 6), (0, 2), (3, 1)), causal=True, kv_heads=1, p=0.2),
+    dict(sinks=True, v_size=2, causal=True, queries=6, keys=4, p=0.2),
 )], ids=str)  # fmt: skip
 def test_gradcheck_of_the_reference(case):
     """Of both outputs, in float64, by finite differences."""

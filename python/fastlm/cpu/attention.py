@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm.backend import Support
+from fastlm.reference.attention import empty_out, nothing_to_attend_to, sinks_alone
 
 _C = _native._C
 _YES = Support(True)
@@ -21,8 +22,8 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Support:
             return Support(False, f"the cpu kernel takes float32, bfloat16 and float16; {name} is {_name(t)}")
         if t.dtype != q.dtype:
             return Support(False, f"the cpu kernel takes q, k and v of one dtype; q is {_name(q)}, {name} {_name(t)}")
-    if q.shape[-1] > 256:
-        return Support(False, f"the cpu kernel takes head sizes up to 256, not {q.shape[-1]}")
+    if max(q.shape[-1], v.shape[-1]) > 512:
+        return Support(False, f"the cpu kernel takes head sizes up to 512, not {max(q.shape[-1], v.shape[-1])}")
     if bias is not None and bias.dtype not in (*_native.FLOATS, torch.bool):
         return Support(False, f"the cpu kernel takes a bias of bool, float32, bfloat16 or float16, not {_name(bias)}")
     return _YES if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 else _STRIDED
@@ -43,6 +44,7 @@ def serves_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     bias: Tensor | None,
     *options: object,
 ) -> Support:
@@ -73,10 +75,10 @@ def _flat(t: Tensor | None) -> _native.Packed:
     return (t.data_ptr(), _native.DTYPE[t.dtype], t.stride(0) if t.dim() == 2 else 0, 0, 0, 0)
 
 
-def _sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, int, int, int, int, int]:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
     if cu_seqlens_q is not None:
-        return (cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2])
-    return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+        return (cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2], v.shape[2])
+    return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
 
 def forward(
@@ -90,6 +92,7 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seqlens_k: Tensor | None,
+    sinks: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: int,
@@ -102,21 +105,20 @@ def forward(
     q0: int,
     k0: int,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the schema."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, rest) of the schema."""
     packed = cu_seqlens_q is not None
-    make = torch.zeros_like if packed else torch.empty_like
-    out = make(q, dtype=out_dtype)
+    out = empty_out(q, v, out_dtype)
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    lse = q.new_empty(shape, dtype=torch.float32)
+    lse, rest = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     if packed:  # tokens outside every sequence keep this
-        lse.fill_(-torch.inf)
+        out.zero_(), lse.fill_(-torch.inf), rest.zero_()
     if q.numel() == 0:
-        return out, lse
-    if k.numel() == 0:  # nothing to attend to
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out, lse, rest
+    if k.numel() == 0:
+        return nothing_to_attend_to(out, lse, rest, sinks)
     _C.attention_forward_cpu(
-        _sizes(q, k, cu_seqlens_q),
+        _sizes(q, k, v, cu_seqlens_q),
         _pack(q, packed),
         _pack(k, packed),
         _pack(v, packed),
@@ -127,6 +129,7 @@ def forward(
         _flat(cu_seqlens_q),
         _flat(cu_seqlens_k),
         _flat(seqlens_k),
+        _flat(sinks),
         causal,
         window_left,
         window_right,
@@ -138,9 +141,10 @@ def forward(
         k0,
         _pack(out, packed),
         _flat(lse),
+        _flat(rest),
         torch.get_num_threads(),
     )
-    return out, lse
+    return out, lse, rest
 
 
 def backward(
@@ -151,6 +155,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     seed: Tensor | None,
@@ -158,6 +163,7 @@ def backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seqlens_k: Tensor | None,
+    sinks: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: int,
@@ -171,16 +177,19 @@ def backward(
     k0: int,
     need_dbias: bool,
     dbias_shape: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dbias) of the schema."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias, dsinks) of the schema."""
     packed = cu_seqlens_q is not None
     make = torch.zeros_like if packed else torch.empty_like
     dq, dk, dv = make(q), make(k), make(v)
     if q.numel() == 0 or k.numel() == 0:
         dbias = q.new_zeros(dbias_shape, dtype=bias.dtype) if need_dbias and bias is not None else q.new_empty(0)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias
-    lse = lse.contiguous()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, sinks_alone(q, dlse, sinks)
+    lse, rest = lse.contiguous(), rest.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    of_batches = (
+        q.new_zeros((_sizes(q, k, v, cu_seqlens_q)[0], q.shape[1]), dtype=torch.float32) if sinks is not None else None
+    )
     sums, whole = None, (True, True)
     if need_dbias:
         assert bias is not None
@@ -194,7 +203,7 @@ def backward(
             sums = q.new_zeros(dbias_shape, dtype=torch.float32)
             whole = (dbias_shape[0] == full[0], dbias_shape[1] == full[1])
     _C.attention_backward_cpu(
-        _sizes(q, k, cu_seqlens_q),
+        _sizes(q, k, v, cu_seqlens_q),
         _pack(dout, packed),
         _flat(dlse),
         _pack(q, packed),
@@ -202,6 +211,7 @@ def backward(
         _pack(v, packed),
         _pack(out, packed),
         _flat(lse),
+        _flat(rest),
         _pack(bias),
         _flat(alibi_slopes),
         _flat(seed),
@@ -209,6 +219,7 @@ def backward(
         _flat(cu_seqlens_q),
         _flat(cu_seqlens_k),
         _flat(seqlens_k),
+        _flat(sinks),
         causal,
         window_left,
         window_right,
@@ -221,17 +232,23 @@ def backward(
         _pack(dq, packed),
         _pack(dk, packed),
         _pack(dv, packed),
+        _flat(of_batches),
         _broadcast(sums, bias.shape) if sums is not None and bias is not None else _native.ABSENT,
         *whole,
         torch.get_num_threads(),
     )
+    dsinks = q.new_empty(0)
+    if of_batches is not None:
+        dsinks = torch.zeros_like(of_batches[0])
+        heads = (dsinks.data_ptr(), _native.DTYPE[dsinks.dtype], 0, 0, 0, 1)
+        _C.reduce_in_order_cpu((1, 1, *of_batches.shape), _pack(of_batches[None, None]), heads)
     if sums is None or bias is None:
-        return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, q.new_empty(0), dsinks
     if list(sums.shape) != dbias_shape:
         dbias = q.new_zeros(dbias_shape, dtype=torch.float32)
         _C.reduce_in_order_cpu(tuple(sums.shape), _pack(sums), _broadcast(dbias, sums.shape))
         sums = dbias
-    return dq, dk, dv, sums.to(bias.dtype)
+    return dq, dk, dv, sums.to(bias.dtype), dsinks
 
 
 def _broadcast(t: Tensor, shape: torch.Size) -> _native.Packed:

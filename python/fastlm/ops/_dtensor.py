@@ -182,6 +182,7 @@ def attention(
     *,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     dropout_p: float,
     seed: int | Tensor | None,
     offset: Offset | None,
@@ -203,7 +204,7 @@ def attention(
     cu_seqlens_q, cu_seqlens_k = layout.whole("cu_seqlens_q", cu_seqlens_q), layout.whole("cu_seqlens_k", cu_seqlens_k)
     sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     bias, alibi_slopes = layout.whole("bias", bias), layout.whole("alibi_slopes", alibi_slopes)
-    seqlens_k = layout.whole("seqlens_k", seqlens_k)
+    seqlens_k, sinks = layout.whole("seqlens_k", seqlens_k), layout.whole("sinks", sinks)
     if bias is not None and not packed:
         bias = _bias_4d(bias, q, k, device)
         bias = layout.cut(layout.cut(bias, 0, 0), 1, 1)
@@ -212,6 +213,9 @@ def attention(
         alibi_slopes = alibi_slopes.narrow(-1, *layout.parts[1])
         if alibi_slopes.dim() == 2 and not packed:
             alibi_slopes = alibi_slopes.narrow(0, *layout.parts[0])
+    if sinks is not None:
+        check_tensor(sinks, "sinks", layout.op, shape=(q.shape[1],))
+        sinks = sinks.narrow(0, *layout.parts[1])
     if seqlens_k is not None and not packed:
         check_tensor(seqlens_k, "seqlens_k", layout.op, shape=(q.shape[0],), dtypes=(torch.int32, torch.int64))
         seqlens_k = seqlens_k.narrow(0, *layout.parts[0])
@@ -231,6 +235,7 @@ def attention(
         layout.alike("v", v),
         bias=bias,
         alibi_slopes=alibi_slopes,
+        sinks=sinks,
         dropout_p=dropout_p,
         seed=seed,
         offset=offset,
@@ -240,12 +245,13 @@ def attention(
         return_lse=return_lse,
         **options,
     )
+    shape = (*q.shape[:-1], v.shape[-1])
     if not return_lse:
-        return layout.give(found, q.shape)
+        return layout.give(found, shape)
     if not packed:
-        return layout.give(found[0], q.shape), layout.give(found[1], q.shape[:3])
+        return layout.give(found[0], shape), layout.give(found[1], q.shape[:3])
     heads = [Shard(0) if isinstance(p, Shard) else p for p in layout.placements]  # lse is [heads, tokens]
-    return layout.give(found[0], q.shape), layout.give(found[1], (q.shape[1], q.shape[0]), heads)
+    return layout.give(found[0], shape), layout.give(found[1], (q.shape[1], q.shape[0]), heads)
 
 
 def rotary(

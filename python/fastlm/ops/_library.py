@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastlm import backend
@@ -61,7 +62,7 @@ class Op:
         self._below = {d: getattr(torch.ops.fastlm, f"{name}_{d}") for d in ("forward", "backward")}
 
     def __call__(self, *args: Any) -> Any:
-        """The op with autograd."""
+        """The op with autograd. RuntimeError under forward-mode differentiation and torch.func's transforms but vmap."""
         return self._with_autograd(*args) if _unseen(args) else self._whole(*args)
 
     def forward(self, *args: Any) -> Any:
@@ -73,17 +74,36 @@ class Op:
         """The op's gradients; RuntimeError where these were to have gradients themselves."""
         if not _unseen(args):
             return self._below["backward"](*args)
+        self._refuse_tangents(args)
         self._refuse_second(args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._run_backward(*args)
 
     def _with_autograd(self, *args: Any) -> Any:
-        return self._apply(*args) if _differentiable(args) else self.forward(*args)
+        self._refuse_tangents(args)
+        if not _differentiable(args):
+            return self.forward(*args)
+        if _transformed():
+            raise RuntimeError(
+                f"fastlm.{self.name} is not differentiated by torch.func (grad, vjp, jacrev, hessian, ...): use "
+                f"torch.autograd.grad, or PyTorch's own ops, for example after fastlm.unswap(model)"
+            )
+        return self._apply(*args)
 
     def _first_backward(self, *args: Any) -> Any:
+        self._refuse_tangents(args)
         self._refuse_second(args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._below["backward"](*args)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        if forward_ad._current_level < 0:
+            return
+        if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+            raise RuntimeError(
+                f"fastlm.{self.name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, hessian, "
+                f"torch.autograd.forward_ad): use PyTorch's own ops there, for example after fastlm.unswap(model)"
+            )
 
     def _refuse_second(self, args: tuple[Any, ...]) -> None:
         if _differentiable(args):
@@ -109,6 +129,7 @@ def _differentiable(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
+_transformed = torch._C._are_functorch_transforms_active
 _keys, _thread_keys = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
 _function_modes, _traced = torch._C._len_torch_function_stack, torch._C._get_tracing_state
 _profiled = torch._C._autograd._profiler_enabled

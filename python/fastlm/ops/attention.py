@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
+from fastlm.ops import _flops
 from fastlm.ops._library import Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
-from fastlm.reference.attention import Options
+from fastlm.reference.attention import Options, empty_out
 
 OP = "attention"
 Offset = tuple[Tensor | None, int, int | None, int | None]
 
 _OPTIONS = (
     "Tensor? bias, Tensor? alibi_slopes, Tensor? seed, Tensor? batch_ids, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int causal, SymInt window_left, "
+    "Tensor? seqlens_k, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, int causal, SymInt window_left, "
     "SymInt window_right, float softcap, float? scale, float p, SymInt head0, SymInt q0, SymInt k0, "
 )
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS} ScalarType out_dtype, bool check) -> (Tensor, Tensor)"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS} ScalarType out_dtype, bool check) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS} bool need_dbias) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rest, {_OPTIONS} "
+    "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_N_OPTIONS = len(Options._fields)
+_N_OPTIONS, _N_TENSORS = len(Options._fields), 8  # the tensors come first
+_BIAS, _SINKS = (3 + Options._fields.index(name) for name in ("bias", "sinks"))  # among the forward's arguments
 _LARGEST = torch.finfo(torch.float32).max
 _NONE, _LOWER_RIGHT, _UPPER_LEFT, _NONE_UPPER_LEFT = 0, 1, 2, 3  # causal in the schema; the last two: no shift
 
@@ -36,17 +38,20 @@ _NONE, _LOWER_RIGHT, _UPPER_LEFT, _NONE_UPPER_LEFT = 0, 1, 2, 3  # causal in the
 def _fake_forward(q, k, v, *options):
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse_shape = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return torch.empty_like(q, dtype=options[_N_OPTIONS]), q.new_empty(lse_shape, dtype=lse)
+    out = empty_out(q, v, options[_N_OPTIONS])
+    return out, q.new_empty(lse_shape, dtype=lse), q.new_empty(lse_shape, dtype=lse)
 
 
-def _fake_backward(dout, dlse, q, k, v, out, lse, bias, *options):
+def _fake_backward(dout, dlse, q, k, v, out, lse, rest, bias, *options):
+    sinks = options[_SINKS - _BIAS - 1]
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if options[-1] else q.new_empty(0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
 def _prepare(direction: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The torch schema's arguments to a backend's: bias expanded, scale resolved, values checked, lengths in int32."""
-    first = 3 if direction == "forward" else 7
+    first = 3 if direction == "forward" else 8
     q, k, v = args[first - 3 : first] if direction == "forward" else args[2:5]
     given, rest = Options.of(args[first:]), args[first + _N_OPTIONS :]
     if direction == "forward" and (rest[1] or q.device.type == "cpu"):
@@ -107,29 +112,30 @@ def _few(values: Tensor) -> str:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, *options):
-        out, lse = _operators.forward(q, k, v, *options)
-        # The seven optional tensors come first.
-        ctx.save_for_backward(q, k, v, out, lse, *options[:7])
-        ctx.options = options[7:_N_OPTIONS]
+        out, lse, rest = _operators.forward(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse, rest, *options[:_N_TENSORS])
+        ctx.options = options[_N_TENSORS:_N_OPTIONS]
+        ctx.mark_non_differentiable(rest)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse, rest
 
     @staticmethod
-    def backward(ctx: Any, dout, dlse):
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, dout, dlse, _drest):
+        q, k, v, out, lse, rest, *tensors = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * (5 + _N_OPTIONS)
         if dout is None:
             dout = torch.zeros_like(out)
         wants = ctx.needs_input_grad
-        dq, dk, dv, dbias = _operators.backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wants[3])
-        return (
-            dq if wants[0] else None,
-            dk if wants[1] else None,
-            dv if wants[2] else None,
-            dbias if wants[3] else None,
-            *(None,) * (_N_OPTIONS + 1),
+        dq, dk, dv, dbias, dsinks = _operators.backward(
+            dout, dlse, q, k, v, out, lse, rest, *tensors, *ctx.options, wants[_BIAS]
         )
+        grads: list[Tensor | None] = [None] * (5 + _N_OPTIONS)
+        for place, grad in enumerate((dq, dk, dv)):
+            grads[place] = grad if wants[place] else None
+        grads[_BIAS] = dbias if wants[_BIAS] else None
+        grads[_SINKS] = dsinks if wants[_SINKS] else None
+        return tuple(grads)
 
 
 _operators = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _Attention, _prepare)
@@ -144,6 +150,7 @@ def _arguments(
     window: tuple[int, int] | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -178,6 +185,9 @@ def _arguments(
         bias = _bias_4d(bias, q, k, device)
     if alibi_slopes is not None:
         alibi_slopes = _slopes(alibi_slopes, sequences, q.shape[1], device)
+    if sinks is not None:
+        check_tensor(sinks, "sinks", OP, shape=(q.shape[1],), device=device)
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
     kinds = {False: _NONE, True: _LOWER_RIGHT, "upper_left": _UPPER_LEFT}
     kind = kinds.get(causal) if isinstance(causal, (int, str)) else None
@@ -203,8 +213,8 @@ def _arguments(
     else:
         seed = seed_tensor(seed, device, OP)
     return device, (
-        q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k, longest_q,
-        longest_k, kind, left, right, float(softcap), None if scale is None else float(scale), p, head0, q0 or 0,
+        q, k, v, bias, alibi_slopes, seed, batch_ids, cu_seqlens_q, cu_seqlens_k, seqlens_k, sinks,
+        longest_q, longest_k, kind, left, right, float(softcap), None if scale is None else float(scale), p, head0, q0 or 0,
         k0 or 0, q.dtype, check,
     )  # fmt: skip
 
@@ -219,13 +229,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise TypeError(f"{OP}: {name} is {tensor.dtype} and q is {q.dtype}; q, k and v must have one dtype")
     if q.shape[-1] == 0:
         raise ValueError(f"{OP}: q has shape {list(q.shape)}; the head size must be at least 1")
-    if k.shape != v.shape:
-        raise ValueError(f"{OP}: v has shape {list(v.shape)}; it must be {list(k.shape)} like k")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"{OP}: v has shape {list(v.shape)}; it must be {list(k.shape)} like k, but for the last axis")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"{OP}: k has shape {list(k.shape)}; its last axis must be q's head size, {q.shape[-1]} (pad q and k, or "
-            f"v, with zeros where they differ)"
-        )
+        raise ValueError(f"{OP}: k has shape {list(k.shape)}; its last axis must be q's head size, {q.shape[-1]}")
+    if v.shape[-1] == 0:
+        raise ValueError(f"{OP}: v has shape {list(v.shape)}; its head size must be at least 1")
     if not packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"{OP}: k has shape {list(k.shape)}; its batch must be q's, {q.shape[0]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
@@ -332,6 +341,7 @@ def attention(
     window: tuple[int, int] | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -350,7 +360,8 @@ def attention(
     Args:
         q: [B, Hq, Lq, D], float32, bfloat16 or float16 (float64 on the reference backend); any strides: a transposed
             view of [B, Lq, Hq, D] is not copied. With cu_seqlens: [T, Hq, D].
-        k, v: [B, Hkv, Lk, D], Hq a multiple of Hkv (grouped queries); with cu_seqlens: [T of the keys, Hkv, D].
+        k, v: [B, Hkv, Lk, D], Hq a multiple of Hkv (grouped queries); with cu_seqlens: [T of the keys, Hkv, D]. v's
+            head size may differ: [..., Dv]. Kernels take head sizes up to 512.
         causal: False; True: key j is visible to query i if j <= i + Lk - Lq (the lower right corners are aligned, as
             in flash-attention); "upper_left": if j <= i, as ``is_causal`` of ``F.scaled_dot_product_attention``.
         window: (left, right), inclusive, -1 unlimited: i + shift - left <= j <= i + shift + right, where shift is
@@ -358,6 +369,8 @@ def attention(
         bias: added to the scores, and differentiable at any shape that broadcasts to [B, Hq, Lq, Lk]; or bool, True
             where a query may attend. Not with cu_seqlens.
         alibi_slopes: [Hq] or [B, Hq]; subtracts slope * |i + shift - j| (Press et al. 2022). No gradient.
+        sinks: [Hq], differentiable: a logit of each head that is added to the softmax's denominator, as if to a key
+            whose value is 0 (gpt-oss; Xiao et al. 2024). Not scaled, capped or dropped; part of lse.
         softcap: if positive, scores become softcap * tanh(score / softcap) before bias.
         scale: of the scores; None: 1 / sqrt(D).
         dropout_p: probability to drop a probability, 0 <= dropout_p < 1, in steps of 2**-16.
@@ -379,9 +392,9 @@ def attention(
     Every other argument is that of the whole.
 
     Returns:
-        out, or (out, lse). out: shaped and laid out like q, in q's dtype (under autocast q, k, v are cast to the
+        out, or (out, lse). out: [B, Hq, Lq, Dv], laid out like q, in q's dtype (under autocast q, k, v are cast to the
         autocast dtype). lse: float32 [B, Hq, Lq] (packed: [Hq, T]), before dropout, differentiable. A query that
-        attends to nothing has out 0, lse -inf and zero gradients.
+        attends to nothing has out 0, lse -inf (with sinks, its head's sink) and zero gradients.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -389,21 +402,21 @@ def attention(
         fastlm.backend.BackendError: a forced backend that cannot serve.
         RuntimeError: on double backward.
     """
-    if sharded(q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqlens_k):
+    if sharded(q, k, v, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqlens_k):
         from fastlm.ops import _dtensor
 
         return _dtensor.attention(
-            attention, q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
-            scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q,
+            attention, q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
+            softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k,
             return_lse=return_lse, check=check,
         )  # fmt: skip
     _, args = _arguments(
-        q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, scale=scale,
+        q, k, v, causal=causal, window=window, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale,
         dropout_p=dropout_p, seed=seed, offset=offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqlens_k=seqlens_k, check=check,
     )  # fmt: skip
-    out, lse = _operators(*args)
+    out, lse, _ = _operators(*args)
     return (out, lse) if return_lse else out
 
 
@@ -418,3 +431,4 @@ def _example(device: str) -> dict[str, Any]:
 
 
 backend.register(OP, _backend_arguments, _example)
+_flops.register()

@@ -1,11 +1,18 @@
 """Attention in plain PyTorch, forward and backward written out: the definition of the op. It materialises the scores.
 
     s = scale * q k^T;  softcap > 0: s = softcap * tanh(s / softcap);  s += bias - slope * |i - j|;  hidden keys: -inf
-    lse = log(sum(exp(s)));  out = (exp(s - lse) * keep / keep_probability) v
+    lse = log(exp(sink) + sum(exp(s)));  out = (exp(s - lse) * keep / keep_probability) v
+
+A sink is a logit of each head that takes probability and gives no value; without sinks exp(sink) is 0.
 
 Query i stands at position q0 + i + shift and key j at k0 + j. shift = (valid keys) - (queries) aligns the lower right
 corner (causal 0 and 1, as flash-attention from 2.1 on); it is 0 for causal 2 and 3. A key is visible if it is valid and
-left and right of the query by no more than the window and causality allow. Rows that see nothing: out 0, lse -inf.
+left and right of the query by no more than the window and causality allow. Rows that see nothing: out 0, lse -inf, or
+the sink where there is one.
+
+Forward returns `rest` beside lse: what rounding to lse's dtype took from it. A row whose scores are all near -3e38 has
+an lse of which nothing tells the number of its keys, and exp(s - lse) would be 1 for each: a backward that starts from
+saved statistics takes exp(s - lse - rest).
 
 Arithmetic is float32, or float64 for float64 inputs. Slow, and right on every device, without reading from it.
 """
@@ -32,6 +39,7 @@ class Options(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqlens_k: Tensor | None = None
+    sinks: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     causal: int = 0
@@ -128,6 +136,7 @@ class _Call(NamedTuple):
     batch_ids: Tensor | None
     lengths_q: Tensor | None
     lengths_k: Tensor | None
+    sinks: Tensor | None
     causal: int
     window_left: int
     window_right: int
@@ -175,6 +184,12 @@ class _Call(NamedTuple):
             s = s - self.alibi_slopes.to(s.dtype).view(-1, heads, 1, 1) * distance.abs()
         return s.masked_fill(~visible, float("-inf")), tanh
 
+    def with_sinks(self, s: Tensor) -> Tensor:
+        """The scores with the sink of each head behind the last key."""
+        if self.sinks is None:
+            return s
+        return torch.cat([s, self.sinks.to(s.dtype).view(-1, 1, 1).expand(*s.shape[:3], 1)], 3)
+
     def keep(self, s: Tensor) -> Tensor | None:
         """What probabilities are multiplied by: 0 or the inverse keep-probability; None without dropout."""
         if self.p == 0:
@@ -205,30 +220,44 @@ def _probabilities(s: Tensor) -> Tensor:
     return torch.softmax(s, 3).masked_fill((s == float("-inf")).all(3, keepdim=True), 0.0)
 
 
+def _log_sum(s: Tensor) -> tuple[Tensor, Tensor]:
+    """lse of each row of scores, and what rounding took from it."""
+    if s.shape[3] == 0:
+        lse = s.new_full(s.shape[:3], float("-inf"))
+        return lse, torch.zeros_like(lse)
+    lse = torch.logsumexp(s, 3)
+    top = s.amax(3)
+    more = (s - top.masked_fill(~top.isfinite(), 0.0).unsqueeze(3)).exp().sum(3).log()
+    rest = more - (lse - top)
+    return lse, rest.masked_fill(~(lse.isfinite() & rest.isfinite()), 0.0)
+
+
 def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     k, v = call.hide(k), call.hide(v)
     s, _ = call.scores(q, k)
-    lse = torch.logsumexp(s, 3) if s.shape[3] else s.new_full(s.shape[:3], float("-inf"))
-    probabilities = _probabilities(s)
+    whole = call.with_sinks(s)
+    lse, rest = _log_sum(whole)
+    probabilities = _probabilities(whole)[..., : s.shape[3]]
     keep = call.keep(s)
     if keep is not None:
         probabilities = probabilities * keep
-    return torch.matmul(_grouped(probabilities, k), v).view(q.shape), lse
+    return torch.matmul(_grouped(probabilities, k), v).view(*q.shape[:3], v.shape[3]), lse, rest
 
 
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: _Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of the scores before they meet bias, all wide."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, the gradient of the scores before they meet bias, and that of the sinks, all wide."""
     k, v = call.hide(k), call.hide(v)
     s, tanh = call.scores(q, k)
+    whole = call.with_sinks(s)
     if dlse is not None:  # nothing pulls at a row that sees nothing, whatever it is given: 0 * inf is no number
-        dlse = dlse.masked_fill((s == float("-inf")).all(3), 0.0)
-    probabilities = _probabilities(s)
+        dlse = dlse.masked_fill((whole == float("-inf")).all(3), 0.0)
+    probabilities, sunk = _probabilities(whole).split([s.shape[3], whole.shape[3] - s.shape[3]], 3)
     keep = call.keep(s)
     dropped = probabilities if keep is None else probabilities * keep
     dv = torch.matmul(_grouped(dropped, k).transpose(2, 3), _grouped(dout, k))
@@ -238,11 +267,37 @@ def _backward(
     pull = (probabilities * dp).sum(3, keepdim=True)
     ds = dp - pull if dlse is None else dp - pull + dlse.unsqueeze(3)  # dp - pull first: they may be equal
     ds = probabilities * ds
+    dsinks = (-sunk * (pull if dlse is None else pull - dlse.unsqueeze(3))).sum((0, 2, 3))
     dscore = ds if call.softcap == 0 else ds * (1 - tanh.square())
     dscore = dscore * call.scale
     dq = torch.matmul(_grouped(dscore, k), k).view(q.shape)
     dk = torch.matmul(_grouped(dscore, k).transpose(2, 3), _grouped(q, k))
-    return dq, dk, dv, ds
+    return dq, dk, dv, ds, dsinks
+
+
+def empty_out(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output of q's rows and v's head size, laid out as q is."""
+    if v.shape[-1] == q.shape[-1]:
+        return torch.empty_like(q, dtype=dtype)
+    rows = torch.empty_like(q[..., :1], dtype=torch.bool)  # the order of the other axes, as empty_like reads it
+    order = sorted(range(q.dim() - 1), key=rows.stride, reverse=True)
+    return torch.empty_permuted((*q.shape[:-1], v.shape[-1]), (*order, q.dim() - 1), dtype=dtype, device=q.device)
+
+
+def nothing_to_attend_to(out: Tensor, lse: Tensor, rest: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, rest) of a call without keys, written to what a kernel allocated."""
+    sink = lse.new_full((), float("-inf")) if sinks is None else sinks
+    lse.copy_(sink.view(-1, 1) if sink.dim() else sink)
+    return out.zero_(), lse, rest.zero_()
+
+
+def sinks_alone(q: Tensor, dlse: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """dsinks of a call without keys: a sink is its rows' lse."""
+    if sinks is None:
+        return q.new_empty(0)
+    if dlse is None:
+        return torch.zeros_like(sinks)
+    return dlse.movedim(-2, 0).reshape(len(sinks), -1).sum(1).to(sinks.dtype).masked_fill(sinks == float("-inf"), 0.0)
 
 
 def _like(result: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,6 +316,7 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seqlens_k: Tensor | None,
+    sinks: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: int,
@@ -273,20 +329,21 @@ def forward(
     q0: int,
     k0: int,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse): out like q in ``out_dtype``, lse float32 (float64 for float64) [B, Hq, Lq] or [Hq, T]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (out, lse, rest): out like q, of v's head size, in ``out_dtype``; lse float32 (float64 for float64)
+    [B, Hq, Lq] or [Hq, T], and rest, what rounding took from it, of the same shape and dtype."""
     wide = _wide(q)
     options = (causal, window_left, window_right, softcap, scale, p, head0, q0, k0)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        call = _Call(bias, alibi_slopes, seed, batch_ids, None, seqlens_k, *options)
-        out, lse = _forward(q.to(wide), k.to(wide), v.to(wide), call)
-        return _like(out, q, out_dtype), lse.contiguous()
+        call = _Call(bias, alibi_slopes, seed, batch_ids, None, seqlens_k, sinks, *options)
+        out, lse, rest = _forward(q.to(wide), k.to(wide), v.to(wide), call)
+        return empty_out(q, v, out_dtype).copy_(out), lse.contiguous(), rest.contiguous()
     to_q = _Padding.of(cu_seqlens_q, q.shape[0], max_seqlen_q)
     to_k = _Padding.of(cu_seqlens_k, k.shape[0], max_seqlen_k)
-    call = _Call(None, alibi_slopes, seed, batch_ids, to_q.lengths, to_k.lengths, *options)
-    out, lse = _forward(to_q.pad(q.to(wide)), to_k.pad(k.to(wide)), to_k.pad(v.to(wide)), call)
-    lse = to_q.pack(lse.unsqueeze(3), float("-inf")).squeeze(2).transpose(0, 1)
-    return _like(to_q.pack(out), q, out_dtype), lse.contiguous()
+    call = _Call(None, alibi_slopes, seed, batch_ids, to_q.lengths, to_k.lengths, sinks, *options)
+    out, lse, rest = _forward(to_q.pad(q.to(wide)), to_k.pad(k.to(wide)), to_k.pad(v.to(wide)), call)
+    pack = lambda x, empty: to_q.pack(x.unsqueeze(3), empty).squeeze(2).transpose(0, 1).contiguous()
+    return empty_out(q, v, out_dtype).copy_(to_q.pack(out)), pack(lse, float("-inf")), pack(rest, 0.0)
 
 
 def backward(
@@ -297,6 +354,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     seed: Tensor | None,
@@ -304,6 +362,7 @@ def backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seqlens_k: Tensor | None,
+    sinks: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: int,
@@ -317,24 +376,25 @@ def backward(
     k0: int,
     need_dbias: bool,
     dbias_shape: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (dq, dk, dv, dbias), each in the dtype of what it is the gradient of; dbias [0] unless needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (dq, dk, dv, dbias, dsinks), each in the dtype of what it is the gradient of; dbias [0] unless needed,
+    dsinks [0] without sinks.
 
-    Kernels start from ``out`` and ``lse``, exp(s - lse) and sum(dout * out); this computes both anew.
+    Kernels start from ``out``, ``lse`` and ``rest``, exp(s - lse - rest) and sum(dout * out); this computes them anew.
     """
     wide = _wide(q)
     options = (causal, window_left, window_right, softcap, scale, p, head0, q0, k0)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        call = _Call(bias, alibi_slopes, seed, batch_ids, None, seqlens_k, *options)
-        dq, dk, dv, ds = _backward(
+        call = _Call(bias, alibi_slopes, seed, batch_ids, None, seqlens_k, sinks, *options)
+        dq, dk, dv, ds, dsinks = _backward(
             dout.to(wide), None if dlse is None else dlse.to(wide), q.to(wide), k.to(wide), v.to(wide), call
         )
     else:
         to_q = _Padding.of(cu_seqlens_q, q.shape[0], max_seqlen_q)
         to_k = _Padding.of(cu_seqlens_k, k.shape[0], max_seqlen_k)
-        call = _Call(None, alibi_slopes, seed, batch_ids, to_q.lengths, to_k.lengths, *options)
+        call = _Call(None, alibi_slopes, seed, batch_ids, to_q.lengths, to_k.lengths, sinks, *options)
         rows = lambda x: to_q.pad(x.to(wide).transpose(0, 1).unsqueeze(2)).squeeze(3)
-        dq, dk, dv, ds = _backward(
+        dq, dk, dv, ds, dsinks = _backward(
             to_q.pad(dout.to(wide)), None if dlse is None else rows(dlse), to_q.pad(q.to(wide)), to_k.pad(k.to(wide)),
             to_k.pad(v.to(wide)), call,
         )  # fmt: skip
@@ -343,4 +403,5 @@ def backward(
     if need_dbias:
         assert bias is not None
         dbias = ds.sum_to_size(dbias_shape).to(bias.dtype).contiguous()
-    return _like(dq, q, q.dtype), _like(dk, k, k.dtype), _like(dv, v, v.dtype), dbias
+    dsinks = q.new_empty(0) if sinks is None else dsinks.to(sinks.dtype)
+    return _like(dq, q, q.dtype), _like(dk, k, k.dtype), _like(dv, v, v.dtype), dbias, dsinks
