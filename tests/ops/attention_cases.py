@@ -302,7 +302,8 @@ def draw(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[st
     if sdpa_serves(case):
         measure |= theirs(case, tensors, lse=False)
     assert ours.keys() == measure.keys() == real.keys()
-    return {name: Result(ours[name], measure[name], real[name]) for name in ours}
+    # A gradient of a sink is a sum over all rows, of which a draw has one a head: pooling thousands takes minutes.
+    return {name: Result(ours[name], measure[name], real[name]) for name in ours if name != "dsinks"}
 
 
 FEATURES = (
