@@ -10,8 +10,8 @@ from pathlib import Path
 
 import fastlm
 from fastlm.train import checkpoint
-from fastlm.train.callbacks import read_metrics
 from fastlm.train.config import Config
+from fastlm.train.files import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -14,7 +14,7 @@ PACKAGE = Path(fastlm.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 # A module may import its own layer and those below. `models` is torch alone, `data` and `energy` stop at the lowest.
 LAYERS = {
-    **dict.fromkeys(("_C", "_native", "_processor", "backend", "kernels", "reference", "cpu", "cuda"), 0),
+    **dict.fromkeys(("_C", "_native", "_processor", "backend", "console", "kernels", "reference", "cpu", "cuda"), 0),
     "ops": 1,
     **dict.fromkeys(("nn", "rng"), 2),
     "models": 3,

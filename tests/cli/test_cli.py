@@ -17,7 +17,7 @@ import pytest
 from fastlm import _native
 from fastlm.cli import main as cli
 from fastlm.train import checkpoint, config
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 
 SMALL = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --threads 1".split()  # noqa: SIM905
 

@@ -14,7 +14,8 @@ from fastlm.data import DatasetSource, InputError, Options, Prefetch, TokenSourc
 from fastlm.data.baselines import ngram_bits
 from fastlm.data.sample import Windows, mixture, permute
 from fastlm.train import Config, job, parallel
-from fastlm.train.callbacks import Callback, read_metrics
+from fastlm.train.callbacks import Callback
+from fastlm.train.files import read_metrics
 from test_corpus import _many, ready, words  # noqa: F401
 
 

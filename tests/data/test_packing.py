@@ -16,7 +16,7 @@ from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batch
 from fastlm.data.pack import BUFFER, Packer, best_fit
 from fastlm.models.gpt import GPT, STYLES, named
 from fastlm.train import Config, job
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 
 CONTEXT = 32
 

@@ -19,7 +19,7 @@ import pytest
 from fastlm.cli import main as cli
 from fastlm.data import InputError
 from fastlm.train import checkpoint, job, mesh
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 from ports import free_port
 from test_train import tiny
 

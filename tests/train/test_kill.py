@@ -24,7 +24,7 @@ from typing import Any
 import kill_worker
 import pytest
 from fastlm.train import checkpoint
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 
 WORDS = """
     book.txt --layers 2 --heads 2 --width 32 --context 16 --batch 4 --micro 2 --dropout 0.1 --ema 0.9 --lr 1e-2 --warmup 2

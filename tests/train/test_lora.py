@@ -12,7 +12,7 @@ import torch
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, job, mesh, state
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
 
 LORA = {"init": "runs/base", "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastlm.models.gpt import GPT, named
 from fastlm.train import Trainer, checkpoint, job
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, losses, tiny, weights  # noqa: F401
 from torch import nn
 

@@ -17,7 +17,8 @@ from fastlm.cli import main as cli
 from fastlm.data import DatasetSource, InputError
 from fastlm.data.sample import shares
 from fastlm.train import Trainer, checkpoint, generation, job, parallel, report, state
-from fastlm.train.callbacks import Callback, read_metrics
+from fastlm.train.callbacks import Callback
+from fastlm.train.files import read_metrics
 from fastlm.train.loop import autocast
 from test_train import StopAt, _own_place, book, losses, poisoned, tiny, weights  # noqa: F401
 from torch import nn
@@ -37,6 +38,7 @@ def first(book: str) -> Path:  # noqa: F811
 
 def test_a_fork_killed_at_its_first_step_goes_on_from_there(first: Path, book: str) -> None:  # noqa: F811
     made = job.fork(first, tiny(name="second", steps=15), (book,), other_data=False, say=str)
+    made.begin()
     assert [s for s, _ in checkpoint.steps(made.folder)] == [12]
     again = job.resume(made.folder, tiny(name="second", steps=15), (book,), other_data=False, say=str)
     assert again.trainer.step == 12
@@ -46,15 +48,18 @@ def test_a_fork_killed_at_its_first_step_goes_on_from_there(first: Path, book: s
 
 def test_a_fork_killed_before_it_saved_starts_once_more_from_its_origin(first: Path, book: str) -> None:  # noqa: F811
     made = job.fork(first, tiny(name="second", steps=15), (book,), other_data=False, say=str)
+    made.begin()
     kept = weights(made.trainer)
     for _, path in checkpoint.steps(made.folder):
         checkpoint._remove(path)
     said: list[str] = []
     again = job.resume(made.folder, tiny(name="second", steps=15), (book,), other_data=False, say=said.append)
+    again.begin()
     assert again.trainer.step == 12
     assert "starts once more from" in said[0]
     assert [s for s, _ in checkpoint.steps(again.folder)] == [12]
     assert all(torch.equal(w, weights(again.trainer)[name]) for name, w in kept.items())
+    again.trainer.owner.release()
     for path in (first / "checkpoints").iterdir():
         checkpoint._remove(path)
     for _, path in checkpoint.steps(made.folder):
@@ -338,13 +343,13 @@ def test_init_and_resume_take_names_and_out(book: str, capsys: pytest.CaptureFix
 # -------------------------------------------------------------------------------------------------------- one's own module
 
 
-def own(config: Any, **options: Any) -> Trainer:
+def own(config: Any, folder: str = "own", **options: Any) -> Trainer:
     torch.manual_seed(0)
     x = torch.randn(64, 4)
     data = DatasetSource(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), seed=1)
-    Path("own").mkdir()
+    Path(folder).mkdir(exist_ok=True)
     loss = lambda model, x, y: ((model(x) - y).square().sum(), torch.tensor(len(x)))
-    return Trainer(config, nn.Linear(4, 1), data, "own", loss=loss, **options)
+    return Trainer(config, nn.Linear(4, 1), data, folder, loss=loss, **options)
 
 
 def test_a_trainer_of_one_s_own_restores_the_best_weights() -> None:

@@ -17,7 +17,7 @@ import torch
 from fastlm.data import DatasetSource, InputError, TokenSource
 from fastlm.data.baselines import ngram_bits
 from fastlm.train import CheckpointError, Config, Trainer, checkpoint, job, mesh, optim
-from fastlm.train.callbacks import read_metrics
+from fastlm.train.files import read_metrics
 from torch import nn
 
 KERNELS = ["torch", "fused"]
@@ -200,7 +200,7 @@ def test_other_data_are_refused(book: str, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_never_overwritten(book: str) -> None:
-    job.start(tiny(name="run"), (book,))
+    job.start(tiny(name="run"), (book,)).begin()
     with pytest.raises(InputError, match="not overwritten"):
         job.start(tiny(name="run"), (book,))
 

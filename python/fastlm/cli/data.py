@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from fastlm.console import Lasting
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data.prepare import PARALLEL, Note
 from fastlm.train import job
@@ -29,7 +30,8 @@ def reading() -> Iterator[Note]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn())  # fmt: skip
-    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    stream = Lasting("stderr", beneath_rich=True)
+    bars = Progress(*columns, console=Console(file=stream), transient=True)  # type: ignore[arg-type]
     tasks: dict[str, object] = {}
 
     def note(what: str, done: int, total: int) -> None:

@@ -6,6 +6,8 @@ import importlib
 import sys
 from typing import NoReturn
 
+from fastlm import console
+
 COMMANDS = {
     "train": ("fastlm.cli.train", "train a language model on text"),
     "generate": ("fastlm.cli.generate", "continue a prompt with a trained model"),
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(fastlm.__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"fastlm: there is no command {argv[0]!r}\n{usage()}", file=sys.stderr)
+        console.warn(f"fastlm: there is no command {argv[0]!r}\n{usage()}")
         return 2
     module = COMMANDS[argv[0]][0]
     try:
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             missing = f"fastlm {argv[0]} is not part of this installation"
         else:
             missing = f"fastlm {argv[0]} needs the package {error.name}: pip install {error.name}"
-        print(f"fastlm: {missing}", file=sys.stderr)
+        console.warn(f"fastlm: {missing}")
         return 1
     from fastlm import _native, backend
     from fastlm.data.errors import InputError
@@ -56,27 +58,32 @@ def main(argv: list[str] | None = None) -> int:
         if _native._C is not None:
             _native._C.cpu_isa()  # FASTLM_CPU_ISA
     except ValueError as error:
-        print(f"fastlm: {error}", file=sys.stderr)
+        console.warn(f"fastlm: {error}")
         return 2
     try:
         return int(command.main(argv[1:]) or 0)
     except (InputError, backend.BackendError) as error:
-        print(f"fastlm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        console.warn(f"fastlm {argv[0]}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        print(f"fastlm {argv[0]}: interrupted", file=sys.stderr)
+        console.warn(f"fastlm {argv[0]}: interrupted")
         return 130
     except BrokenPipeError:
         return 1
     except OSError as error:  # what the file system refuses, wherever that was
         where = f"{error.filename}: " if error.filename else ""
-        print(f"fastlm {argv[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        console.warn(f"fastlm {argv[0]}: {where}{error.strerror or error}")
         return 2
 
 
 def run() -> NoReturn:
     """The console script: `main`, then the end of the process."""
-    code = main()
+    console.degrade()
+    try:
+        code = main()
+    except SystemExit as end:  # of --help, and of flags that cannot be read
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    code = console.finish(code)
     mesh = sys.modules.get("fastlm.train.mesh")
     if mesh is not None and mesh.had_peers:
         mesh.leave(code)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastlm import console
 from fastlm.cli.data import reading
 from fastlm.train import job, launch, mesh
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -89,13 +90,13 @@ def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ran
     folder = options["origin"]
     if ranks.restarts and ranks.folder:  # torchrun started all ranks again: the run goes on
         options["resume"], folder = ranks.folder, Path(ranks.folder)
-    say = print if ranks.first else lambda *words: None
+    say = console.say if ranks.first else lambda text: None
     if folder is not None:
         for line in job.read_config(folder)[0].differences(config):
             say(f"changed: {line}")
         go = job.resume if options["resume"] else job.fork
         with reading() as note:
-            made = go(folder, config, corpus, other_data=options["other_data"], say=print, note=note, ranks=ranks)
+            made = go(folder, config, corpus, other_data=options["other_data"], say=console.say, note=note, ranks=ranks)
     else:
         with reading() as note:
             made = job.start(config, corpus, note=note, ranks=ranks)
@@ -104,10 +105,9 @@ def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ran
     if result.why.startswith("signal"):
         name = result.why.split()[-1]
         if ranks.first:
-            print(
+            console.warn(
                 f"fastlm train: stopped by {name} at step {made.trainer.step}, which is saved; go on with "
-                f"fastlm train --resume {Path(result.folder)}",
-                file=sys.stderr,
+                f"fastlm train --resume {Path(result.folder)}"
             )
         return 128 + int(getattr(signal, name))
     return 0

@@ -1,21 +1,20 @@
 """What watches a run: metrics.jsonl, a progress bar, a picture of the curves, tensorboard. Each is told by the trainer.
 
-A callback is told start(trainer), step(trainer, row), evaluated(trainer, found) and end(trainer). `row` is a step's line
-of metrics, `found` what an evaluation found.
+A callback is any object with some of the methods of `Callback`: ready, start, step, evaluated, rewind and end. `row` is a
+step's line of metrics, `found` what an evaluation found.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from fastlm import console
 from fastlm.data.errors import InputError
+from fastlm.train.files import keep_until, read_metrics
 
 if TYPE_CHECKING:
     from fastlm.train.config import RunConfig
@@ -26,6 +25,9 @@ class Callback:
     everywhere = (
         False  # whether every rank has one, since what it asks of the model needs them all; only the first writes
     )
+
+    def ready(self, trainer: Trainer) -> None:
+        """Before the run's files change. What cannot serve raises InputError here, and the run stays as it was."""
 
     def start(self, trainer: Trainer) -> None: ...
 
@@ -39,32 +41,21 @@ class Callback:
     def end(self, trainer: Trainer) -> None: ...
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that is whole whenever it has its name. Raises InputError where it cannot be written."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+EVENTS = tuple(name for name in vars(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))
 
 
-def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl; a line torn by a kill is left out."""
-    rows = []
-    path = run / name
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+def check(callbacks: Iterable[object]) -> None:
+    """Raise InputError for an object that listens to nothing that a trainer tells."""
+    for callback in callbacks:
+        if not any(callable(getattr(callback, name, None)) for name in EVENTS):
+            raise InputError(f"a callback must have a method {', '.join(EVENTS)}; {callback!r} has none of them")
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a file of metrics that are of later steps."""
-    rows = [row for row in read_metrics(path.parent, path.name) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def tell(callbacks: Iterable[object], event: str, *what: Any) -> None:
+    """Call the method of that name of each callback that has one, whatever its class."""
+    for callback in callbacks:
+        if (method := getattr(callback, event, None)) is not None:
+            method(*what)
 
 
 class Metrics(Callback):
@@ -81,7 +72,7 @@ class Metrics(Callback):
     def _open(self, trainer: Trainer) -> None:
         keep_until(self.path, trainer.step)
         try:
-            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+            self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
@@ -108,7 +99,7 @@ class Progress(Callback):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self.console = Console()
+        self.console = Console(file=console.Lasting("stdout", beneath_rich=True))  # type: ignore[arg-type]
         self.val, self.loss, self.shown, self.bar = "", None, time.perf_counter(), None
         self.first = trainer.step
         self.began = time.perf_counter()
@@ -139,7 +130,7 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], description=text)
         else:
-            print(text, flush=True)
+            console.say(text)
 
     def end(self, trainer: Trainer) -> None:
         if self.bar is not None:
@@ -209,7 +200,7 @@ class Samples(Callback):
         if not trainer.ranks.first:
             return
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
@@ -223,12 +214,15 @@ class Picture(Callback):
 
 
 class Tensorboard(Callback):
-    def start(self, trainer: Trainer) -> None:
+    def ready(self, trainer: Trainer) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self.writer = SummaryWriter(str(trainer.folder / "tensorboard"), purge_step=trainer.step + 1)
+        self._make = SummaryWriter
+
+    def start(self, trainer: Trainer) -> None:
+        self.writer = self._make(str(trainer.folder / "tensorboard"), purge_step=trainer.step + 1)
 
     def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -249,7 +243,7 @@ class Wandb(Callback):
             raise InputError("--wandb needs the package wandb: pip install wandb") from None
         self.wandb, self.project, self.run = wandb, project, None
 
-    def start(self, trainer: Trainer) -> None:
+    def ready(self, trainer: Trainer) -> None:
         name = trainer.folder.name
         settings = {"config": trainer.config.to_dict(), "dir": str(trainer.folder), "resume": "allow"}
         try:
@@ -274,7 +268,3 @@ def standard(run: RunConfig) -> list[Callback]:
     found += [] if run.quiet else [Progress()]
     found += [Tensorboard()] if run.tensorboard else []
     return found + ([Wandb(run.wandb)] if run.wandb else [])
-
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

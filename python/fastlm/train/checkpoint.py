@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import KeysView, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,32 +30,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.console import warn
 from fastlm.data.errors import InputError
+from fastlm.train.files import sync_folder
 from fastlm.train.mesh import Ranks
 
+# all that safetensors has a name for; its Python package has other types' names from PyTorch's, where they are there
 DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    getattr(torch, name): label
+    for name, label in (
+        ("float64", "F64"),
+        ("float32", "F32"),
+        ("float16", "F16"),
+        ("bfloat16", "BF16"),
+        ("float8_e4m3fn", "F8_E4M3"),
+        ("float8_e5m2", "F8_E5M2"),
+        ("float8_e8m0fnu", "F8_E8M0"),
+        ("complex64", "C64"),
+        ("int64", "I64"),
+        ("int32", "I32"),
+        ("int16", "I16"),
+        ("int8", "I8"),
+        ("uint64", "U64"),
+        ("uint32", "U32"),
+        ("uint16", "U16"),
+        ("uint8", "U8"),
+        ("bool", "BOOL"),
+    )
+    if hasattr(torch, name)
 }
 
 
 class CheckpointError(InputError):
     """A checkpoint cannot be written or read."""
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems refuse to sync a folder; the files are synced
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class _Hashed:
@@ -87,6 +94,8 @@ def write_safetensors(file: Any, tensors: Mapping[str, Tensor], meta: Mapping[st
     header: dict[str, Any] = {"__metadata__": dict(meta)} if meta else {}
     end = 0
     for name, t in tensors.items():
+        if t.dtype not in DTYPES:
+            raise CheckpointError(f"{name} is of {t.dtype}, which safetensors cannot hold")
         start, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -145,8 +154,8 @@ class Stored:
         self.folder, self.kind = folder, kind
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
-        paths = [folder / f"{kind}.safetensors"] if (folder / f"{kind}.safetensors").exists() else []
-        paths += sorted(folder.glob(f"{kind}.rank-*.safetensors"))
+        # by the manifest alone: a file that a system or another save left there is no rank's
+        paths = [folder / name for name in sorted(read_manifest(folder)) if name.partition(".")[0] == kind]
         if not paths:
             raise CheckpointError(f"{folder} holds no {kind}.safetensors")
         for path in paths:
@@ -226,7 +235,7 @@ def seal(draft: Path, folder: Path, manifest: dict[str, Any], texts: Mapping[str
     with _Hashed(draft / "manifest.json") as file:
         body = json.dumps(manifest, indent=1, sort_keys=True)
         file.write((body + "\n" + hashlib.sha256(body.encode()).hexdigest() + "\n").encode())
-    _sync_folder(draft)
+    sync_folder(draft)
     _name(draft, folder)
 
 
@@ -234,17 +243,29 @@ def _name(draft: Path, folder: Path) -> None:
     """Give a whole draft its name. One that has it (the same step saved again after a resume) is set aside before."""
     aside = folder.parent / f".draft-old-{folder.name}"
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        _empty(aside)
         os.rename(folder, aside)
     os.rename(draft, folder)
     shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
+
+
+def _empty(place: Path) -> None:
+    """Remove a folder, or move it on where something in it stays: NFS keeps a file that another process reads."""
+    shutil.rmtree(place, ignore_errors=True)
+    number = 1
+    while place.exists():
+        number += 1
+        with contextlib.suppress(OSError):
+            os.rename(place, place.with_name(f".draft-gone-{place.name.lstrip('.')}-{number}"))
+        if number > 1000:
+            raise CheckpointError(f"{place} can neither be removed nor moved")
 
 
 def _remove(folder: Path) -> None:
     """Take a checkpoint's name away, then its files: a kill on the way leaves no half of one under the name."""
     gone = folder.parent / f".draft-gone-{folder.name}"
-    shutil.rmtree(gone, ignore_errors=True)
+    _empty(gone)
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -261,17 +282,28 @@ def write_base(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def verify(folder: Path) -> None:
-    """Check every file against the manifest; CheckpointError names the first that differs."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file that belongs to a checkpoint, by name. CheckpointError where that cannot be told."""
     try:
-        text = (folder / "manifest.json").read_text()
+        text = (folder / "manifest.json").read_text(encoding="utf-8")
         body, known = text.rstrip("\n").rsplit("\n", 1)
         if hashlib.sha256(body.encode()).hexdigest() != known:
             raise ValueError
-        manifest = json.loads(body)
+        manifest: dict[str, Any] = json.loads(body)
     except (OSError, ValueError):
         raise CheckpointError(f"the checkpoint {folder} is damaged: manifest.json is missing or altered") from None
-    for name, entry in manifest.items():
+    return manifest
+
+
+def holds(folder: Path, kind: str) -> bool:
+    """Whether a checkpoint has tensors of this kind ("ema" and so on)."""
+    return any(name.partition(".")[0] == kind for name in read_manifest(folder))
+
+
+def verify(folder: Path) -> None:
+    """Check every file that the manifest names; CheckpointError names the first that differs. Others are no damage:
+    systems leave files behind (.DS_Store, .nfs000..., Thumbs.db), and nothing reads them."""
+    for name, entry in read_manifest(folder).items():
         digest = hashlib.sha256()
         try:
             with open(folder / name, "rb") as file:
@@ -281,9 +313,6 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {name}: {error.strerror}") from None
         if digest.hexdigest() != entry["sha256"]:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {name} does not match its hash")
-    unknown = sorted({p.name for p in folder.iterdir()} - {*manifest, "manifest.json"})
-    if unknown:  # a stranger's tensors must not be read as a rank's
-        raise CheckpointError(f"the checkpoint {folder} is damaged: {unknown[0]} is not in its manifest")
 
 
 def steps(run: Path, prefix: str = "step") -> list[tuple[int, Path]]:
@@ -297,14 +326,17 @@ def steps(run: Path, prefix: str = "step") -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest(run: Path, complain: Any = print) -> Path:
-    """The latest checkpoint of a run that is whole; damaged ones are named to `complain` and passed over."""
+def newest(run: Path, complain: Callable[[str], None] = warn) -> Path:
+    """The latest checkpoint of a run that is whole; damaged ones are named to `complain` and passed over, those that a
+    training run has removed meanwhile in silence."""
     damaged = None
     for _, folder in reversed(steps(run)):
         try:
             verify(folder)
             return folder
         except CheckpointError as error:
+            if not folder.exists() and len(steps(run)) > 0:
+                return newest(run, complain)
             damaged = error
             complain(f"{error}; trying the one before")
     if damaged is not None:
@@ -352,6 +384,8 @@ class Saver:
                 manifest = write_groups(draft, groups, self.ranks.rank, self.ranks.size)
             except OSError as problem:
                 error = problem.strerror or str(problem)
+            except Exception as problem:  # noqa: BLE001  told to the others, who wait for this rank's word
+                error = str(problem) if isinstance(problem, InputError) else f"{type(problem).__name__}: {problem}"
             told = self.ranks.gather((manifest, error))
             errors = [text for _, text in told if text]
             if not errors and self.ranks.first:
@@ -404,12 +438,25 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def settle(self, seconds: float | None = None) -> None:
+        """At the end of a run that failed: wait, of several ranks for so long at most, and say what went wrong."""
+        if self._thread is not None:
+            self._thread.join(seconds if self.ranks.size > 1 else None)
+        if self._error is not None:
+            error, self._error = self._error, None
+            warn(str(error))
 
-def clean(run: Path) -> None:
-    """Remove what a killed save left behind; a checkpoint that was being replaced by its like gets its name back."""
+
+def recover(run: Path) -> None:
+    """A checkpoint that was being replaced by its like when a save was killed gets its name back."""
     for old in (run / "checkpoints").glob(".draft-old-*"):
         place = old.with_name(old.name.removeprefix(".draft-old-"))
         if not place.exists():
             os.rename(old, place)
+
+
+def clean(run: Path) -> None:
+    """Remove what a killed save left behind."""
+    recover(run)
     for path in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -22,12 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPTConfig
 from fastlm.train import checkpoint, lora
+from fastlm.train.checkpoint import CheckpointError
+from fastlm.train.files import sync_folder, write_text
 
 END = "<|endoftext|>"
+ATTEMPTS = 20  # at a checkpoint of a run that is training
 TOP = {
     "gpt2": {
         "embed": "transformer.wte",
@@ -101,15 +105,28 @@ def read_model(path: Path) -> Source:
     except (TypeError, ValueError) as error:
         raise InputError(f"{run / 'config.json'} cannot be read: {error}") from None
     if own is None and checkpoint.steps(run):
-        best = checkpoint.steps(run, "best")
-        own = best[-1][1] if best else checkpoint.newest(run)
-    tensors = checkpoint_tensors(own) if own is not None else _files(path)
+        tensors = _chosen(run)
+    else:
+        tensors = checkpoint_tensors(own) if own is not None else _files(path)
     if (run / lora.BASE).is_dir():
         checkpoint.verify(run / lora.BASE)
         tensors = {**checkpoint.read_safetensors(run / lora.BASE / "model.safetensors"), **tensors}
         settings = config["config"]["model"]
         tensors = lora.merged(tensors, settings["lora_alpha"] / settings["lora_rank"])
     return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"))
+
+
+def _chosen(run: Path) -> dict[str, Tensor]:
+    """The weights of a run's best checkpoint, else its last. A run that trains meanwhile may remove the one that is read."""
+    for _ in range(ATTEMPTS):
+        best = checkpoint.steps(run, "best")
+        own = best[-1][1] if best else checkpoint.newest(run, warn)
+        try:
+            return checkpoint_tensors(own)
+        except CheckpointError:
+            if own.exists():
+                raise
+    raise CheckpointError(f"the checkpoints of {run} are replaced faster than they can be read: try again")
 
 
 def read_tokenizer(path: Path) -> dict[str, Any] | None:
@@ -127,7 +144,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint, averaged ones where it has them."""
     checkpoint.verify(folder)
     tensors = checkpoint.Stored(folder, "model").load()
-    if any(folder.glob("ema.*")):
+    if checkpoint.holds(folder, "ema"):
         tensors.update(checkpoint.Stored(folder, "ema").load())
     return tensors
 
@@ -385,8 +402,9 @@ def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> lis
             os.fsync(file.fileno())
         for name, content in texts.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (draft / name).write_text(text, encoding="utf-8")
+            write_text(draft / name, text)
         os.rename(draft, folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}") from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -10,12 +11,14 @@ from typing import Any
 
 from fastlm.data import InputError, Prepared
 from fastlm.models.gpt import GPTConfig
-from fastlm.train import checkpoint, export, report
+from fastlm.train import checkpoint, export
 from fastlm.train.config import Config
+from fastlm.train.files import write_text
 
 
 def new_folder(config: Config) -> Path:
-    """runs/NAME, made now; a folder that is there already is never written into."""
+    """runs/NAME, made now; a folder that is there already is never written into, unless it is empty: a run that was
+    killed before it began."""
     name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
     folder, number = Path(config.run.out) / name, 1
     while True:
@@ -23,6 +26,9 @@ def new_folder(config: Config) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
+            with contextlib.suppress(OSError):  # of a folder that is not empty
+                folder.rmdir()
+                continue
             if config.run.name:
                 raise InputError(
                     f"the run {folder} exists and is not overwritten: choose another --name, or --resume {folder}"
@@ -64,7 +70,7 @@ def find_init(name: str, out: str) -> Path:
 
 def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return Config.from_dict(saved["config"]), tuple(saved["corpus"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
@@ -73,7 +79,7 @@ def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
 def forked_from(folder: Path) -> Path | None:
     """The checkpoint that a fork started from, or None for any other run."""
     try:
-        origin = json.loads((folder / "config.json").read_text()).get("fork", "")
+        origin = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("fork", "")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
     return Path(origin) if origin else None
@@ -102,6 +108,6 @@ def write_config(
             {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
         ],
     }
+    write_text(folder / "config.json", json.dumps(body, indent=1))  # the one step; the tokenizer's file repeats a part
     if body["tokenizer"]["kind"] != "bytes":
-        report.write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
-    report.write_text(folder / "config.json", json.dumps(body, indent=1))
+        write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.train import checkpoint
-from fastlm.train.callbacks import Callback, warn
+from fastlm.train.callbacks import tell
 
 if TYPE_CHECKING:
     from fastlm.train.loop import Trainer
@@ -57,9 +58,7 @@ def roll_back(trainer: Trainer, step: int, loss: float, mean: float) -> None:
     trainer.consumed = seen
     trainer.latest = {}
     trainer.pending.clear()
-    for callback in trainer.callbacks:
-        if isinstance(callback, Callback):
-            callback.rewind(trainer)
+    tell(trainer.callbacks, "rewind", trainer)
     if ranks.first:
         back = f"back to step {trainer.step}, skipping samples"
         warn(f"step {step}: loss {loss:.3f} against a mean of {mean:.3f}: {back}")
@@ -67,12 +66,12 @@ def roll_back(trainer: Trainer, step: int, loss: float, mean: float) -> None:
     trainer.load_ahead()
 
 
-def end(trainer: Trainer, callbacks: Iterable[Callback]) -> None:
+def end(trainer: Trainer, callbacks: Iterable[object]) -> None:
     """Tell each callback of the end. What one cannot write (a full disk) is said: it hides neither the others' end nor
     why training ended."""
     for callback in callbacks:
         try:
-            callback.end(trainer)
+            tell([callback], "end", trainer)
         except (InputError, OSError) as error:
             text = str(error) if isinstance(error, InputError) else error.strerror or str(error)
             warn(f"{type(callback).__name__.lower()} in {trainer.folder} is not whole: {text}")

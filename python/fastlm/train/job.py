@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ import torch
 from torch import nn
 
 from fastlm import backend
+from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, held, joint_limit, joint_tokenizer, silent
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, lora, parallel, report, state
-from fastlm.train.callbacks import Picture, Samples, standard, warn
+from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
+from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs
+from fastlm.train.files import write_text
 from fastlm.train.folders import find_init, forked_from, new_folder, write_config
 from fastlm.train.folders import find_run as find_run  # for those who use jobs
 from fastlm.train.folders import read_config as read_config
@@ -139,6 +142,8 @@ class Result:
 class Job:
     """Data, model and trainer of one run."""
 
+    starts_at: Path | None = None  # another run's checkpoint, which becomes this one's first
+
     def __init__(
         self,
         config: Config,
@@ -197,27 +202,61 @@ class Job:
             base = state.model_tensors(model)
             lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
 
-        def make_folder() -> Path:
-            made = folder or new_folder(config)
-            if config.model.lora_rank and made != origin:
-                checkpoint.write_base(made / lora.BASE, base)
-            write_config(made, config, corpus, self.shape, self.data, fork)
-            checkpoint.clean(made)
-            return made
-
-        self.folder = self.ranks.share(self.ranks.in_turn(lambda: make_folder() if first else Path()))
-        self.ranks.remember(str(self.folder))
-        self.trainer = Trainer(
-            config,
-            model,
-            self.source,
-            self.folder,
-            evaluate=validation(self.data, config, self.shape.context, self.device, self.named, self.ranks),
-            callbacks=[Picture(), *([Samples(self.sample)] if config.run.sample else [])],
-            ranks=self.ranks,
-            flops_per_sample=self.costs.flops_per_sample,
-        )
+        # a new run's folder is made now and is its own until `begin`; nothing of an older one's changes before that
+        self.new, self.begun, self.origin_of_fork = folder is None, False, fork
+        make = lambda: (folder or new_folder(config)) if first else Path()
+        self.folder = self.ranks.share(self.ranks.in_turn(make))
+        try:
+            self.base: dict[str, torch.Tensor] | None = None
+            if config.model.lora_rank and self.folder != origin:
+                self._keep_base(base)
+            self.trainer = Trainer(
+                config,
+                model,
+                self.source,
+                self.folder,
+                evaluate=validation(self.data, config, self.shape.context, self.device, self.named, self.ranks),
+                callbacks=[Picture(), *([Samples(self.sample)] if config.run.sample else [])],
+                ranks=self.ranks,
+                flops_per_sample=self.costs.flops_per_sample,
+                begin=self.begin,
+            )
+        except BaseException:
+            self.withdraw()
+            raise
         self.model = model
+
+    def _keep_base(self, base: dict[str, torch.Tensor]) -> None:
+        """The frozen weights beside LoRA's, written once. A folder that is a run's already gets them when it goes on."""
+        if not self.ranks.first:
+            return
+        if self.new:
+            checkpoint.write_base(self.folder / lora.BASE, base)
+        else:
+            self.base = {name: t.detach().clone() for name, t in base.items()}
+
+    def begin(self) -> None:
+        """Write what the run is into its folder. `fit` calls it when nothing can refuse the run any more."""
+        if self.begun:
+            return
+        self.ranks.in_turn(lambda: self._write_folder() if self.ranks.first else None)
+        self.ranks.remember(str(self.folder))
+        self.begun = True
+        if self.starts_at is not None:
+            self.trainer.begin_own()
+
+    def _write_folder(self) -> None:
+        if self.base is not None:
+            checkpoint.write_base(self.folder / lora.BASE, self.base)
+            self.base = None
+        write_config(self.folder, self.config, self.corpus, self.shape, self.data, self.origin_of_fork)
+        checkpoint.clean(self.folder)
+        report.write_facts(self.folder, self.facts())
+
+    def withdraw(self) -> None:
+        """Give the run up: the folder of a new one that has not begun is removed."""
+        if self.new and not self.begun and self.ranks.first and not (self.folder / "config.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def sample(self, count: int) -> str:
         """Text of the model as it stands, with the weights and in the type that evaluations use."""
@@ -228,44 +267,58 @@ class Job:
             return generate(self.model, self.data[0].tokenizer, "", count, choose)
 
     def finish(self, why: str, say: Callable[[str], None]) -> Result:
-        """What the run reached, said and written to result.json."""
+        """What the run reached: written to result.json and report.html first, then said."""
         trainer, found = self.trainer, dict(self.trainer.latest)
+        ended = not why.startswith("signal")
         if why.startswith("early"):
-            best = (
-                f"the best weights, of step {trainer.best['step']}, are restored" if trainer.best else "none was finite"
-            )
-            say(f"stopped {why}; {best}")
-            found = {}
-        if not why.startswith("signal") and not found.get("whole"):
+            found = {}  # the best weights are restored
+        if ended and not found.get("whole"):
             found = {"step": trainer.step, "whole": True, **trainer.measure(whole=True)}
         counted: dict[str, float] = {}
-        if not why.startswith("signal"):
+        text = ""
+        if ended:
             corpus = self.data[0]
             if self.ranks.first:
                 counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
             counted = self.ranks.share(counted)
             text = self.sample(self.config.run.sample)
-            if self.ranks.first:
-                report.write_text(self.folder / "sample.txt", text)
-            say(f"\na sample:\n{text}\n")
-            say(f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte")
-            for name in self.named:
-                say(
-                    f"{name}: {found[f'val_{name}_loss']:.4f} nats per token, {found[f'val_{name}_bpb']:.4f} bits per byte"
-                )
-            others = ", ".join(f"{name} {bits:.3f}" for name, bits in counted.items())
-            say(
-                f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
-            )
         result = {"why": why, "step": trainer.step, "val": found, "counted": counted, "best": trainer.best}
         if self.ranks.first:
             report.write_result(self.folder, result)
+            if ended:
+                write_text(self.folder / "sample.txt", text)
             report.write(self.folder)
-        say(f"report: {self.folder / 'report.html'}")
+        for line in self._reached(why, found, counted, text):
+            say(line)
         return Result(self.folder, why, found, counted)
 
-    def run(self, say: Callable[[str], None] = print) -> Result:
+    def _reached(self, why: str, found: dict[str, Any], counted: dict[str, float], text: str) -> Iterator[str]:
+        best = self.trainer.best
+        if why.startswith("early"):
+            restored = f"the best weights, of step {best['step']}, are restored" if best else "none was finite"
+            yield f"stopped {why}; {restored}"
+        if not why.startswith("signal"):
+            yield f"\na sample:\n{text}\n"
+            yield f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte"
+            for name in self.named:
+                loss, bits = found[f"val_{name}_loss"], found[f"val_{name}_bpb"]
+                yield f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte"
+            others = ", ".join(f"{name} {bits:.3f}" for name, bits in counted.items())
+            yield f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
+        yield f"report: {self.folder / 'report.html'}"
+
+    def run(self, say: Callable[[str], None] = say) -> Result:
+        """Train to the end, which `fit` says, and write what came of it. No other process trains the run meanwhile."""
         say = say if self.ranks.first else lambda text: None
+        with self.trainer.owned():
+            try:
+                self._announce(say)
+                return self.finish(self._fit(), say)
+            except BaseException:
+                self.withdraw()
+                raise
+
+    def _announce(self, say: Callable[[str], None]) -> None:
         d, c = self.data[0].manifest, self.costs
         say(
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
@@ -284,12 +337,12 @@ class Job:
         if self.config.run.kernels == "fused" and self.device.type == "mps":
             say("fastlm has no kernels for mps: PyTorch's own run")
         say(f"run: {self.folder}")
-        if self.ranks.first:
-            report.write_facts(self.folder, self.facts())
+
+    def _fit(self) -> str:
         try:
-            why = self.trainer.fit()
+            return self.trainer.fit()
         except InputError as error:  # it says why training cannot go on: the report says it too
-            if self.ranks.first:
+            if self.ranks.first and self.begun:
                 result = {"why": str(error), "step": self.trainer.step, "best": self.trainer.best}
                 try:
                     report.write_result(self.folder, result)
@@ -297,7 +350,6 @@ class Job:
                 except InputError as another:  # a full disk refuses the report too, but is not why training ended
                     warn(str(another))
             raise
-        return self.finish(why, say)
 
     def facts(self) -> dict[str, Any]:
         """What the report tells of the run and no other file of it does."""
@@ -332,29 +384,46 @@ def resume(
     fork: bool = False,
 ) -> Job:
     """The job of a run's folder at its last whole checkpoint, or from the start when it has none (a fork that was killed
-    before its first save: where it forked); with `fork` a new run that starts at that checkpoint."""
+    before its first save: where it forked); with `fork` a new run that starts at that checkpoint.
+
+    The run is this process's own until its end; InputError where another one trains it. Its files change when it goes on.
+    """
     ranks = ranks or Ranks()
     say = say if ranks.first else lambda text: None
-    if ranks.first and not fork:
-        checkpoint.clean(folder)
-    earlier = None if fork else forked_from(folder)
-    wanted = ranks.first and (fork or checkpoint.steps(folder))
-    found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if wanted else None))
-    start = found if fork else None
-    if found is None and earlier is not None:
-        found = start = earlier
-        say(f"{folder} holds no checkpoint yet: it starts once more from {earlier}")
-    origin = folder if found is not None else None
-    job = Job(
-        config, corpus, folder=None if fork else folder, note=note, ranks=ranks, origin=origin, fork=start or earlier
-    )
-    if found is not None:
-        job.trainer.restore(found, other_data=other_data, verified=found != earlier)
-    if start is not None:
-        job.trainer.begin_own()
-    step = job.trainer.step
+    own = ranks.in_turn(lambda: lock.take(folder) if ranks.first and not fork else None)
+    made: Job | None = None
+    try:
+        if ranks.first and not fork:
+            checkpoint.recover(folder)
+        earlier = None if fork else forked_from(folder)
+        wanted = ranks.first and (fork or checkpoint.steps(folder))
+        found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if wanted else None))
+        start = found if fork else None
+        if found is None and earlier is not None:
+            found = start = earlier
+            say(f"{folder} holds no checkpoint yet: it starts once more from {earlier}")
+        origin = folder if found is not None else None
+        into, born = None if fork else folder, start or earlier
+        made = Job(config, corpus, folder=into, note=note, ranks=ranks, origin=origin, fork=born)
+        if not fork:
+            made.trainer.own(own)
+        if fork and not ranks.share(found is not None and found.exists()):  # its run trains on, and has removed it
+            found = start = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first else None))
+            made.origin_of_fork = found
+        if found is not None:
+            made.trainer.restore(found, other_data=other_data, verified=found != earlier)
+        if start is not None:
+            made.trainer.best, made.trainer.waited = {}, 0  # what this folder holds counts
+            made.starts_at = start
+    except BaseException:
+        if made is not None:
+            made.withdraw()
+        if own is not None:
+            own.release()
+        raise
+    step = made.trainer.step
     say(f"a new run from step {step} of {folder}" if fork else f"going on from step {step} of {config.optim.steps}")
-    return job
+    return made
 
 
 fork = functools.partial(resume, fork=True)

@@ -1,7 +1,8 @@
 """`--nproc N`: N processes of the same command on this machine, and an eye on them.
 
 Each gets what torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...). The first that fails ends the others at once:
-with one missing, none of them could finish a step. SIGINT and SIGTERM are passed on; the ranks agree on the step and save.
+with one missing, none of them could finish a step. SIGINT, SIGTERM and SIGHUP are passed on; the ranks agree on the step
+and save.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import time
 
 import torch
 
+from fastlm.console import warn
 from fastlm.data.errors import InputError
-from fastlm.train import mesh
-from fastlm.train.callbacks import warn
+from fastlm.train import mesh, signals
 from fastlm.train.config import RunConfig
 
 GRACE = 2.0  # seconds that the others have to say what they saw
-SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # a rank that was asked to stop, and saved
+SIGNALLED = {128 + s for s in signals.STOPPING}  # a rank that was asked to stop, and saved
 
 
 def processes(run: RunConfig) -> int:
@@ -57,7 +58,7 @@ def run(command: list[str], count: int, threads: int = 0) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, forward) for s in signals.ours()}
     try:
         for rank in range(count):
             env = {

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import _processor
+from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
-from fastlm.train import checkpoint, guards, optim, parallel, signals, state
-from fastlm.train.callbacks import Callback, standard, warn
+from fastlm.train import checkpoint, guards, lock, optim, parallel, signals, state
+from fastlm.train.callbacks import Callback, check, standard, tell
 from fastlm.train.config import Config
 from fastlm.train.kernels import Kernels
 from fastlm.train.machine import apply, autocast, peak_flops, peak_memory, pick_device
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
+SETTLE = 2.0  # seconds that a failing rank waits for its last save, which may wait for other ranks
 FLUSH = 10  # steps whose metrics may wait on a GPU before they are read
 
 
@@ -43,7 +45,8 @@ class Trainer:
 
     `loss(model, *batch)` gives a summed loss and the number it is a sum over; `evaluate(model, whole)` a dictionary with
     "val_loss", of all the validation data where `whole` is true. `Trainer(config, model, DatasetSource(dataset, seed),
-    folder, loss=...).fit()` trains one's own module.
+    folder, loss=...).fit()` trains one's own module. `begin` is called when nothing can refuse the run any more, before its
+    files change.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         ranks: parallel.Ranks | None = None,
         flops_per_sample: float = 0.0,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         config.check()
         if config.run.patience and evaluate is None:
@@ -84,6 +88,7 @@ class Trainer:
         self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
         self.evaluate_with = evaluate
         callbacks = [*standard(config.run), *callbacks]  # one rank's, but for those that need all
+        check(callbacks)
         self.callbacks = [c for c in callbacks if self.ranks.first or getattr(c, "everywhere", False)]
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
         self.ema = self._averages() if config.optim.ema else {}
@@ -100,6 +105,9 @@ class Trainer:
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
         self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
         self.asked = ""  # the same, by a signal
+        self.on_begin = begin or (lambda: None)
+        self.owner: lock.Lock | None = None
+        self._owned = self._entered = False
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
@@ -109,9 +117,10 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step, or until something stops it; returns why it ended."""
         run = self.config.run
-        with signals.heard(self._ask), self.ranks.watch():
-            for callback in self.callbacks:
-                callback.start(self)
+        with signals.heard(self._ask), self.ranks.watch(), self.owned():
+            self.ranks.in_turn(lambda: tell(self.callbacks, "ready", self))
+            self.on_begin()
+            tell(self.callbacks, "start", self)
             self.load_ahead()
             self._clock = time.perf_counter()
             try:
@@ -135,6 +144,9 @@ class Trainer:
                 self.saver.wait()
                 if why.startswith("early") and self.best:
                     self.load_weights(self.folder / "checkpoints" / f"best-{int(self.best['step']):08d}")
+            except BaseException:
+                self.saver.settle(SETTLE)
+                raise
             finally:
                 self.loader.close()
                 guards.end(self, self.callbacks)
@@ -275,8 +287,7 @@ class Trainer:
             line.pop("size")
             if self.peak and self.flops_per_sample:
                 line["mfu"] = self.flops_per_sample * samples / took / self.peak / self.ranks.size
-            for callback in self.callbacks:
-                callback.step(self, line)
+            tell(self.callbacks, "step", self, line)
             if self._judge(int(line["step"]), loss, bad > 0):
                 return True
         return False
@@ -291,9 +302,7 @@ class Trainer:
         start = time.perf_counter()
         found = self.measure(whole)
         self.latest = {"step": self.step, "whole": whole, **found}
-        for callback in self.callbacks:
-            if isinstance(callback, Callback):
-                callback.evaluated(self, self.latest)
+        tell(self.callbacks, "evaluated", self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
         better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
@@ -365,7 +374,7 @@ class Trainer:
         with which it goes on but not bit for bit, is said. `verified` saves hashing the files once more."""
         if not verified:
             self._verify(folder)
-        saved = json.loads((folder / "state.json").read_text())
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if saved["data"] != self.data.content and not other_data:
             raise InputError(
                 f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
@@ -393,6 +402,32 @@ class Trainer:
         self.save()
         self.saver.wait()
 
+    def own(self, owner: lock.Lock | None) -> None:
+        """The run is this process's already, by the lock that the first rank holds."""
+        self.owner, self._owned = owner, True
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """While it is open no other process trains the run of this folder; InputError where one does. Ends `own`."""
+        if self._owned and self._entered:
+            yield
+            return
+        if not self._owned:
+            self.own(self.ranks.in_turn(self._take))
+        self._entered = True
+        try:
+            yield
+        finally:
+            self._owned = self._entered = False
+            if self.owner is not None:
+                self.owner.release()
+
+    def _take(self) -> lock.Lock | None:
+        if not self.ranks.first:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return lock.take(self.folder)
+
     def _verify(self, folder: Path) -> None:
         """By the first rank for all."""
         self.ranks.in_turn(lambda: checkpoint.verify(folder) if self.ranks.first else None)
@@ -408,7 +443,7 @@ class Trainer:
 
     def _load_average(self, folder: Path) -> None:
         """The moving average; a run that had none yet starts it from the weights."""
-        if self.ema and any(folder.glob("ema.*")):
+        if self.ema and checkpoint.holds(folder, "ema"):
             state.fill(
                 state.tensor_pieces(self.layout, self.ema), checkpoint.Stored(folder, "ema"), self.layout.elsewhere
             )

@@ -27,8 +27,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from fastlm.console import warn
 from fastlm.data.errors import InputError
-from fastlm.train.callbacks import warn
 from fastlm.train.machine import pick_device
 
 T = TypeVar("T")

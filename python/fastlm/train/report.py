@@ -18,8 +18,10 @@ from statistics import median
 from typing import Any
 
 from fastlm.data.errors import InputError
-from fastlm.train.callbacks import clock, draw, read_metrics, set_name, write_text
+from fastlm.train import lock
+from fastlm.train.callbacks import clock, draw, set_name
 from fastlm.train.config import Config
+from fastlm.train.files import read_metrics, write_text
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -75,7 +77,12 @@ def summary(folder: Path) -> Summary:
     vals = [row for row in rows if "val_loss" in row]
     best = min(vals, key=lambda row: float(row["val_loss"]), default={})
     fresh = result and int(result.get("step", -1)) == step
-    state = str(result["why"]) if fresh else "running or killed" if rows else "not started"
+    if fresh:
+        state = str(result["why"])
+    elif owner := lock.holder(folder):
+        state = f"running: {owner}"
+    else:
+        state = "killed" if rows else "not started"
     samples = sum(int(row["samples"]) for row in rows)
     return Summary(
         name=folder.name,
