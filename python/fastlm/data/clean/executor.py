@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from typing import Any
 
 import multiprocess
@@ -18,6 +20,12 @@ def _to_file(folder: Any, rank: int, local_rank: int = 0, node_rank: int = -1) -
     return logfile
 
 
+def _leave_with_parent() -> None:
+    """A task of a killed run ends with it: the run that goes on writes the same files."""
+    multiprocess.parent_process().join()
+    os._exit(1)
+
+
 def _closed(logfile: Any) -> None:
     theirs.logger.remove()
     logfile.close()
@@ -30,8 +38,10 @@ class Quiet(LocalPipelineExecutor):
         theirs.logger.remove()
         return super().run()
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+    def _launch_run_for_rank(self, *args: Any, **named: Any) -> Any:
+        theirs.logger.remove()
         base.add_task_logger, base.close_task_logger = _to_file, _closed
-        if multiprocess.parent_process() is not None:
+        if multiprocess.parent_process() is not None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return super()._run_for_rank(rank, local_rank, node_rank)
+            threading.Thread(target=_leave_with_parent, daemon=True).start()
+        return super()._launch_run_for_rank(*args, **named)
