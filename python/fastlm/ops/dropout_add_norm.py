@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.ops._library import Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
+from fastlm.ops._library import FLOATS, Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
 
 OP = "dropout_add_norm"
 NORMS = ("layer", "rms", "none")
@@ -132,6 +132,7 @@ def _arguments(
     layerscale: Tensor | None = None,
     rowscale: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
+    y_dtype: torch.dtype | None = None,
     return_residual: bool = True,
     quantize: str | None = None,
     seed: int | Tensor | None = None,
@@ -165,9 +166,10 @@ def _arguments(
     if rowscale is not None and rowscale.requires_grad:
         raise ValueError(f"{OP}: rowscale requires a gradient, which is not computed; pass rowscale.detach()")
     z_dtype = residual_dtype or (residual.dtype if residual is not None else x.dtype)
-    if z_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{OP}: residual_dtype is {residual_dtype}; it must be a floating dtype")
-    y_dtype = autocast_dtype(device) or x.dtype
+    for name, dtype in (("residual_dtype", residual_dtype), ("y_dtype", y_dtype)):
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"{OP}: {name} is {dtype}; it must be a floating dtype")
+    y_dtype = y_dtype or autocast_dtype(device) or x.dtype
 
     if not training:
         p = 0.0
@@ -183,7 +185,9 @@ def _arguments(
         norm is None
         or return_residual
         or (
-            torch.is_grad_enabled()
+            (
+                torch.is_grad_enabled() or torch.jit.is_tracing()
+            )  # torch.jit.trace checks its graph in the other grad mode
             and any(t is not None and t.requires_grad for t in (x, residual, weight, bias, layerscale))
         )
     )
@@ -224,6 +228,7 @@ def dropout_add_norm(
     layerscale: Tensor | None = None,
     rowscale: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
+    y_dtype: torch.dtype | None = None,
     return_residual: bool = True,
     quantize: str | None = None,
     seed: int | Tensor | None = None,
@@ -244,6 +249,7 @@ def dropout_add_norm(
         rowscale: x.shape[:-1], scales each row of the branch (stochastic depth, Huang et al. 2016), or None.
             It gets no gradient.
         residual_dtype: of new_residual; None: residual's dtype, else x's.
+        y_dtype: of y; None: the autocast dtype under autocast, else x's.
         return_residual: False where nobody reads new_residual.
         quantize: None; "int8" comes with the 8-bit matmul.
         seed: None (drawn from torch's default generator of the device), an int, or an int64 tensor of one element on
@@ -257,7 +263,7 @@ def dropout_add_norm(
 
     Returns:
         (y, new_residual), or y alone with ``return_residual=False``; with ``norm=None`` new_residual alone.
-        y has x's dtype, under autocast the autocast dtype. It is the norm of the rounded new_residual.
+        y has y_dtype. It is the norm of the rounded new_residual.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -270,13 +276,13 @@ def dropout_add_norm(
 
         return _dtensor.dropout_add_norm(
             dropout_add_norm, x, residual, weight, bias, norm=norm, p=p, eps=eps, weight_offset=weight_offset,
-            layerscale=layerscale, rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual,
-            quantize=quantize, seed=seed, offset=offset, training=training,
+            layerscale=layerscale, rowscale=rowscale, residual_dtype=residual_dtype, y_dtype=y_dtype,
+            return_residual=return_residual, quantize=quantize, seed=seed, offset=offset, training=training,
         )  # fmt: skip
     _, args = _arguments(
         x, residual, weight, bias, norm=norm, p=p, eps=eps, weight_offset=weight_offset, layerscale=layerscale,
-        rowscale=rowscale, residual_dtype=residual_dtype, return_residual=return_residual, quantize=quantize,
-        seed=seed, offset=offset, training=training,
+        rowscale=rowscale, residual_dtype=residual_dtype, y_dtype=y_dtype, return_residual=return_residual,
+        quantize=quantize, seed=seed, offset=offset, training=training,
     )  # fmt: skip
     y, z, _, _ = _operators(*args)
     if not args[-1] and (norm is None or return_residual):
@@ -294,13 +300,16 @@ def norm(
     norm: str = "layer",
     eps: float = 1e-5,
     weight_offset: float = 0.0,
+    y_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """LayerNorm or RMSNorm of the last axis alone, by the kernels of ``dropout_add_norm``.
 
-    Args and errors as there: x [..., columns]; weight, bias [columns] or None. Returns x's shape and dtype (under
-    autocast the autocast dtype).
+    Args and errors as there: x [..., columns]; weight, bias [columns] or None. Returns x's shape in
+    y_dtype (None: the autocast dtype under autocast, else x's).
     """
-    y = dropout_add_norm(x, None, weight, bias, norm=norm, eps=eps, weight_offset=weight_offset, return_residual=False)
+    y = dropout_add_norm(
+        x, None, weight, bias, norm=norm, eps=eps, weight_offset=weight_offset, y_dtype=y_dtype, return_residual=False
+    )
     assert isinstance(y, Tensor)
     return y
 

@@ -7,11 +7,26 @@ module object itself stay. What looks replaceable and is not is listed with the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastlm import backend, rng
-from fastlm.swap import attention, blocks, classes, dropout, interface, multihead, norms  # noqa: F401  (they register their rules)
+from fastlm.swap import (  # noqa: F401  (some register their rules)
+    attention,
+    blocks,
+    classes,
+    dropout,
+    instance,
+    interface,
+    multihead,
+    norms,
+    seen,
+    silent,
+)
 from fastlm.swap.explain import Explanation, explain
 from fastlm.swap.report import Report, Row
 from fastlm.swap.rules import RULES, Reason, Rewrite
@@ -19,56 +34,136 @@ from fastlm.swap.rules import RULES, Reason, Rewrite
 __all__ = ["Explanation", "Report", "Row", "explain", "swap", "unswap"]
 
 
-def swap(model: nn.Module) -> Report:
+def swap(model: nn.Module, *, verify: Any = None, dry_run: bool = False) -> Report:
     """Changes modules of ``model`` to subclasses that run fastlm's ops. Swapping twice changes nothing more.
 
     Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, in blocks of
     any structure the chain dropout, residual add, norm, and attention: where F.scaled_dot_product_attention is called,
-    nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding;
-    dropout draws other masks than ``nn.Dropout`` (see ``fastlm.rng.set``). Changes made to the model later (``p``,
-    ``eval()``, hooks) hold.
+    nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding,
+    and have PyTorch's dtypes, under autocast too; dropout draws other masks than ``nn.Dropout`` (see
+    ``fastlm.rng.set``). Changes made to the model later (``p``, ``eval()``, hooks) hold.
 
-    Returns a report that prints as a table: module, was, is, backend; and what could not be swapped, and why.
+    Args:
+        model: any module. An error on the way leaves it as it was.
+        verify: inputs of ``model`` (a tensor, a tuple of arguments, or a dict of named ones) to check the swapped model
+            on, before anything changes: copies of the model run, so it needs three times its memory. In evaluation
+            outputs and gradients are held to twice PyTorch's error against float64; in training the kernels to the
+            reference backend with equal seeds. A rule that disagrees is left out and named in ``left``.
+        dry_run: only reports what would be done.
 
-    Raises TypeError if ``model`` is not an ``nn.Module``.
+    Returns a report that prints as a table: module, was, is, backend; and what could not be swapped, and why. After a
+    forward ``report.seen`` says how often the op ran in each module, and why not.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``verify`` was given for a model that cannot be copied, or gives no tensor of floating numbers.
     """
     _check(model, "swap")
+    refused: dict[str, str] = {}
+    if verify is not None:
+        from fastlm.swap import verify as verifying
+
+        refused = verifying.refused_rules(model, verify, lambda m, skip: _apply(m, skip), unswap)
+    return _apply(model, frozenset(refused), refused, dry_run)
+
+
+def _apply(
+    model: nn.Module,
+    skip: frozenset[str] = frozenset(),
+    refused: dict[str, str] | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Swaps by all rules but ``skip``; undoes what it did if it fails."""
     report = Report()
-    original: type[nn.Module]
-    for path, module in model.named_modules():
-        cls = type(module)
-        if issubclass(cls, classes.Swapped):
-            original = classes.original(cls)
-            rewrites = [rule.describe(module, facts) for rule, facts in classes.parts(cls)]
-        else:
-            rewrites, reasons = _match(module, path)
-            report.left += [(path, type(module).__name__, reason.why) for reason in reasons]
-            if not rewrites:
-                continue
-            original = cls
-            try:
-                module.__class__ = classes.make(cls, tuple((rewrite.rule, rewrite.facts) for rewrite in rewrites))
-            except (classes.Unreadable, TypeError) as error:
-                report.left.append((path, original.__name__, str(error)))
-                continue
-        report.rows += [Row(path, _name(original), r.what, *_backend(module, model, r)) for r in rewrites]
+    group = seen.Group()
+    undo: list[Callable[[], None]] = []
+    try:
+        for path, module in list(model.named_modules()):
+            _one(model, path, module, skip, report, group, undo, dry_run)
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+    report.left += [("", f"rule {rule!r}", why) for rule, why in (refused or {}).items()]
     return report
+
+
+def _one(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    skip: frozenset[str],
+    report: Report,
+    group: seen.Group,
+    undo: list[Callable[[], None]],
+    dry_run: bool,
+) -> None:
+    cls = type(module)
+    if issubclass(cls, classes.Swapped):
+        was = classes.original(cls)
+        rewrites = [rule.describe(module, facts) for rule, facts in classes.parts(cls)]
+    else:
+        was = instance.inner_class(module)
+        rewrites, reasons = _match(module, path, skip)
+        report.left += [(path, cls.__name__, reason.why) for reason in reasons]
+        if not rewrites:
+            return
+        own = instance.own_forward(module)
+        if own and not instance.holds(module, cls):
+            why = f"a forward of its own ({own}) stands in it, and its class's is not called; swap before that is put there"
+            report.left.append((path, cls.__name__, why))
+            return
+        try:
+            made = classes.make(was, tuple((rewrite.rule, rewrite.facts) for rewrite in rewrites))
+            made = instance.around(module, made)
+        except (classes.Unreadable, TypeError) as error:
+            report.left.append((path, was.__name__, str(error)))
+            return
+        if not dry_run:
+            undo.append(functools.partial(_put_back, module, cls))
+            module.__class__ = made
+            undo += instance.rebind(module, cls, made)
+            classes.mark(module)
+    report.rows += [Row(path, _name(was), r.what, *_backend(module, model, r)) for r in rewrites]
+    if not dry_run:
+        found = module.__dict__.setdefault(seen.ATTRIBUTE, seen.Seen(path, ", ".join(r.what for r in rewrites), group))
+        if found.group is group:
+            group.members.append(found)
+        report.seens.append(found)
+
+
+def _put_back(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    classes.forget(module)
 
 
 def unswap(model: nn.Module) -> int:
     """Gives every swapped module its original class again, with its current parameters. Returns how many there were.
 
-    Raises TypeError if ``model`` is not an ``nn.Module``.
+    What was put around modules since (FSDP2, parametrisations, accelerate's hooks) stays, around the original.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        RuntimeError: a module has a forward of its own that may keep the swapped one where it cannot be replaced; nothing
+            is changed then.
     """
     _check(model, "unswap")
-    count = 0
-    for module in model.modules():
+    swapped = [(path, m) for path, m in model.named_modules() if issubclass(type(m), classes.Swapped)]
+    for path, module in swapped:
+        own = instance.own_forward(module)
+        if own and not instance.holds(module, type(module)):
+            raise RuntimeError(
+                f"fastlm.unswap: {path or 'the model'} has a forward of its own ({own}), which may call the swapped one; "
+                f"take it off first (accelerate: remove_hook_from_module), then call unswap again; nothing was changed"
+            )
+    for _, module in swapped:
         cls = type(module)
-        if issubclass(cls, classes.Swapped):
-            module.__class__ = classes.original(cls)
-            count += 1
+        before = classes.original(cls)
+        instance.rebind(module, cls, before)
+        module.__class__ = before
+        classes.forget(module)
     rng.unset(model)
-    return count
+    return len(swapped)
 
 
 def _check(model: object, name: str) -> None:
@@ -76,15 +171,30 @@ def _check(model: object, name: str) -> None:
         raise TypeError(f"fastlm.{name}: model is a {type(model).__name__}; it must be an nn.Module")
 
 
-def _match(module: nn.Module, path: str) -> tuple[list[Rewrite], list[Reason]]:
+def _match(module: nn.Module, path: str, skip: frozenset[str] = frozenset()) -> tuple[list[Rewrite], list[Reason]]:
     rewrites, reasons = [], []
+    if isinstance(module, torch.jit.ScriptModule):
+        script = (
+            "a module of TorchScript, whose code is fixed; swap the model before torch.jit.script or torch.jit.trace"
+        )
+        return [], [Reason(f"it is {script}")] if path == "" or _outermost(module) else []
     for rule in RULES:
+        if rule.name in skip:
+            continue
         found = rule.match(module, path)
         if isinstance(found, Rewrite):
             rewrites.append(found)
         elif isinstance(found, Reason):
             reasons.append(found)
+    if not any(r.op == "attention" for r in rewrites) and not any("attention" in r.why.lower() for r in reasons):
+        written_out = silent.reason(module)
+        reasons += [written_out] if written_out is not None else []
     return rewrites, reasons
+
+
+def _outermost(module: torch.jit.ScriptModule) -> bool:
+    """Whether a norm, dropout or attention might be meant: an innermost module names what it was."""
+    return next(module.children(), None) is None and "norm" in getattr(module, "original_name", "").lower()
 
 
 def _name(cls: type) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from fastlm import backend, ops, rng
 from fastlm.ops._library import autocast_dtype
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.seen import ran, stepped_back
 from fastlm.swap.source import Methods, Unreadable
-from fastlm.swap.tensors import plain, tell
+from fastlm.swap.tensors import plain, untraced
 
 _NAME = "scaled_dot_product_attention"
+TORCHS = F.scaled_dot_product_attention  # PyTorch's own, whatever is put in its place later
 
 
 class SDPA:
@@ -32,6 +34,7 @@ class SDPA:
     def _fastlm_sdpa(
         self,
         place: int,
+        function: Callable[..., Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -41,10 +44,14 @@ class SDPA:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        why = refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        """``function`` is what the source names; it is asked for at each call, since others may put theirs there."""
+        if function is TORCHS:
+            why = refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        else:
+            why = "another function stands in its place"
         if why:
-            tell(f"a {type(self).__name__} calls PyTorch's own {_NAME}: {why}")
-            return F.scaled_dot_product_attention(
+            stepped_back(self, f"calls PyTorch's own {_NAME}: {why}")  # type: ignore[arg-type]
+            return function(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa,
             )  # fmt: skip
@@ -66,6 +73,7 @@ def attend(
     p: float = 0.0,
 ) -> Tensor:
     """``ops.attention`` with the seed of ``module``'s ``place``."""
+    ran(module)
     seed = offset = None
     if p > 0:
         seed, ids = rng.batch(module, place, query.shape[0], query.device)
@@ -80,6 +88,8 @@ def attend(
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> str:
     """Why the op does not take what ``F.scaled_dot_product_attention`` was given, or ""."""
+    if not isinstance(q, Tensor):
+        return "it is being traced by torch.fx"
     shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}" if not q.is_nested else "nested tensors"
     if not plain(q, k, v, None if mask is None or mask.dtype == torch.bool else mask):
         return "its tensors are nested or not floating"
@@ -87,7 +97,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
         return f"the op takes [batch, heads, length, head size], not {shapes}"
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         return f"the op takes one batch and one head size, not {shapes}"
-    if k.shape[1] != q.shape[1] and not (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0):
+    groups = k.shape[1] == 1 or (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0)
+    if k.shape[1] != q.shape[1] and not groups:  # one key head is broadcast, as PyTorch does
         return f"its heads do not fit: {shapes}"
     if not q.dtype == k.dtype == v.dtype and autocast_dtype(q.device) is None:
         return f"its dtypes differ: {q.dtype}, {k.dtype} and {v.dtype}"
@@ -120,9 +131,10 @@ _unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache  # every call asks; what decides is few
 def _asked(device: torch.device, dtype: torch.dtype, head_size: int, mask: torch.dtype | None) -> str:
-    q = torch.empty(1, 1, 1, head_size, device=device, dtype=dtype)
-    bias = None if mask is None else torch.empty(1, 1, 1, 1, device=device, dtype=mask)
-    return why_reference(backend.which("attention", q, q, q, bias=bias))
+    with untraced():
+        q = torch.empty(1, 1, 1, head_size, device=device, dtype=dtype)
+        bias = None if mask is None else torch.empty(1, 1, 1, 1, device=device, dtype=mask)
+        return why_reference(backend.which("attention", q, q, q, bias=bias))
 
 
 def why_reference(choice: backend.Choice) -> str:
@@ -157,7 +169,7 @@ def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:
 
 
 def _calls(methods: Methods) -> list[tuple[str, str, ast.Call]]:
-    return [c for c in reached(methods) if methods.resolve(c[0], c[2].func) is F.scaled_dot_product_attention]
+    return [c for c in reached(methods) if methods.resolve(c[0], c[2].func) is TORCHS]
 
 
 class AttentionRule(Rule):
@@ -182,8 +194,8 @@ class AttentionRule(Rule):
 
     def edit(self, methods: Methods, facts: Facts) -> None:
         for name, own, call in _calls(methods):
+            call.args[:0] = [ast.Constant(methods.place()), call.func]
             call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_sdpa", ast.Load())
-            call.args.insert(0, ast.Constant(methods.place()))
             methods.change(name)
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from fastlm.swap import norms
 from fastlm.swap.chain import Chains
 from fastlm.swap.dropout import DropoutForward
-from fastlm.swap.flow import Flow, Value, follows
+from fastlm.swap.flow import Flow, Value, between, changes_nothing, follows
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.source import Methods, Unreadable
 
@@ -311,6 +311,9 @@ class _Editor:
             )
             if made_here and value.uses == [node] and not isinstance(value.expression, ast.Name):
                 assert value.expression is not None
+                assert value.statement is not None
+                if not changes_nothing(between(lines, value.statement, statement)):
+                    return None  # the dropout would move down over lines that may change its input in place
                 inner = self._peel(value.expression)
                 if inner is not None and inner.statement is None:
                     return _Peeled(inner.x, inner.dropout, value.statement)
@@ -409,9 +412,6 @@ class _Editor:
         value = self.flow.assigned.get(statement)
         if value is None or value.expression is not add or skippable or value.mutated:
             return None
-        parents = [self.flow.parent[use] for use in value.uses if use is not None]
-        if any(isinstance(p, ast.Attribute) and p.attr.endswith("_") for p in parents):
-            return None  # changed in place
         for use in value.uses:
             call = self.flow.parent[use] if use is not None else None
             if use is None or call is None or not self._is("norm", call):
@@ -419,8 +419,44 @@ class _Editor:
             assert isinstance(call, ast.Call)
             later, there, may_skip = self.flow.where[use]
             if there is lines and not may_skip and follows(lines, statement, later):
-                return call, value
+                passed = {*between(lines, statement, later), later}
+                return (call, value) if self._only_read(value, passed, call) else None
         return None
+
+    def _only_read(self, value: Value, statements: set[ast.stmt], norm: ast.Call) -> bool:
+        """Whether nothing in ``statements`` can change ``value`` in place, the norm's own reading left out.
+
+        A function or module that gets it may (``F.relu(x, inplace=True)``), and so may who holds a view of it
+        (``x[:, 0].fill_(0)``). Arithmetic and questions of shape do not.
+        """
+        known = [use for use in value.uses if use is not None]
+        if len(known) < len(value.uses):  # it also flows where Flow does not follow: is that here?
+            compound = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
+            names = [n for s in statements for n in ast.walk(s) if isinstance(n, ast.Name)]
+            here = [n for n in names if self.flow.value_of.get(n) is value and not self._renames(n)]
+            if any(isinstance(s, compound) for s in statements) or any(n not in known for n in here):
+                return False
+        for use in known:
+            parent = self.flow.parent[use]
+            if parent is norm or not any(_contains(s, use) for s in statements):
+                continue
+            reads = isinstance(parent, (ast.BinOp, ast.UnaryOp, ast.Compare))
+            if isinstance(parent, ast.Tuple):  # returned beside the norm
+                reads = isinstance(self.flow.parent[parent], ast.Return)
+            if isinstance(parent, ast.keyword):  # of a sum that is rewritten already
+                made = self.flow.parent[parent]
+                reads = isinstance(made, ast.Call) and getattr(made.func, "attr", "").startswith("_fastlm_")
+            if isinstance(parent, ast.Attribute):
+                called = isinstance(self.flow.parent[parent], ast.Call)
+                reads = parent.attr in (("size", "dim", "numel") if called else ("shape", "dtype", "device", "ndim"))
+            if not reads:
+                return False
+        return True
+
+    def _renames(self, node: ast.Name) -> bool:
+        """Whether ``node`` stands in ``other = node``, which is no use."""
+        parent = self.flow.parent[node]
+        return isinstance(parent, (ast.Assign, ast.AnnAssign)) and parent.value is node
 
     def _call(self, method: str, before: list[ast.expr], parts: dict[str, ast.expr]) -> ast.Call:
         place = ast.Constant(0)
@@ -438,6 +474,10 @@ class _Editor:
 
     def _put(self, old: ast.expr, method: str, before: list[ast.expr], parts: dict[str, ast.expr]) -> None:
         self.flow.replace(old, self._call(method, before, parts))
+
+
+def _contains(statement: ast.stmt, node: ast.AST) -> bool:
+    return any(n is node for n in ast.walk(statement))
 
 
 def _depends_on_self_alone(node: ast.expr, own: str) -> bool:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
-from fastlm.ops._library import autocast_dtype
 from fastlm.swap.dropout import DropoutForward, drop
 from fastlm.swap.norms import NormForward, norm_arguments
-from fastlm.swap.tensors import plain, tell
+from fastlm.swap.seen import idle, ran, stepped_back
+from fastlm.swap.tensors import plain
 
 # A dropout to be done: none, a module, or (p, training) of F.dropout.
 Drop = nn.Module | tuple[float, bool] | None
@@ -40,9 +40,13 @@ def _begin(dropout: Drop, x: Tensor) -> tuple[Tensor, float]:
         if not 0 <= p < 1:
             return F.dropout(x, p, training), 0.0
         return x, p if training else 0.0
-    if not isinstance(dropout, DropoutForward) or hooked(dropout) or dropout.p >= 1:
+    if not isinstance(dropout, DropoutForward) or hooked(dropout) or dropout.p >= 1 or not isinstance(x, Tensor):
         return dropout(x), 0.0
-    return x, dropout.p if dropout.training else 0.0
+    if not dropout.training or dropout.p == 0:
+        idle(dropout)
+        return x, 0.0
+    ran(dropout)
+    return x, dropout.p
 
 
 class Chains(nn.Module):
@@ -57,9 +61,11 @@ class Chains(nn.Module):
         """``residual + dropout(x)``."""
         x, p = _begin(dropout, x)
         if p == 0:
+            idle(self)
             return residual + x
         if not _fits(x, residual):
             return residual + drop(self, place, x, p)
+        ran(self)
         seed, offset = rng.rows(self, place, x)
         z = ops.dropout_add_norm(
             x, residual, norm=None, p=p, residual_dtype=_sum_dtype(x, residual), seed=seed, offset=offset
@@ -80,19 +86,15 @@ class Chains(nn.Module):
         if isinstance(norm, NormForward) and not hooked(norm) and _fits(x, residual):
             arguments = norm_arguments(norm, x, _sum_dtype(x, residual))
         if arguments is None:
-            tell(
-                f"a {type(self).__name__} runs dropout, add and norm apart: hooks, or shapes or classes that do not fit"
-            )
+            stepped_back(self, "runs dropout, add and norm apart: hooks, or shapes or classes that do not fit")
             z = residual + drop(self, place, x, p)
             return norm(z), z
-        kind, weight, bias, eps, weight_offset = arguments
+        ran(self)
+        ran(norm)
         seed, offset = rng.rows(self, place, x) if p > 0 else (None, None)
-        dtype = _sum_dtype(x, residual)
-        if x.dtype != dtype and autocast_dtype(x.device) is None:
-            x = x.to(dtype)  # y follows x, and a norm of the sum would have the sum's dtype
         out = ops.dropout_add_norm(
-            x, residual, weight, bias, norm=kind, p=p, eps=eps, weight_offset=weight_offset, residual_dtype=dtype,
-            return_residual=both, seed=seed, offset=offset,
+            x, residual, arguments.weight, arguments.bias, p=p, residual_dtype=_sum_dtype(x, residual),
+            return_residual=both, seed=seed, offset=offset, **arguments.options(),
         )  # fmt: skip
         return out if isinstance(out, tuple) else (out, out)
 

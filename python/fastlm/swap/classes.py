@@ -8,14 +8,18 @@ the original's, which libraries compare (``_no_split_modules``).
 from __future__ import annotations
 
 import importlib
+import inspect
+import logging
 import re
 import sys
+import weakref
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from fastlm import rng
-from fastlm.swap import generated
+from fastlm.swap import generated, instance, seen
 from fastlm.swap.rules import Facts, Rule, rule_named
 from fastlm.swap.source import Methods, Unreadable
 
@@ -39,7 +43,35 @@ class Swapped(nn.Module):
     def _get_name(self) -> str:
         return f"fastlm.{self._fastlm_original.__name__}"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of each module first: TorchScript compiles source and knows no such op."""
+        cls = type(self)
+        before = original(cls)
+        instance.rebind(self, cls, before)
+        self.__class__ = before  # type: ignore[assignment]
+        forget(self)
+        logging.getLogger("fastlm").warning(
+            "fastlm.swap: torch.jit.script cannot compile fastlm's ops, so a %s has its original class again; "
+            "call fastlm.swap(model) afterwards to swap the model once more",
+            before.__name__,
+        )
+        return self
 
+
+def mark(module: nn.Module) -> None:
+    """Lets torch.fx see a module of torch.nn as one still: it asks the module, not its class, where that comes from."""
+    home = original(type(module)).__module__
+    if home.startswith("torch.nn."):
+        module.__dict__["__module__"] = home
+
+
+def forget(module: nn.Module) -> None:
+    """Takes off ``module`` what ``swap`` put on it beside its class."""
+    for name in ("__module__", seen.ATTRIBUTE, rng.ATTRIBUTE):
+        module.__dict__.pop(name, None)
+
+
+_unwrapped: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDictionary()
 _made: dict[tuple[type, tuple[Part, ...]], type] = {}
 
 
@@ -55,8 +87,27 @@ def original(cls: type) -> type[nn.Module]:
     """The class that modules of swapped class ``cls`` had, a wrapper put on since (FSDP2's) kept."""
     if "_fastlm_original" in cls.__dict__:
         return cls._fastlm_original  # type: ignore[attr-defined,no-any-return]
-    bases = tuple(original(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
+    if cls not in _unwrapped:
+        bases = tuple(original(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+        kept = {
+            k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__") and not _of_swapped(v, cls)
+        }
+        _unwrapped[cls] = type(cls)(cls.__name__, bases, kept)
+    return _unwrapped[cls]
+
+
+def _of_swapped(value: Any, cls: type) -> bool:
+    """Whether ``value`` is a method of a swapped class, with what ``__init_subclass__`` put around it when ``cls`` was made.
+
+    It is made anew for the class that ``original`` builds.
+    """
+    inner = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+    made = [base for base in cls.__mro__ if "_fastlm_original" in base.__dict__]
+    return inner is not None and any(inner is inspect.unwrap(f) for base in made for f in _functions(base))
+
+
+def _functions(cls: type) -> list[FunctionType]:
+    return [f for f in cls.__dict__.values() if isinstance(f, FunctionType)]
 
 
 def parts(cls: type) -> list[tuple[Rule, Facts]]:

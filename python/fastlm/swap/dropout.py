@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastlm import ops, rng
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.seen import enters, idle, ran, stepped_back
 from fastlm.swap.tensors import plain
 
 
@@ -15,7 +16,9 @@ def drop(module: nn.Module, place: int, x: Tensor, p: float) -> Tensor:
     if p == 0:
         return x
     if p >= 1 or not plain(x) or x.dim() == 0:
+        stepped_back(module, "drops by PyTorch's own function: p is 1, or its input does not fit")
         return F.dropout(x, p, True)
+    ran(module)
     seed, offset = rng.rows(module, place, x)
     dropped = ops.dropout_add_norm(x, norm=None, p=p, seed=seed, offset=offset)
     assert isinstance(dropped, Tensor)
@@ -29,7 +32,11 @@ class DropoutForward:
     training: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        return drop(self, 0, input, self.p) if self.training else input  # type: ignore[arg-type]
+        enters(self)  # type: ignore[arg-type]
+        if not self.training or self.p == 0:
+            idle(self)  # type: ignore[arg-type]
+            return input
+        return drop(self, 0, input, self.p)  # type: ignore[arg-type]
 
 
 class DropoutRule(Rule):

@@ -160,3 +160,22 @@ def follows(lines: Lines, first: ast.stmt, second: ast.stmt) -> bool:
     """Whether both statements stand in ``lines``, ``second`` after ``first``."""
     places = [[i for i, s in enumerate(lines) if s is statement] for statement in (first, second)]
     return bool(places[0] and places[1] and places[0][0] < places[1][0])
+
+
+def between(lines: Lines, first: ast.stmt, second: ast.stmt) -> Lines:
+    """The statements of ``lines`` after ``first`` and before ``second``."""
+    places = [next(i for i, s in enumerate(lines) if s is statement) for statement in (first, second)]
+    return lines[places[0] + 1 : places[1]]
+
+
+def changes_nothing(statements: Lines) -> bool:
+    """Whether no tensor can be changed in place by ``statements``: plain assignments to names, without any call."""
+    for statement in statements:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Pass)):
+            return False
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(not isinstance(t, ast.Name) for t in targets if t is not None):
+            return False
+        if any(isinstance(node, ast.Call) for node in ast.walk(statement)):
+            return False
+    return True

@@ -18,20 +18,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.swap.attention import attend, reached, refusal
+from fastlm.swap import purity
+from fastlm.swap.attention import TORCHS, attend, reached, refusal
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.seen import enters, stepped_back
 from fastlm.swap.source import Methods, Unreadable
-from fastlm.swap.tensors import tell
 
 _SETTING = "_attn_implementation"
-# What modules hand on and neither function reads; masks already contain the windows.
-_IGNORED = frozenset(
-    ("sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "layer_idx",
-     "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache",
-     "past_key_values", "past_key_value")
-)  # fmt: skip
 _MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "position_bias", "output_attentions"))
 
 
@@ -42,7 +38,7 @@ class Known(NamedTuple):
     grouped: bool  # takes fewer key heads than query heads
     softcap: bool
     position_bias: bool  # adds one to the scores
-    named: frozenset[str]  # its parameters
+    reads: frozenset[str] | None  # the arguments that it reads: its parameters and keys of its **kwargs; None: any
 
 
 class Interface:
@@ -61,14 +57,17 @@ class Interface:
         *more: Any,
         **given: Any,
     ) -> Any:
+        enters(self)  # type: ignore[arg-type]
         known = _known.get(function)
         if known is None:
             compiling = torch.compiler.is_compiling()
             known = "torch.compile met it before swap has seen it" if compiling else recognise(function)
+        if not isinstance(known, str) and (changed := _patched(known)):
+            known = changed
         why = known if isinstance(known, str) else _refusal(self, known, query, key, value, attention_mask, more, given)
         if isinstance(known, str) or why:
             name = getattr(function, "__name__", type(function).__name__)
-            tell(f"a {type(self).__name__} runs its own {name}: {why}")
+            stepped_back(self, f"runs its own {name}: {why}")  # type: ignore[arg-type]
             return function(self, query, key, value, attention_mask, *more, **given)
         causal: bool | str = False
         p = given.get("dropout") or 0.0
@@ -86,6 +85,13 @@ class Interface:
         return out.transpose(1, 2).contiguous(), None
 
 
+def _patched(known: Known) -> str:
+    """Why the function is no longer what it was recognised as, or ""."""
+    if known.sdpa and F.scaled_dot_product_attention is not TORCHS:
+        return "torch.nn.functional.scaled_dot_product_attention was replaced"
+    return ""
+
+
 def _refusal(
     module: Any,
     known: Known,
@@ -100,9 +106,9 @@ def _refusal(
     if more:
         return "it got more positional arguments than query, key, value and mask"
     for name, argument in given.items():
-        if argument is None or name in _MEANT or (name in _IGNORED and name not in known.named):
-            continue
-        return f"it got {name}"
+        if argument is None or name in _MEANT or (known.reads is not None and name not in known.reads):
+            continue  # modules hand down much that the function never reads
+        return f"it got {name}, which it reads"
     if not known.sdpa and (given.get("output_attentions") or _weights_wanted()):
         return "attention weights were asked for, which the op does not give"
     if given.get("softcap") and not known.softcap:
@@ -155,10 +161,12 @@ def _recognise(function: Any) -> Known | str:
     except (TypeError, ValueError) as error:
         return f"its signature cannot be read ({error})"
     named = frozenset(parameters)
-    if function.__name__ == "sdpa_attention_forward" and function.__module__.startswith("transformers."):
-        return Known(True, True, False, True, named)
+    if purity.is_own(function, "transformers.integrations.sdpa_attention", "sdpa_attention_forward"):
+        return Known(True, True, False, True, purity.reads(function))
     if not {"dropout", "scaling"} <= named:
         return f"it takes ({', '.join(parameters)}), not dropout and scaling"
+    if why := purity.impure(function):
+        return f"it may do more than attend ({why}), so it is called every time"
     try:
         with (
             torch.no_grad(),
@@ -191,7 +199,7 @@ def _probe(function: Any, named: frozenset[str]) -> Known | str:
     position_bias = "position_bias" in named and _agrees(
         function, q, k, v, mask, groups, position_bias=draw(1, 4, 5, 7)
     )
-    return Known(False, grouped, softcap, position_bias, named)
+    return Known(False, grouped, softcap, position_bias, purity.reads(function))
 
 
 def _agrees(

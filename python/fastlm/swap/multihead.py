@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastlm.swap.attention import attend, unserved
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
-from fastlm.swap.tensors import plain, tell
+from fastlm.swap.seen import enters, stepped_back
+from fastlm.swap.tensors import plain
 
 
 class MultiheadForward(nn.MultiheadAttention):
@@ -34,9 +35,10 @@ class MultiheadForward(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        enters(self)
         why = _refusal(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if why:
-            tell(f"a MultiheadAttention is PyTorch's own: {why}")
+            stepped_back(self, f"is PyTorch's own: {why}")
             return super().forward(
                 query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
                 average_attn_weights=average_attn_weights, is_causal=is_causal,
@@ -82,6 +84,8 @@ def _refusal(
     if not 0 <= mha.dropout < 1:
         return f"its dropout is {mha.dropout}"
     inputs = (query, key, value)
+    if not all(isinstance(t, Tensor) for t in inputs):
+        return "it is being traced by torch.fx"
     given = [t for t in (*inputs, padding, mask) if t is not None]
     if torch.overrides.has_torch_function(given) or any(t.is_nested for t in given):
         return "it got nested tensors, or tensors of another class"

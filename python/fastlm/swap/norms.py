@@ -9,18 +9,23 @@ refused, since it may agree on plain input alone.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import textwrap
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.ops._library import autocast_dtype
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
-from fastlm.swap.tensors import plain
+from fastlm.swap.seen import enters, ran, stepped_back
+from fastlm.swap.tensors import plain, untraced
 
 _SCALES = (1.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 30.0)
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0, float(torch.finfo(torch.float32).eps))
@@ -35,6 +40,7 @@ class Spec(NamedTuple):
     eps: str
     weight_offset: str
     keeps: str  # "x": the output has x's dtype; "promoted": the dtype of x and weight together
+    autocast: str = ""  # the same under autocast; "function": that of F.layer_norm or F.rms_norm; "": its own forward's
 
 
 class NormForward(nn.Module):
@@ -43,17 +49,31 @@ class NormForward(nn.Module):
     _fastlm_norm: Spec
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = norm_arguments(self, x, x.dtype)
+        arguments = norm_arguments(self, x, x.dtype) if plain(x) else None
+        enters(self)
         if arguments is None:
+            stepped_back(self, "runs its own norm: its input or dtypes do not fit")
             return super().forward(x)  # type: ignore[misc,no-any-return]
-        kind, weight, bias, eps, weight_offset = arguments
-        return ops.norm(x, weight, bias, norm=kind, eps=eps, weight_offset=weight_offset)
+        ran(self)
+        return ops.norm(x, arguments.weight, arguments.bias, **arguments.options())
 
 
-def norm_arguments(
-    norm: NormForward, x: Tensor, dtype: torch.dtype
-) -> tuple[str, Tensor | None, Tensor | None, float, float] | None:
-    """(norm, weight, bias, eps, weight_offset) for ``x``, or a sum of ``dtype`` with it; None: the original must serve."""
+class NormArguments(NamedTuple):
+    """What the op gets of a norm."""
+
+    norm: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    weight_offset: float
+    y_dtype: torch.dtype
+
+    def options(self) -> dict[str, Any]:
+        return dict(norm=self.norm, eps=self.eps, weight_offset=self.weight_offset, y_dtype=self.y_dtype)
+
+
+def norm_arguments(norm: NormForward, x: Tensor, dtype: torch.dtype) -> NormArguments | None:
+    """What the op gets for ``x``, or for a sum of ``dtype`` with it; None: the original must serve."""
     spec = norm._fastlm_norm
     weight = getattr(norm, spec.weight) if spec.weight else None
     bias = getattr(norm, spec.bias) if spec.bias else None
@@ -62,9 +82,45 @@ def norm_arguments(
         eps = torch.finfo(dtype).eps
     if not plain(x, weight, bias) or x.dim() == 0:
         return None
-    if spec.keeps != "x" and weight is not None and weight.dtype != dtype:
+    y_dtype = _y_dtype(spec, x.device, dtype, weight, bias)
+    if y_dtype is None:
         return None
-    return spec.kind, weight, bias, eps, float(spec.weight_offset)
+    return NormArguments(spec.kind, weight, bias, eps, float(spec.weight_offset), y_dtype)
+
+
+def _y_dtype(
+    spec: Spec, device: torch.device, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
+) -> torch.dtype | None:
+    """The dtype in which the original would return a norm of ``dtype``; None where that is unknown."""
+    outside = autocast_dtype(device) is None
+    keeps = spec.keeps if outside else spec.autocast
+    if keeps == "x":
+        return dtype
+    if keeps == "promoted":
+        vectors = [t.dtype for t in (weight, bias) if t is not None]
+        if outside and any(kind != dtype for kind in vectors):
+            return None  # classes differ in which way they promote
+        return functools.reduce(torch.promote_types, vectors, dtype)
+    if keeps != "function":
+        return None
+    like = weight.dtype if weight is not None else None
+    return _of_function(spec.kind, device.type, dtype, like, torch.get_autocast_dtype(device.type))
+
+
+@functools.cache
+def _of_function(
+    kind: str, device: str, dtype: torch.dtype, weight: torch.dtype | None, autocast: torch.dtype
+) -> torch.dtype:
+    """What PyTorch's own norm returns under autocast: which functions it casts differs by device and release."""
+    function = F.layer_norm if kind == "layer" else F.rms_norm
+    with torch.no_grad(), torch.autocast(device, autocast), untraced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that dtypes which differ are slow
+        x = torch.ones(1, 8, dtype=dtype, device=device)
+        w = None if weight is None else torch.ones(8, dtype=weight, device=device)
+        return function(x, (8,), w).dtype
+
+
+_of_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class NormRule(Rule):
@@ -95,7 +151,9 @@ def find(module: nn.Module) -> Spec | Reason | None:
                 return Reason(
                     f"normalises over {len(module.normalized_shape)} dimensions; the op does over the last one"
                 )
-            return Spec(kind, "weight", bias, "eps", "0", "x")
+            return Spec(kind, "weight", bias, "eps", "0", "x", "function")
+    if foreign := _foreign(module):
+        return foreign
     if cls.__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
         return None
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
@@ -170,8 +228,40 @@ def _probe(module: nn.Module, names: list[str], columns: int, floats: dict[str, 
                 copy.__dict__[eps_name] = eps
                 if not read:
                     continue
-            return spec
+            return spec._replace(autocast=_under_autocast(cls, copy, spec, columns))
     return Reason("what it computes is neither LayerNorm nor RMSNorm of the last axis with an eps that it holds")
+
+
+def _under_autocast(cls: type[nn.Module], copy: nn.Module, spec: Spec, columns: int) -> str:
+    """Which rule the dtypes that ``copy`` returns under autocast follow; "" if none of those that ``_y_dtype`` knows."""
+    fits = {"x", "promoted", "function"}
+    for x_dtype, w_dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        vectors = {name: None if p is None else p.to(w_dtype) for name, p in copy._parameters.items()}
+        copy.__dict__["_parameters"] = {k: None if v is None else nn.Parameter(v) for k, v in vectors.items()}
+        x = torch.ones(1, columns, dtype=x_dtype)
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found = cls.forward(copy, x).dtype
+            except Exception:  # noqa: BLE001  (then nothing is known of it, and its own forward runs under autocast)
+                return ""
+            like = copy._parameters[spec.weight]
+            fits = {r for r in fits if _y_dtype(spec._replace(autocast=r), x.device, x_dtype, like, None) == found}
+    return next((rule for rule in ("function", "promoted", "x") if rule in fits and _calls(cls, rule)), "")
+
+
+def _calls(cls: type[nn.Module], rule: str) -> bool:
+    """Whether a class may follow ``rule``: "function" needs a call of it, for on other devices it has other dtypes."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    called = code is not None and {"layer_norm", "rms_norm"} & set(code.co_names)
+    return bool(called) == (rule == "function")
+
+
+def _foreign(module: nn.Module) -> Reason | None:
+    """Of norms that PyTorch made of others: quantised ones compute something else under a norm's name."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module).__module__.startswith("torch.ao."):
+        return Reason("it is quantised, and PyTorch's quantised kernel runs; swap before you convert")
+    return None
 
 
 def _agrees(spec: Spec, eps: float, values: dict[str, Tensor], x: Tensor, y: Tensor) -> bool:

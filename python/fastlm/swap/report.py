@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fastlm.swap.seen import Seen, SeenRow, SeenTable
+
 
 class Row(NamedTuple):
     """One swapped module: its path, class before, what serves now, on which backend, and why that one."""
@@ -18,10 +20,19 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """``rows``: what was swapped; ``left``: (module, class, reason) of what was not. ``print(report)`` shows a table."""
+    """``rows``: what was swapped; ``left``: (module, class, reason) of what was not. ``print(report)`` shows a table.
+
+    ``seen`` can be asked after a forward, and again after each further one.
+    """
 
     rows: list[Row] = field(default_factory=list)
     left: list[tuple[str, str, str]] = field(default_factory=list)
+    seens: list[Seen] = field(default_factory=list, repr=False)
+
+    @property
+    def seen(self) -> SeenTable:
+        """Per swapped module how often the op ran, how often there was nothing to do, and why not. Prints as a table."""
+        return SeenTable(SeenRow(s.path, s.now, s.ran, s.idle, tuple(s.why.items())) for s in self.seens)
 
     def __str__(self) -> str:
         if not self.rows and not self.left:
