@@ -133,6 +133,8 @@ def show(
 OTHERS = {  # each in a module of its own, imported when called
     "augment": ("fastlm.cli.augment", "IN ... --out FILE"),
     "clean": ("fastlm.cli.clean", "IN ... --out FOLDER"),
+    "tasks": ("fastlm.cli.tasks", "IN ... --out FILE"),
+    "labels": ("fastlm.cli.labels", "EXPORT ... --out FILE"),
 }
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastlm.data.augment.text import needed, protected
+from fastlm.data.augment.text import _EDGES, needed, protected
 from fastlm.data.errors import InputError
 
 CHRF = (30.0, 95.0)
@@ -141,15 +141,8 @@ class Seq2Seq:
 
 def lost(source: str, made: str, names: set[str]) -> list[str]:
     """The protected tokens of the source that are not in what was made of it, as often."""
-    have = Counter(re.findall(r"\S+", made))
-    out = []
-    for token in protected(source, names):
-        found = next((w for w in have if have[w] and token in w), None)
-        if found is None:
-            out.append(token)
-        else:
-            have[found] -= 1
-    return out
+    have = Counter(word.strip(_EDGES) for word in made.split())
+    return sorted((Counter(protected(source, names)) - have).elements())
 
 
 def judge(source: str, made: str | None, names: set[str], chrf: Any) -> str:

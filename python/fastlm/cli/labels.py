@@ -1,0 +1,57 @@
+"""`fastlm data tasks IN --out tasks.json` and `fastlm data labels EXPORT... --out labelled.jsonl`: labels by a crowd."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tyro
+
+from fastlm.data import annotate
+
+
+def tasks(
+    corpus: tyro.conf.Positional[tuple[str, ...]], out: str, n: int = 500, seed: int = 1, field: str = "text"
+) -> int:
+    """Write documents as tasks that Label Studio imports.
+
+    Args:
+        corpus: Files, folders and globs.
+        out: The JSON file to write.
+        n: Documents to draw.
+        seed: Same seed, same documents.
+        field: The field of rows that holds the text.
+    """
+    found = annotate.tasks(corpus, n, seed, field)
+    Path(out).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(found):,} tasks; {out}")
+    return 0
+
+
+def labels(exports: tyro.conf.Positional[tuple[str, ...]], out: str, below: float = 0.8, disputed: str = "") -> int:
+    """Merge several annotators' labels into one an item, with its confidence.
+
+    Args:
+        exports: Exports of Label Studio in its JSON format.
+        out: The .jsonl file to write.
+        below: Confidence below which an item is disputed.
+        disputed: The JSON file that disputed items are written to, as new tasks.
+    """
+    found = annotate.merge(*annotate.read(map(Path, exports)))
+    Path(out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found.rows()), encoding="utf-8")
+    print(f"{len(found.merged):,} items, {len(found.labels):,} labels; Krippendorff's alpha {found.alpha:.3f}; {out}")
+    for who, (right, count) in found.accuracy().items():
+        print(f"  {who}: agrees with the merged label in {right:.1%} of {count:,}")
+    again = found.disputed(below)
+    print(f"{len(again):,} items below a confidence of {below}" + (f"; {disputed}" if disputed else ""))
+    if disputed:
+        Path(disputed).write_text(json.dumps(again, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def main_tasks(argv: list[str]) -> int:
+    return tyro.cli(tasks, prog="fastlm data tasks", args=argv)
+
+
+def main(argv: list[str]) -> int:
+    return tyro.cli(labels, prog="fastlm data labels", args=argv)
