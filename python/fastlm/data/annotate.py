@@ -110,6 +110,6 @@ def merge(labels: list[tuple[str, str, str]], data: dict[str, dict[str, Any]]) -
     varied = len(paired) and (paired.sum(0) > 0).sum() > 1
     alpha = krippendorff.alpha(value_counts=paired, level_of_measurement="nominal") if varied else float("nan")
     model = DawidSkene(n_iter=100).fit(pd.DataFrame(labels, columns=["task", "worker", "label"]))
-    sure = model.probas_
+    sure: Any = model.probas_
     merged = {key: (str(sure.loc[key].idxmax()), float(sure.loc[key].max())) for key in keys}
     return Merged(labels, data, merged, float(alpha))
