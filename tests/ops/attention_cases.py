@@ -102,7 +102,8 @@ def inputs(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[
     if case.mask is not None:
         out["mask"] = (torch.rand(_axes(case, case.mask), generator=generator) < 0.7).to(device)
     if case.sinks:
-        out["sinks"] = torch.randn(case.heads, generator=generator).to(device)
+        wide = torch.float64 if case.dtype == torch.float64 else F32
+        out["sinks"] = torch.randn(case.heads, generator=generator).to(wide).to(device)
     if case.alibi:
         out["slopes"] = torch.rand(case.heads, generator=generator).to(device)
     if case.lengths is not None:
