@@ -62,7 +62,7 @@ def test_train_generate_eval_resume(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == first
     assert cli.main(["eval"]) == 0
     result = json.loads(Path("runs/a/result.json").read_text())
-    assert f"{result['val']['val_bpb']:.3f}"[:4] in capfd.readouterr().out
+    assert f"{result['val']['val_bpb']:.4f} bits" in capfd.readouterr().out
     assert cli.main(["eval", "a", "book.txt"]) == 0
     assert cli.main(["train", "--resume", "runs/a", "--steps", "40"]) == 0
     out = capfd.readouterr().out
@@ -78,10 +78,10 @@ def test_train_generate_eval_resume(capfd: pytest.CaptureFixture[str]) -> None:
         (["train", "empty.txt"], "empty"),
         (["train", "short.txt", "--context", "4096", "--batch", "1"], "shorter than one context"),
         (["train", "book.txt", "--context", "10000000"], "GiB and the machine has"),
-        (["train", "book.txt", "--dropout", "1.5"], "--dropout must lie in [0, 1)"),
+        (["train", "book.txt", "--dropout", "1.5"], "--dropout must be at least 0 and below 1"),
         (["train", "book.txt", "--steps", "0"], "--steps must be at least 1"),
         (["train", "book.txt", "--heads", "3"], "multiple of heads"),
-        (["train", "book.txt", "--lr", "0"], "--lr must be positive"),
+        (["train", "book.txt", "--lr", "0"], "--lr must be above 0"),
         (["train", "book.txt", "--device", "tpu"], "--device must be"),
         (["train", "book.txt", "--tokenizer", "words"], "not bytes, chars, bpe"),
         (["train", "--resume", "nowhere"], "no run nowhere"),

@@ -8,10 +8,12 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastlm.cli import main as cli
 from fastlm.data import InputError
 from fastlm.train import job, report
+from fastlm.train.callbacks import smoothed
 from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
 
@@ -81,3 +83,16 @@ def test_wandb_is_told_and_its_absence_is_one_sentence(book: str, monkeypatch: p
     made.trainer.fit()
     rows = [("log", row["step"], row["loss"]) for row in read_metrics(made.folder)]
     assert seen == [("init", "p", "told"), *rows, ("finish",)]
+
+
+def test_the_smoothed_curve_does_not_lag() -> None:
+    """A falling loss: within the noise of what it is at every step, where a mean of the past would show 4.0 for 3.1."""
+    steps = np.arange(400)
+    true = 2.0 + 3.5 * np.exp(-steps / 35)
+    noise = 0.05 * np.random.default_rng(1).standard_normal(400)
+    found = np.array(smoothed((true + noise).tolist()))
+    assert np.abs(found - true).max() < 0.1
+    assert np.abs(np.diff(found, 2)).mean() < 0.4 * np.abs(np.diff(true + noise, 2)).mean()  # and it is smooth
+    assert np.allclose(smoothed([5.0, 4.0, 3.0, 2.0]), [5.0, 4.0, 3.0, 2.0])  # a line is itself, to its ends
+    assert smoothed([1.5]) == [1.5]
+    assert smoothed([]) == []

@@ -16,6 +16,7 @@ from fastlm.console import Lasting
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data.prepare import PARALLEL, Note
 from fastlm.train import job
+from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.config import DataConfig
 
 Data = Annotated[DataConfig, tyro.conf.arg(name="")]
@@ -76,6 +77,8 @@ def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEF
         corpus: Files, folders and globs, as `fastlm train` takes them.
         context: Tokens of a sample, which counts with --packing documents.
     """
+    data.check()
+    check("context", context, Range(1, COUNT))
     with reading() as note:
         start = time.perf_counter()
         found = job.read_data(corpus, data, context, note)
@@ -102,8 +105,11 @@ def show(
         seed: The run's seed.
         run: Take corpus, data, context and seed from this run.
     """
-    if n < 0:
-        raise InputError(f"the sample's number must be at least 0; it is {n}")
+    if not 0 <= n < 2**62:
+        raise InputError(f"the sample's number must be at least 0 and below 2**62; it is {n}")
+    data.check()
+    check("context", context, Range(1, COUNT))
+    check("seed", seed, Range(*SEED))
     if run:
         config, corpus = job.read_config(job.find_run(run))
         data, context, seed = config.data, config.model.length(), config.run.seed

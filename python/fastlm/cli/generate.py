@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 import tyro
 
 from fastlm.train import job
+from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.generation import TextStream
 
 
@@ -39,10 +41,20 @@ def generate(
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
-    if tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or top_k < 0:
-        raise job.InputError("tokens, temperature and top-k must not be negative, top-p lie in (0, 1], min-p in [0, 1]")
-    if num < 1:
-        raise job.InputError(f"--num must be at least 1; it is {num}")
+    for name, value, allowed in (
+        ("tokens", tokens, Range(0, COUNT)),
+        ("num", num, Range(1, COUNT)),
+        ("temperature", temperature, Range(0)),
+        ("top_k", top_k, Range(0, COUNT)),
+        ("top_p", top_p, Range(above=0, high=1)),
+        ("min_p", min_p, Range(0, 1)),
+        ("seed", seed, Range(*SEED)),
+    ):
+        check(name, value, allowed)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise job.InputError(f"--prompt must be UTF-8; it is {os.fsencode(prompt)!r}") from None
     model, tokenizer = job.load(job.find_run(run, out), device)
     ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
     start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]

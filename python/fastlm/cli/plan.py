@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.errors import InputError
+from fastlm.train.bounds import Range, check
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastlm.train.machine import memory_limit, pick_device
 from fastlm.train.plan import Plan, plans
@@ -82,8 +83,8 @@ def plan(
     config.check()
     if model.init:
         raise InputError("fastlm plan reads no model: give --init's shape by --size, --layers, --width ...")
-    if not 0 <= memory < float("inf"):
-        raise InputError(f"--memory must be GiB, finite and not negative; it is {memory}")
+    check("memory", memory, Range(0))
+    check("devices", devices, Range(1, 65536))
     if memory and run.device in ("cpu", "cuda"):
         kind, limit = run.device, int(memory * 2**30)  # devices of another machine, perhaps
     else:

@@ -420,6 +420,11 @@ def _made(folder: Path, make: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
+        elsewhere = isinstance(error.filename, str | bytes) and not Path(os.fsdecode(error.filename)).is_relative_to(
+            folder.parent
+        )
+        if elsewhere:  # not the cache's fault
+            raise InputError(f"cannot prepare the corpus: {os.fsdecode(error.filename)}: {error.strerror}") from error
         raise InputError(f"cannot write the cache {folder.parent}: {error.strerror} (set FASTLM_CACHE)") from error
     return folder
 
@@ -558,3 +563,8 @@ def _check(options: Options) -> None:
         raise InputError(f"--val-fraction must lie between 0 and 1; it is {options.val_fraction}")
     if options.workers < 0 or options.pack < 0:
         raise InputError(f"--workers and the context must not be negative; they are {options.workers}, {options.pack}")
+    if options.vocab < tokenizers.SMALLEST_BPE and options.tokenizer == "bpe":
+        raise InputError(
+            f"--vocab must be at least {tokenizers.SMALLEST_BPE}, the bytes and the end of text, for bpe; it is {options.vocab}"
+        )
+    tokenizers.known(options.tokenizer)

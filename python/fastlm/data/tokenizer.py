@@ -161,6 +161,24 @@ def load(spec: dict[str, Any]) -> Tokenizer:
     return BPETokenizer(spec["content"])
 
 
+def known(name: str) -> None:
+    """InputError, before any text is read, unless `make` can make this tokenizer."""
+    if name == "bpe":
+        _tokenizers()
+    elif name not in ("bytes", "chars"):
+        _read(name)
+
+
+def _read(name: str) -> BPETokenizer:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"the tokenizer {name} is not bytes, chars, bpe or the path of a tokenizer.json")
+    try:
+        return BPETokenizer(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"the tokenizer {name} is no tokenizer.json: it is not UTF-8 ({error.reason})") from None
+
+
 def make(name: str, vocab: int, texts: Callable[[], Iterator[bytes]]) -> Tokenizer:
     """`name` is bytes, chars, bpe (trained on `texts` to `vocab` tokens), or the path of a tokenizer.json."""
     if name == "bytes":
@@ -169,7 +187,4 @@ def make(name: str, vocab: int, texts: Callable[[], Iterator[bytes]]) -> Tokeniz
         return CharTokenizer.train(texts())
     if name == "bpe":
         return BPETokenizer.train(texts(), vocab)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(f"the tokenizer {name} is not bytes, chars, bpe or the path of a tokenizer.json")
-    return BPETokenizer(path.read_text(encoding="utf-8"))
+    return _read(name)

@@ -52,7 +52,13 @@ def ordered(
             yield function(item, *shared), tag
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=shared)
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=shared)
+    except OSError as error:  # its locks lie in shared memory
+        raise InputError(
+            f"the processes that prepare the corpus cannot be started: {error.strerror or error} (shared memory, /dev/shm, "
+            f"which may be full or read-only); --workers 1 prepares without processes"
+        ) from error
     waiting: deque[tuple[Future[Any], int]] = deque()
     try:
         for item, tag in items:

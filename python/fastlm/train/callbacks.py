@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastlm import console
 from fastlm.data.errors import InputError
 from fastlm.train.files import keep_until, read_metrics
@@ -143,6 +145,27 @@ def set_name(key: str) -> str:
     return found[1] if found else ""
 
 
+def smoothed(values: list[float], reach: float = 0.02) -> list[float]:
+    """The values smoothed without a lag: at each place the straight line through its neighbours, by weighted least squares.
+
+    A mean of the past runs behind a falling curve. Here the weights fall off on both sides, to 0 at `reach` of the whole
+    (at least four values) away, and the line follows a slope to the ends (Cleveland 1979).
+    """
+    y = np.array(values)
+    wide = max(round(reach * len(y)), 4)
+    out = np.empty(len(y))
+    for i in range(len(y)):
+        low = max(i - wide, 0)
+        x = np.arange(low, min(i + wide + 1, len(y))) - i
+        w = (1 - (np.abs(x) / (wide + 1.0)) ** 3) ** 3
+        near = y[low : low + len(x)]
+        total, first, second = w.sum(), (w * x).sum(), (w * x * x).sum()
+        det = total * second - first * first
+        mean = (w * near).sum()
+        out[i] = (second * mean - first * (w * x * near).sum()) / det if det > 1e-9 else mean / total
+    return out.tolist()
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") -> None:
     """Training and validation loss of runs against the step, in one picture (a path or a file object, png or svg)."""
     import matplotlib
@@ -155,13 +178,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") ->
         prefix = f"{name}: " if len(runs) > 1 else ""
         train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
         if train:
-            smooth, value = [], train[0][1]
-            for _, loss in train:
-                value = 0.97 * value + 0.03 * loss
-                smooth.append(value)
-            line = axes.plot([s for s, _ in train], smooth, label=f"{prefix}training", linewidth=1.2)
+            smooth = smoothed([loss for _, loss in train])
+            line = axes.plot([s for s, _ in train], smooth, label=f"{prefix}training", linewidth=1.6, zorder=3)
             if len(runs) == 1:
-                axes.plot(*zip(*train), color=line[0].get_color(), alpha=0.15, linewidth=0.6)
+                axes.plot(*zip(*train), color=line[0].get_color(), alpha=0.45, linewidth=0.8, label="each step")
         for key in sorted(
             {k for r in rows for k in r if k == "val_loss" or set_name(k)}, key=lambda k: k != "val_loss"
         ):

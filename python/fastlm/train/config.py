@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
+from fastlm.train.bounds import SEED, bounded, check_fields, optional
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
@@ -24,35 +25,35 @@ class ModelConfig:
     """A named size; the fields below change what it says."""
     style: Literal["gpt2", "llama"] = "llama"
     """gpt2: LayerNorm, learned positions, GELU, biases. llama: RMSNorm, rotary positions, SwiGLU, no biases."""
-    layers: int | None = None
+    layers: int | None = optional(1)
     """Number of blocks."""
-    heads: int | None = None
+    heads: int | None = optional(1)
     """Query heads of each attention."""
-    kv_heads: int | None = None
+    kv_heads: int | None = optional(1)
     """Key and value heads; fewer than heads groups the queries."""
-    width: int | None = None
+    width: int | None = optional(1)
     """Width of the residual stream."""
-    hidden: int | None = None
+    hidden: int | None = optional(1)
     """Width of the MLP."""
-    context: int | None = None
+    context: int | None = optional(1)
     """Tokens that one sample holds."""
-    dropout: float = 0.0
+    dropout: float = bounded(0.0, 0, below=1)
     """Probability of dropout on embeddings, attention and both branches of a block."""
     tied: bool | None = None
     """Whether the output matrix is the embedding's."""
     bias: bool | None = None
     """Whether the linear layers (and LayerNorm) have biases."""
-    eps: float | None = None
+    eps: float | None = optional(above=0, whole=False)
     """What the norms add to the variance."""
-    rope_base: float | None = None
+    rope_base: float | None = optional(above=0, whole=False)
     """Base of the rotary positions' wavelengths."""
-    rows: int = 0
+    rows: int = bounded(0, 0)
     """Rows of the embedding, at least the tokenizer's vocabulary; 0: as many."""
     init: str = ""
     """A run, checkpoint or exported folder (transformers' GPT-2 and Llama too) to start from: its shape, its weights."""
-    lora_rank: int = 0
+    lora_rank: int = bounded(0, 0)
     """Train low-rank factors of this rank beside frozen matrices (LoRA; with --init); 0: train every weight."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = bounded(16.0, above=0)
     """The factors' product is added times lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ("qkv", "out", "up", "down")
     """Linear layers, by their last name, that get such factors."""
@@ -97,62 +98,82 @@ class DataConfig:
 
     tokenizer: str = "bytes"
     """bytes, chars, bpe (trained on the corpus), or the path of a tokenizer.json."""
-    vocab: int = 8192
+    vocab: int = bounded(8192, 1)
     """Tokens of a BPE trained on the corpus."""
     field: str = "text"
     """Which field of rows (.jsonl, .json, .csv, .parquet) holds the text."""
     separator: str = ""
     """Text that parts documents within a file (\\n and \\t are understood)."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = bounded((), above=0)
     """Weights that mix several corpora (one per CORPUS); without them all are one."""
-    val_fraction: float = 0.05
+    val_fraction: float = bounded(0.05, above=0, below=1)
     """Part of the documents held out for validation, chosen by their content's hash."""
     val: tuple[str, ...] = ()
     """More validation sets, as NAME=PATH: each evaluation also gives val_NAME_loss. The split's own decides."""
     packing: Literal["blocks", "documents"] = "blocks"
     """blocks: contexts are cut anywhere. documents: contexts hold whole documents, attention crosses no border."""
-    workers: int = 0
+    workers: int = bounded(0, 0, 4096)
     """Processes that prepare the corpus; 0: one per core when it is large."""
+
+    def check(self) -> None:
+        """Raise InputError, naming the flag, for a value that cannot be; no data are read."""
+        check_fields(self)
+        named: set[str] = set()
+        for given in self.val:
+            name, _, path = given.partition("=")
+            if not name.isidentifier() or not path or name in named:
+                raise InputError(f"--val takes NAME=PATH, each name (letters, digits, _) once; it is {given!r}")
+            named.add(name)
 
 
 @dataclass
 class OptimConfig:
     """Optimisation."""
 
-    steps: int = 2930
+    steps: int = bounded(2930, 1)
     """Optimizer steps of the whole run."""
-    batch: int = 8
+    batch: int = bounded(8, 1)
     """Samples of one step, over all ranks and micro-batches."""
-    micro: int = 0
+    micro: int = bounded(0, 0)
     """Samples of one forward on one rank; 0: all of the rank's share at once."""
-    ramp: int = 0
+    ramp: int = bounded(0, 0)
     """Steps over which the batch grows from an eighth to its full size."""
     optimizer: Literal["adamw", "lion", "muon"] = "adamw"
     """adamw, lion, or muon (for the blocks' matrices, adamw for the rest)."""
-    lr: float = 3e-3
+    lr: float = bounded(3e-3, above=0)
     """Peak learning rate (of Muon's matrices: muon_lr)."""
-    muon_lr: float = 0.02
+    muon_lr: float = bounded(0.02, above=0)
     """Peak learning rate of the matrices under Muon."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = bounded((0.9, 0.95), 0, below=1)
     """Decay of the first and second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = bounded(0.1, 0)
     """Decoupled weight decay of matrices, the embeddings' among them; biases and norms have none."""
-    clip: float = 1.0
+    clip: float = bounded(1.0, 0)
     """Largest norm of the whole gradient; 0: not clipped."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up; wsd stays and falls over the last `cooldown` of the steps."""
-    warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
-    cooldown: float = 0.2
-    """Part of the steps over which wsd falls."""
-    min_lr: float = 0.05
+    warmup: int | None = optional(0)
+    """Steps over which the learning rate rises from 0; without it 100, or a fifth of a run of fewer than 500."""
+    cooldown: float = bounded(0.2, 0, 1)
+    """Part of the steps over which wsd falls, as far as warm-up leaves them."""
+    min_lr: float = bounded(0.05, 0, 1)
     """Where the schedule ends, as a part of the peak."""
-    smoothing: float = 0.0
+    smoothing: float = bounded(0.0, 0, below=1)
     """Label smoothing of the training loss."""
-    z_loss: float = 0.0
+    z_loss: float = bounded(0.0, 0)
     """Weight of the squared log-partition in the training loss."""
-    ema: float = 0.0
+    ema: float = bounded(0.0, 0, below=1)
     """Decay of an exponential moving average of the weights, used for evaluation; 0: none."""
+
+    @property
+    def rise(self) -> int:
+        """Steps of the warm-up."""
+        return min(100, self.steps // 5) if self.warmup is None else self.warmup
+
+    @property
+    def fall(self) -> float:
+        """Steps of wsd's cooldown, which begins after the warm-up."""
+        return max(min(self.steps * self.cooldown, self.steps - self.rise), 0)
 
 
 @dataclass
@@ -169,9 +190,9 @@ class RunConfig:
     """auto, cpu, cuda or mps."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast to this type; weights and optimizer stay float32."""
-    seed: int = 1
+    seed: int = bounded(1, *SEED)
     """Seed of weights, order of the data and dropout."""
-    threads: int = 0
+    threads: int = bounded(0, 0, 4096)
     """CPU threads; 0: as PyTorch chooses."""
     compile: bool = False
     """torch.compile the model."""
@@ -182,29 +203,29 @@ class RunConfig:
     mesh: str = ""
     """Processes by dimension: dp=2 (the model on each), fsdp=4 (parameters cut over four), tp=2 (matrices and positions
     cut over two), pp=2 (blocks cut into two stages), and products of them such as dp=2,fsdp=2; "": dp over all."""
-    pp_stages: int = 1
+    pp_stages: int = bounded(1, 1)
     """Stages of a pipeline (--mesh pp=N) on each rank: 1 for 1F1B; more for interleaved 1F1B, which idles less, sends more."""
-    nproc: int = 0
+    nproc: int = bounded(0, 0, 4096)
     """Processes to start on this machine; 0: as many as the mesh has, else one for each GPU, else one."""
-    eval_every: int = 500
+    eval_every: int = bounded(500, 0)
     """Steps between evaluations; 0: only at the end."""
-    eval_tokens: int = 65536
+    eval_tokens: int = bounded(65536, 0)
     """Validation tokens of an evaluation on the way, spread evenly; 0: all. The last one always takes all."""
-    patience: int = 0
+    patience: int = bounded(0, 0)
     """Evaluations without improvement after which training stops and the best weights are restored; 0: never."""
-    min_delta: float = 0.0
+    min_delta: float = bounded(0.0, 0)
     """What counts as improvement, in nats."""
-    save_every: int = 1000
+    save_every: int = bounded(1000, 0)
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: int = bounded(2, 1)
     """Latest checkpoints kept, besides the best."""
-    keep_every: int = 0
+    keep_every: int = bounded(0, 0)
     """Also keep each checkpoint at a multiple of this many steps."""
-    max_bad: int = 10
+    max_bad: int = bounded(10, 1)
     """Steps in a row with a non-finite loss or gradient (each is skipped) after which training stops."""
-    spike: float = 0.0
+    spike: float = bounded(0.0, 0)
     """Roll back to the last checkpoint when the loss exceeds its running mean by this factor; 0: never."""
-    sample: int = 400
+    sample: int = bounded(400, 0)
     """Tokens of text generated after the last evaluation, and a quarter of that after each earlier one; 0: none."""
     tensorboard: bool = False
     """Also write tensorboard events into the run's folder."""
@@ -225,70 +246,42 @@ class Config:
 
     def check(self) -> None:
         """Raise InputError, naming the flag, for a value that cannot be."""
-        o, r = self.optim, self.run
-        for name, value, low in (
-            ("steps", o.steps, 1),
-            ("batch", o.batch, 1),
-            ("micro", o.micro, 0),
-            ("warmup", o.warmup, 0),
-            ("ramp", o.ramp, 0),
-            ("keep", r.keep, 1),
-            ("nproc", r.nproc, 0),
-            ("pp-stages", r.pp_stages, 1),
-            ("eval-every", r.eval_every, 0),
-            ("save-every", r.save_every, 0),
-            ("max-bad", r.max_bad, 1),
-            ("patience", r.patience, 0),
-            ("eval-tokens", r.eval_tokens, 0),
-            ("keep-every", r.keep_every, 0),
-            ("threads", r.threads, 0),
-            ("sample", r.sample, 0),
-            ("rows", self.model.rows, 0),
-            ("lora-rank", self.model.lora_rank, 0),
-        ):
-            if value < low:
-                raise InputError(f"--{name} must be at least {low}; it is {value}")
-        for name, part, top in (
-            ("dropout", self.model.dropout, 1.0),
-            ("val-fraction", self.data.val_fraction, 1.0),
-            ("smoothing", o.smoothing, 1.0),
-            ("ema", o.ema, 1.0),
-        ):
-            if not 0 <= part < top:
-                raise InputError(f"--{name} must lie in [0, 1); it is {part}")
-        if not 0 < o.lr < float("inf"):
-            raise InputError(f"--lr must be positive and finite; it is {o.lr}")
-        if not 0 < o.muon_lr < float("inf"):
-            raise InputError(f"--muon-lr must be positive and finite; it is {o.muon_lr}")
-        for name, beta in zip(("first", "second"), o.betas):
-            if not 0 <= beta < 1:
-                raise InputError(f"--betas must lie in [0, 1); the {name} is {beta}")
-        for name, number in (
-            ("weight-decay", o.weight_decay),
-            ("clip", o.clip),
-            ("z-loss", o.z_loss),
-            ("min-lr", o.min_lr),
-            ("min-delta", r.min_delta),
-            ("spike", r.spike),
-        ):
-            if not 0 <= number < float("inf"):
-                raise InputError(f"--{name} must be finite and not negative; it is {number}")
+        for group in (self.model, self.data, self.optim, self.run):
+            check_fields(group)
+        self.data.check()
+        r = self.run
         if r.spike and r.spike <= 1:
             raise InputError(f"--spike must be above 1, a multiple of the mean loss, or 0; it is {r.spike}")
-        if not 0 <= o.cooldown <= 1:
-            raise InputError(f"--cooldown must lie in [0, 1]; it is {o.cooldown}")
         if r.patience and not r.eval_every:
             raise InputError("--patience needs evaluations on the way: --eval-every is 0")
-        for name in ("layers", "heads", "kv_heads", "width", "hidden", "context"):
-            size = getattr(self.model, name)
-            if size is not None and size < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1; it is {size}")
+        if r.compile and r.recompute != "none":
+            raise InputError(
+                f"--compile and --recompute {r.recompute} exclude each other: torch.compile cannot trace the "
+                f"context in which blocks are recomputed; leave one out"
+            )
         if self.model.lora_rank and not self.model.init:
             raise InputError("--lora-rank needs a model to adapt: --init RUN or an exported folder")
-        if "/" in r.name or r.name in (".", ".."):
+        if self.model.lora_rank and not self.model.lora_targets:
+            raise InputError("--lora-targets must name a linear layer at least; it is empty")
+        if "/" in r.name or "\0" in r.name or r.name in (".", ".."):
             raise InputError(
-                f"--name must be a plain name, without a slash; it is {r.name!r} (--out names the folder of runs)"
+                f"--name must be a plain name, without a slash or byte 0; it is {r.name!r} (--out names the folder of runs)"
             )
+
+    def notes(self) -> list[str]:
+        """What the configuration does that its flags alone would not make one expect, a sentence each."""
+        o, out = self.optim, []
+        if o.rise > o.steps:
+            out.append(
+                f"--warmup {o.rise} is longer than the run of {o.steps} steps: the learning rate ends at "
+                f"{o.steps / o.rise:.0%} of its peak"
+            )
+        elif o.schedule == "wsd" and o.fall < o.steps * o.cooldown:
+            out.append(
+                f"--warmup {o.rise} and --cooldown {o.cooldown:g} take more than the {o.steps} steps: the cooldown has the "
+                f"last {o.fall}"
+            )
+        return out
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -59,6 +59,7 @@ BLOCK: dict[str, dict[str, tuple[str, ...]]] = {  # what one matrix here is ther
         "mlp.down": ("mlp.down_proj",),
     },
 }
+NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants that older files hold
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 
 
@@ -197,19 +198,40 @@ def from_hf(
     style = config["model_type"]
     if style not in BLOCK:
         raise InputError(f"{path} is a {style} model; fastlm reads gpt2 and llama")
-    shape = _gpt2_shape(config, path) if style == "gpt2" else _llama_shape(config, path)
+    shape = _hf_shape(config, path)
     if style == "gpt2":  # older files leave the prefix out
         tensors = {
             n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in tensors.items()
         }
     out: dict[str, Tensor] = {}
+    left = {name for name in tensors if not name.endswith(NO_WEIGHTS) and not (shape.tied and name == "lm_head.weight")}
     for ours, theirs, _, transposed in _names(shape, style):
+        left.difference_update(theirs)
         missing = [name for name in theirs if name not in tensors]
         if missing:
             raise InputError(f"{path} lacks the tensor {missing[0]} that its config.json promises")
         whole = torch.cat([tensors[name] for name in theirs]) if len(theirs) > 1 else tensors[theirs[0]]
         out[ours] = (whole.t() if transposed and whole.ndim == 2 else whole).contiguous()
+    if left:
+        raise InputError(
+            f"{path} holds {len(left)} tensors that its config.json does not promise, such as {min(left)}: the one does not "
+            f"belong to the other"
+        )
     return shape, out
+
+
+def _hf_shape(config: Mapping[str, Any], path: Path) -> GPTConfig:
+    """The shape that transformers' config.json tells; InputError, naming the field, where it does not."""
+    try:
+        return (_gpt2_shape if config["model_type"] == "gpt2" else _llama_shape)(config, path)
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(
+            f"{path / 'config.json'} lacks the field {error.args[0]!r} of a {config['model_type']} model"
+        ) from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{path / 'config.json'} tells no shape of a {config['model_type']} model: {error}") from None
 
 
 def _need(config: Mapping[str, Any], path: Path, **allowed: tuple[Any, ...]) -> None:

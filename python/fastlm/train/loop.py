@@ -73,6 +73,9 @@ class Trainer:
         if self.ranks.first and self.device.type == "cpu" and config.run.dtype != "float32":
             if slow := _processor.slow(getattr(torch, config.run.dtype)):
                 warn(f"--dtype {config.run.dtype}: {slow}; --dtype float32 trains faster here")
+        if self.ranks.first:
+            for note in config.notes():
+                warn(note)
         self.plain = model.to(self.device)
         self.kernels = Kernels(self.plain, config.run.kernels)
         if hasattr(self.plain, "recompute"):

@@ -47,6 +47,9 @@ class PeerError(InputError):
     """Another rank raised, and has told the user."""
 
 
+MOST = 65536  # processes of a mesh
+
+
 def parse(text: str) -> dict[str, int]:
     """`"dp=2,fsdp=2"` as sizes by dimension. InputError names what cannot be."""
     sizes: dict[str, int] = {}
@@ -61,7 +64,9 @@ def parse(text: str) -> dict[str, int]:
             raise InputError(f"--mesh {word}: there is no dimension {name}; it must be one of {', '.join(BUILT)}")
         if name in sizes:
             raise InputError(f"--mesh {text} names {name} twice")
-        sizes[name] = int(match[2])
+        sizes[name] = int(match[2]) if len(match[2]) < 10 else MOST + 1
+    if math.prod(sizes.values()) > MOST:
+        raise InputError(f"--mesh {text} has more than {MOST} processes")
     return sizes
 
 

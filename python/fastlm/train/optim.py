@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 def rate(config: OptimConfig, step: int) -> float:
     """The learning rate of step 0, 1, ... as a part of the peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    rise = config.rise
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(config.steps - rise, 1)
     low = config.min_lr
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "linear":
         return 1 - (1 - low) * min(done, 1.0)
     if config.schedule == "wsd":
-        left = (config.steps - step) / max(config.steps * config.cooldown, 1)
+        left = (config.steps - step) / max(config.fall, 1)
         return low + (1 - low) * max(min(left, 1.0), 0.0)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -98,11 +98,14 @@ def _worth(plan: Plan) -> tuple[float, ...]:
 
 
 def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, memory: int, device: str) -> Plan:
-    share, order = -(-config.optim.batch // (sizes["dp"] * sizes["fsdp"])), ("none", "half", "full")
+    share = -(-config.optim.batch // (sizes["dp"] * sizes["fsdp"]))
+    order: tuple[str, ...] = ("none", "half", "full")
     micros = [min(config.optim.micro, share)] if config.optim.micro else [share]
     while not config.optim.micro and micros[-1] > 1:
         micros.append(-(-micros[-1] // 2))
     found, each = [], config.run.pp_stages if sizes["pp"] > 1 else 1
+    if config.run.compile:
+        order = ("none",)  # Config.check refuses both
     for recompute in order[order.index(config.run.recompute) :]:
         for micro in micros:
             changed = copy.deepcopy(config)
