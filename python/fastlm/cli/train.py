@@ -61,9 +61,7 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
 
     init = _value(argv, "--init")
     if init and not origin and not _value(argv, "--tokenizer"):
-        base.data.tokenizer = job.tokenizer_of(
-            find_init(init, _value(argv, "--out") or base.run.out), base.data.tokenizer
-        )
+        base.data.tokenizer = job.tokenizer_of(find_init(init, _value(argv, "--out") or base.run.out))
     return tyro.cli(train, prog="fastlm train", args=argv)
 
 

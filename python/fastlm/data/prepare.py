@@ -434,6 +434,7 @@ def prepare(
     options: Options | None = None,
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
+    kept: tokenizers.Tokenizer | None = None,
     whole: bool = False,
     without: Held | None = None,
     least: float = 0.0,
@@ -442,20 +443,24 @@ def prepare(
 ) -> Prepared:
     """The prepared corpus, from the cache when its files have not changed. `note(what, done, total)` is told of bytes.
 
-    `tokenizer` takes the place of the one that the options name. `whole`: no split, all is validation. `without`: what
-    neither side takes (`held`). `least`: what the limit of the split is raised to
-    (`joint_limit`).
+    `tokenizer` takes the place of the one that the options name; so does `kept`, unless the options' own is in the cache
+    and is the same. `whole`: no split, all is validation. `without`: what neither side takes (`held`). `least`: what the
+    limit of the split is raised to (`joint_limit`).
     Raises InputError where the corpus, an option or the cache cannot be used.
     """
     options = options or Options()
-    _check(options)
-    made = tokenizer.hash if tokenizer else _named(options)
+    _check(options, named=tokenizer is None and kept is None)
     more: tuple[object, ...] = ()
     if without is not None and without.groups.size + without.documents.size:
         more += ("without", hashlib.sha256(without.groups.tobytes() + b"|" + without.documents.tobytes()).hexdigest())
     if least > options.val_fraction:
         more += ("least", least)
-    key = _key(corpus, options, made, whole, *more)
+    folders = (cache or cache_folder()) / "corpora"
+    key = _key(corpus, options, tokenizer.hash if tokenizer else _named(options), whole, *more)
+    if kept is not None:
+        if (folders / key / "manifest.json").exists() and Prepared(folders / key).tokenizer.hash == kept.hash:
+            return Prepared(folders / key)
+        tokenizer, key = kept, _key(corpus, options, kept.hash, whole, *more)
 
     def make(draft: Path) -> None:
         found = _Corpus(expand(corpus), options, note)
@@ -467,7 +472,7 @@ def prepare(
         own = tokenizer or tokenizers.make(options.tokenizer, options.vocab, lambda: found.train_texts(split))
         _write(found, split, own, draft)
 
-    return Prepared(_made((cache or cache_folder()) / "corpora" / key, make))
+    return Prepared(_made(folders / key, make))
 
 
 def joint_tokenizer(
@@ -558,11 +563,14 @@ def _named(options: Options) -> str:
     return hashlib.sha256(own.read_bytes()).hexdigest() if own.is_file() else ""
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, named: bool = True) -> None:
+    """InputError for an option that cannot be; `named`: the tokenizer is the one that they name."""
     if not 0 < options.val_fraction < 1:
         raise InputError(f"--val-fraction must lie between 0 and 1; it is {options.val_fraction}")
     if options.workers < 0 or options.pack < 0:
         raise InputError(f"--workers and the context must not be negative; they are {options.workers}, {options.pack}")
+    if not named:
+        return
     if options.vocab < tokenizers.SMALLEST_BPE and options.tokenizer == "bpe":
         raise InputError(
             f"--vocab must be at least {tokenizers.SMALLEST_BPE}, the bytes and the end of text, for bpe; it is {options.vocab}"

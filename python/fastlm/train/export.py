@@ -98,7 +98,11 @@ def read_model(path: Path) -> Source:
     config = _json(run / "config.json") if (run / "config.json").is_file() else {}
     if "model_type" in config:
         tensors = {name: t.float() for name, t in _files(path).items()}
-        return Source(*from_hf(config, tensors, path), read_tokenizer(path))
+        try:
+            tokenizer = read_tokenizer(path)
+        except InputError:  # a model serves without; who needs its tokenizer asks for it and gets the reason
+            tokenizer = None
+        return Source(*from_hf(config, tensors, path), tokenizer)
     if "model" not in config:
         raise InputError(f"{path} is no run, checkpoint or exported folder: it holds no config.json of a model")
     try:
@@ -131,14 +135,43 @@ def _chosen(run: Path) -> dict[str, Tensor]:
 
 
 def read_tokenizer(path: Path) -> dict[str, Any] | None:
-    """The tokenizer's specification of a run, checkpoint or exported folder; None where it does not tell."""
+    """The tokenizer's specification of a run, checkpoint or exported folder; None where it does not tell.
+
+    Raises InputError for tokenizer files of transformers that cannot be read here.
+    """
     run = path.parent.parent if (path / "state.json").is_file() else path
     config = _json(run / "config.json") if (run / "config.json").is_file() else {}
     spec: dict[str, Any] | None = config.get("tokenizer") or config.get("fastlm_tokenizer")
     content = run / "tokenizer.json"
     if spec is None and "model_type" in config and content.is_file():
         return {"kind": "bpe", "content": content.read_text(encoding="utf-8")}
-    return spec
+    return _older_tokenizer(run) if spec is None and "model_type" in config else spec
+
+
+def _older_tokenizer(folder: Path) -> dict[str, Any] | None:
+    """What transformers makes of a sentencepiece or GPT-2 tokenizer that has no tokenizer.json; None where there is none."""
+    files = [n for n in ("tokenizer.model", "vocab.json", "merges.txt") if (folder / n).is_file()]
+    if "tokenizer.model" not in files and files != ["vocab.json", "merges.txt"]:
+        return None
+    what = f"{folder} holds {' and '.join(files)} and no tokenizer.json"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise InputError(
+            f"{what}: reading that tokenizer needs the package transformers: pip install transformers"
+        ) from None
+    try:
+        made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+        content = str(made.backend_tokenizer.to_str())
+        found = tokenizers.BPETokenizer(content)
+        if "vocab.json" in files and (lost := set(_json(folder / "vocab.json").values()) - set(range(found.vocab))):
+            raise ValueError(f"{len(lost)} of the tokens of vocab.json are lost")
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{what}, and transformers cannot read that tokenizer ({type(error).__name__}: {said})"
+        ) from error
+    return {"kind": "bpe", "content": content}
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:

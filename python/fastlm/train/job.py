@@ -23,7 +23,7 @@ from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
-from fastlm.data.prepare import Note, held, joint_limit, joint_tokenizer, silent
+from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
 from fastlm.train.callbacks import Picture, Samples, standard
@@ -47,15 +47,22 @@ def options_of(config: DataConfig, context: int) -> Options:
     return Options(c.tokenizer, c.vocab, c.field, c.separator, c.val_fraction, pack, c.workers)
 
 
-def read_data(corpus: tuple[str, ...], config: DataConfig, context: int, note: Note = silent) -> list[Prepared]:
-    """One prepared corpus, or one for each name when weights mix them. `context` counts when documents are packed."""
+def read_data(
+    corpus: tuple[str, ...],
+    config: DataConfig,
+    context: int,
+    note: Note = silent,
+    kept: tokenizers.Tokenizer | None = None,
+) -> list[Prepared]:
+    """One prepared corpus, or one for each name when weights mix them. `context` counts when documents are packed; `kept`
+    is the tokenizer of a run that goes on, in place of one that would be learnt again."""
     options = options_of(config, context)
     without = held([(path,) for path in _named_sets(config).values()], options, note=note)
     if not config.weights:
-        return [prepare(corpus, options, without=without, note=note)]
+        return [prepare(corpus, options, kept=kept, without=without, note=note)]
     if len(config.weights) != len(corpus) or min(config.weights) <= 0:
         raise InputError(f"--weights needs one positive weight per corpus: {len(config.weights)} for {len(corpus)}")
-    tokenizer = joint_tokenizer([(name,) for name in corpus], options, note=note)
+    tokenizer = kept or joint_tokenizer([(name,) for name in corpus], options, note=note)
     least = joint_limit([(name,) for name in corpus], options, note=note)
     return [prepare((name,), options, tokenizer=tokenizer, without=without, least=least, note=note) for name in corpus]
 
@@ -179,8 +186,9 @@ class Job:
             given = export.read_model(Path(config.model.init))
             config.model.take_shape(given.shape)
         context = config.model.length()
+        kept = self.kept = None if origin is None else own_tokenizer(origin, config)
         self.data = self.ranks.in_turn(  # the others find it prepared
-            lambda: read_data(corpus, config.data, context, note)
+            lambda: read_data(corpus, config.data, context, note, kept)
         )
         tokenizer = self.data[0].tokenizer
         self.named = self.ranks.in_turn(lambda: read_validation(config.data, context, tokenizer, note))
@@ -421,7 +429,9 @@ def resume(
         if own is not None:
             own.release()
         raise
-    step = made.trainer.step
+    step, tokenizer = made.trainer.step, made.data[0].tokenizer
+    if made.kept is not None:
+        say(f"tokenizer: the run's own, {tokenizer.spec()['kind']} of {tokenizer.vocab:,} tokens")
     say(f"a new run from step {step} of {folder}" if fork else f"going on from step {step} of {config.optim.steps}")
     return made
 
@@ -459,20 +469,41 @@ def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: expo
         )
 
 
-def tokenizer_of(init: Path, default: str) -> str:
-    """What --tokenizer is where --init is given and it is not: the model's own, as far as its folder tells."""
-    spec = export.read_tokenizer(init)
-    if spec is None or spec["kind"] == "bytes":
-        return default
+def tokenizer_of(init: Path) -> str:
+    """What --tokenizer is where --init is given and it is not: the model's own. InputError where its folder does not tell."""
+    advice = "give --tokenizer what the model was trained with, such as its tokenizer.json"
+    try:
+        spec = export.read_tokenizer(init)
+    except InputError as error:
+        raise InputError(f"--init {init}: {error}; or {advice}") from None
+    if spec is None:
+        raise InputError(f"--init {init} holds no tokenizer, so there is no telling what its tokens mean: {advice}")
+    if spec["kind"] == "bytes":
+        return "bytes"
     path = (init.parent.parent if (init / "state.json").is_file() else init) / "tokenizer.json"
-    return str(path) if path.is_file() else default
+    if not path.is_file():
+        content = export.tokenizer_json(spec)
+        path = cache_folder() / "tokenizers" / f"{tokenizers.load(spec).hash}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(path, content)
+    return str(path)
+
+
+def own_tokenizer(folder: Path, config: Config) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run that goes on or is forked; None where the configuration asks for another than the run has."""
+    was, now = read_config(folder)[0].data, config.data
+    if (was.tokenizer, was.vocab) != (now.tokenizer, now.vocab):
+        return None
+    spec = export.read_tokenizer(folder)
+    return None if spec is None else tokenizers.load(spec)
 
 
 def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
     """Model (of a run its best weights, in eval mode) and tokenizer of a run, checkpoint or exported folder."""
     found = export.read_model(folder)
-    if found.tokenizer is None:
+    spec = found.tokenizer or export.read_tokenizer(folder)
+    if spec is None:
         raise InputError(f"{folder} holds no tokenizer.json, so there is no telling what its tokens mean")
     model = GPT(found.shape)
     state.load_model(model, found.tensors, folder)
-    return model.to(pick_device(device)).eval(), tokenizers.load(found.tokenizer)
+    return model.to(pick_device(device)).eval(), tokenizers.load(spec)
