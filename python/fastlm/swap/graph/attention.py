@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlm.reference.attention import Options
 from fastlm.swap.attention import refusal, unserved
 from fastlm.swap.graph.chains import _erase, dropout_at, seed
 from fastlm.swap.graph.nodes import Missed, is_float, number, quiet, read, require_private, same, uncast, value
@@ -334,11 +335,8 @@ def _build(graph: fx.Graph, found: Written, dtype: torch.dtype, folded: bool) ->
     p = found.p if found.p * 65536 > 0.5 else 0.0
     device = value(found.q).device  # type: ignore[union-attr]
     drawn = seed(graph, device) if p > 0 else None
-    made = graph.call_function(
-        OP,
-        (q, k, v, bias, None, drawn, None, None, None, None, 0, 0, 0, -1, -1, found.softcap, found.scale, p, 0, 0, 0,
-         dtype, False),
-    )  # fmt: skip
+    options = Options(bias=bias, seed=drawn, softcap=found.softcap, scale=found.scale, p=p)  # type: ignore[arg-type]
+    made = graph.call_function(OP, (q, k, v, *options, dtype, False))
     out = graph.call_function(operator.getitem, (made, 0))
     wanted = value(found.root)
     assert wanted is not None
@@ -385,11 +383,8 @@ def fuse_sdpa(graph: fx.Graph, node: fx.Node) -> str:
         ]
         for _ in range(4 - len(value(mask).shape) if mask is not None else 0):  # type: ignore[union-attr]
             mask = graph.call_method("unsqueeze", (mask, 0))
-        made = graph.call_function(
-            OP,
-            (*parts, mask, None, seed(graph, q.device), None, None, None, None, 0, 0, 2 if causal else 0, -1, -1, 0.0,
-             scale, p, 0, 0, 0, wanted.dtype, False),
-        )  # fmt: skip
+        options = Options(bias=mask, seed=seed(graph, q.device), causal=2 if causal else 0, scale=scale, p=p)  # type: ignore[arg-type]
+        made = graph.call_function(OP, (*parts, *options, wanted.dtype, False))
         out = graph.call_function(operator.getitem, (made, 0))
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
