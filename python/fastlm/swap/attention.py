@@ -3,7 +3,7 @@
 The call stays where it is and keeps its arguments; only the name is replaced, by a method that serves it with
 ``ops.attention`` (dropout, masks with their gradient, ``is_causal``, ``enable_gqa``, ``scale``). What the op does not take
 at a call (other ranks, value heads of another size, DTensors) is PyTorch's own, and so is what no kernel serves (head sizes
-above 256, float64, no compiled core), because the reference keeps all the scores. Seeds come from ``fastlm.rng``, one
+above 512, float64, no compiled core), because the reference keeps all the scores. Seeds come from ``fastlm.rng``, one
 place per call in the source.
 """
 
