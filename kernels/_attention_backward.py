@@ -372,10 +372,10 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         dbias = torch.zeros(dbias_shape, dtype=bias.dtype, device=q.device) if need_dbias and bias is not None else None
         dbias = q.new_empty(0) if dbias is None else dbias
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, sinks_alone(q, dlse, lse, sinks)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, sinks_alone(q, dlse, sinks)
     call = Call(q, k, v, [q, k, v, dout, out, dq, dk, dv], *options_)
     if call.longest_q == 0 or call.longest_k == 0:
-        return dq, dk, dv, q.new_empty(0), sinks_alone(q, dlse if call.longest_q else None, lse, sinks)
+        return dq, dk, dv, q.new_empty(0), sinks_alone(q, dlse if call.longest_q else None, sinks)
     lse, rest = lse.contiguous(), rest.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)

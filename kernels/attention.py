@@ -3,7 +3,7 @@
     s = scale * q k^T;  softcap > 0: s = softcap * tanh(s / softcap);  s += bias - slope * |distance|;  hidden: -inf
     lse = log(exp(sink) + sum(exp(s)));  out = (exp(s - lse) * keep * keep_scale) v;  rest = what rounding took from lse
 
-Bytes, at e an element: forward reads q, k, v and writes out, e * (2 Lq Hq + 2 Lk Hkv) * D * B, lse and rest; each block of
+Bytes, at e an element: forward reads q, k, v and writes out, e * (2 Lq Hq + 2 Lk Hkv) * D * B, and lse; each block of
 queries reads the keys again, mostly from L2. Flops 4 B Hq Lq Lk D forward, halved when causal; a backward in two kernels
 does seven products where the convention counts five. Per score: two or three additions, one exp2, and 9/8 of a Philox
 round's multiplication pair with dropout. float32 inputs use IEEE products (no TF32), which run on the plain float32 units,
@@ -60,7 +60,7 @@ def _forward_kernel(
     NATURAL: tl.constexpr, DROPOUT: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, EVEN_V: tl.constexpr, DIM_V: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out, lse and rest. PACK: rows are (head of the group, query). ``part``: the sums of one piece of the keys, unscaled."""
+    """A tile of out and lse. PACK: rows are (head of the group, query). ``part``: the sums of one piece of the keys, unscaled."""
     pid = tl.program_id(0)
     part_number = pid % pieces
     others = pid // pieces
@@ -281,9 +281,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
         out.zero_(), lse.fill_(-torch.inf), rest.zero_()
     if q.numel() == 0:
         return out, lse, rest
-    sinks = Options.of(options).sinks
-    if k.numel() == 0 and not (packed and sinks is not None):  # the kernel knows which tokens lie in no sequence
-        return nothing_to_attend_to(out, lse, rest, sinks)
+    if k.numel() == 0:
+        return nothing_to_attend_to(out, lse, rest, Options.of(options).sinks)
     call = Call(q, k, v, [q, k, v, out], *options[:-1])
     if call.longest_q == 0:
         return out, lse, rest

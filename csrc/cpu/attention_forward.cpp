@@ -1,4 +1,4 @@
-// Attention, forward: out = softmax(shape(q k^T)) v, lse and rest, in tiles of up to 256 rows by 128 keys.
+// Attention, forward: out = softmax(shape(q k^T)) v and lse, in tiles of up to 256 rows by 128 keys.
 //
 // An item of work is a block of rows of one head and walks over the keys, keeping per row the largest score so far, the
 // sum of exponentials relative to it, and the unnormalised output. Two products of rows x keys x head size; exp, max

@@ -36,14 +36,13 @@ from fastlm import _native
 from fastlm.ops.attention import _arguments
 from fastlm.reference.attention import dropout_mask
 from paths import python_path
-from test_attention_lowest import LOWEST, check
 
 pytestmark = pytest.mark.gpu("attention", "triton")
 op = fastlm.ops.attention
 DEVICE = "cuda"
 TRAINING = Case(heads=4, kv_heads=2, queries=300, keys=300, head_size=64, dtype=BF16, causal=True, p=0.1)
 GENERATION = Case(heads=8, kv_heads=2, queries=1, keys=3000, head_size=64, dtype=BF16, causal=True, valid=(3000, 700))
-QUICK = (1, 3, 4, 6, 8, 10, 11, 14, 15, 16, 17, 18, 21, 23)
+QUICK = (1, 3, 4, 6, 8, 10, 11, 14, 15, 16, 17, 18)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +80,6 @@ def test_lengths(lengths, dtype):
 
 @pytest.mark.parametrize("size,dtype", [
     (16, BF16), (40, BF16), (72, F16), (128, BF16), (256, BF16), (128, F32), (256, F32), (13, BF16),
-    pytest.param(300, F32, marks=pytest.mark.slow), pytest.param(512, BF16, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_head_sizes(size, dtype):
     case = replace(TRAINING, head_size=size, dtype=dtype)
@@ -205,20 +203,6 @@ def test_pieces_by_batch_and_heads_are_the_bits_of_the_whole():
         ids = torch.arange(3, device=DEVICE)[batches]
         for name, value in run(case, cut, offset=(ids, heads.start, None, None)).items():
             assert torch.equal(value, whole[name][pick(name)]), name
-
-
-@pytest.mark.parametrize("forward,backward", [("triton", "triton"), ("reference", "triton"), ("triton", "reference")])
-@pytest.mark.parametrize("kind", ["all", "few queries"])
-def test_gradients_of_rows_of_the_lowest_scores(forward, backward, kind):
-    check(LOWEST, F32, forward, backward, kind, DEVICE)
-
-
-@pytest.mark.parametrize("case", [f for f in FEATURES if f.sinks], ids=str)
-def test_gradients_of_sinks(case):
-    tensors = given(case)
-    torch.testing.assert_close(
-        run(case, tensors)["dsinks"].double(), truth(case, tensors)["dsinks"], rtol=1e-4, atol=1e-4
-    )
 
 
 def test_rows_that_attend_to_nothing_are_zero_and_have_no_gradient():

@@ -188,7 +188,7 @@ def _sequence(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, 
         v = torch.cat([v, torch.zeros_like(v[:, :1]) if keys else v.new_zeros(v.shape[0], 1, v.shape[2])], 1)
         keep = None if keep is None else torch.cat([keep, torch.ones_like(s[..., :1], dtype=torch.bool)], -1)
     elif keys == 0:
-        return (0 * q[..., :1]).expand(-1, -1, v.shape[2]), s.sum(-1) - math.inf
+        return torch.zeros_like(q) + 0 * q, s.sum(-1) - math.inf
     keep = 1.0 if keep is None else keep.to(s.dtype) * keep_scale(case.p)
     if saved is not None:
         return _FromSaved.apply(s, v, keep, saved)
@@ -304,7 +304,6 @@ def draw(case: Case, generator: torch.Generator, device: str = "cpu") -> dict[st
         measure |= theirs(case, tensors, lse=False)
     assert ours.keys() == measure.keys() == real.keys()
     # A gradient of a sink is a sum over all rows, of which a draw has one a head: pooling thousands takes minutes.
-    # test_gradients_of_sinks holds it.
     return {name: Result(ours[name], measure[name], real[name]) for name in ours if name != "dsinks"}
 
 

@@ -53,14 +53,6 @@ def test_as_exact_as_torch(name, case):
         assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
-@pytest.mark.parametrize("case", [f for f in FEATURES if f.sinks], ids=str)
-def test_gradients_of_sinks(backend, case):
-    tensors = inputs(case, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(
-        run(case, tensors)["dsinks"].double(), truth(case, tensors)["dsinks"], rtol=1e-4, atol=1e-4
-    )
-
-
 # Every case of the whole grid takes hours, most of them in drawing thousands of times what has few values: that is what
 # FASTLM_TEST_GRID=all runs. Else a thirtieth of the cases that have enough, and of the reference a tenth of these.
 WHOLE = os.environ.get("FASTLM_TEST_GRID") == "all"
@@ -84,13 +76,12 @@ def test_as_exact_as_torch_full_grid(name, case):
     causal=st.sampled_from([False, True, "upper_left"]),
     window=st.none() | st.tuples(st.integers(-1, 60), st.integers(-1, 60)), bias=st.sampled_from([None, "qk", "bhqk"]),
     alibi=st.booleans(), softcap=st.sampled_from([0.0, 5.0]), p=st.sampled_from([0.0, 0.2]),
-    layout=st.sampled_from(["bhld", "blhd"]), sinks=st.booleans(), v_size=st.none() | st.sampled_from((24, *HEAD_SIZES)),
-    seed=st.integers(0, 2**32),
+    layout=st.sampled_from(["bhld", "blhd"]), seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_any_shape_and_feature_on_cpu(queries, keys, head_size, group, dtype, causal, window, bias, alibi, softcap, p,
-                                      layout, sinks, v_size, seed):  # fmt: skip
+                                      layout, seed):  # fmt: skip
     case = Case(2, 4, 4 // group, queries, keys, head_size, dtype, causal, window, bias, None, alibi, softcap, None, p,
-                layout=layout, sinks=sinks, v_size=v_size)  # fmt: skip
+                layout=layout)  # fmt: skip
     tensors = inputs(case, torch.Generator().manual_seed(seed))
     with fastlm.backend.use("cpu"):
         ours = run(case, tensors)
@@ -105,8 +96,7 @@ def test_any_shape_and_feature_on_cpu(queries, keys, head_size, group, dtype, ca
         finite = real[name].isfinite()
         error = (value.double() - real[name])[finite]
         size = real[name][finite].square().mean().sqrt() if finite.any() else 0
-        unit = (2 * queries) ** 0.5 if name == "dsinks" else 1  # that is a sum over as many rows
-        assert not finite.any() or error.square().mean().sqrt() <= 16 * torch.finfo(dtype).eps * (size + unit), name
+        assert not finite.any() or error.square().mean().sqrt() <= 16 * torch.finfo(dtype).eps * (size + 1), name
 
 
 def _probabilities(backend, shape, p, seed, **extra):
@@ -387,7 +377,6 @@ def test_what_lies_behind_the_valid_part_of_a_cache_never_leaks(backend, dtype):
     Case(batch=1, heads=4, kv_heads=1, queries=1, keys=3000, valid=(2900,), causal=True, bias="bhk", p=0.1),
     Case(bias="bhqk"), Case(bias="h", batch=3), Case(alibi=True, window=(100, 20), softcap=5.0, p=0.1),
     Case(bias="qk", batch=3), Case(bias="hqk", kv_heads=2, batch=3), Case(bias="bqk", heads=4, kv_heads=4),
-    Case(sinks=True, kv_heads=2, causal=True),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @needs_cpu
@@ -564,13 +553,13 @@ def test_the_rule_catches_wrong_gradients(name):
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ["portable", "avx2", pytest.param("avx512", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_obeys_the_rule(isa):
     code = (
         "import fastlm\nfrom accuracy import assert_as_exact_as_torch\nfrom attention_cases import *\n"
         "with fastlm.backend.use('cpu'):\n"
-        "    few = replace(MANY, batch=2, heads=128, kv_heads=32, queries=1, keys=200)  # generation's own product\n"
-        "    for case in (*(replace(FEATURES[n], batch=2) for n in (4, 7, 10, 18, 21, 22, 23)), few):\n"
+        "    few = replace(MANY, queries=1, keys=200)  # generation's own product\n"
+        "    for case in (*(replace(FEATURES[n], batch=2) for n in (4, 7, 10, 18)), few):\n"
         "        for dtype in (F32, BF16):\n"
         "            assert_as_exact_as_torch(lambda g: draw(replace(case, dtype=dtype), g))\n"
     )

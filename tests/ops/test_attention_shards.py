@@ -81,13 +81,11 @@ def ring(case: Case, tensors: dict[str, Tensor], rows: list[int], columns: list[
             if bias is not None:
                 bias = bias[:, :, q0:q1] if bias.shape[2] > 1 else bias
                 bias = bias[..., k0:k1] if bias.shape[3] > 1 else bias
-            sinks = options["sinks"] if k0 == 0 else None  # else they would count once a piece
             valid = None if case.valid is None else (options["seqlens_k"] - k0).clamp(0, k1 - k0)
             parts.append(
                 op(
                     t["q"][:, :, q0:q1], t["k"][:, :, k0:k1], t["v"][:, :, k0:k1],
-                    **{**options, "bias": bias, "seqlens_k": valid, "sinks": sinks, "offset": (None, 0, q0, k0)},
-                    return_lse=True,
+                    **{**options, "bias": bias, "seqlens_k": valid, "offset": (None, 0, q0, k0), "return_lse": True},
                 )
             )  # fmt: skip
         out, lse = merged(*map(list, zip(*parts, strict=True)))
@@ -103,7 +101,6 @@ RINGS = [
     Case(batch=1, queries=200, keys=200, mask="hqk", kv_heads=3),
     Case(batch=1, queries=200, keys=200, causal=True, dtype=BF16),
     Case(queries=200, keys=200, causal=False, valid=(170, 90), p=0.2),
-    Case(batch=1, queries=200, keys=200, kv_heads=2, causal="upper_left", sinks=True, p=0.1),
 ]
 
 
@@ -116,8 +113,6 @@ def test_pieces_by_queries_and_keys_give_the_whole(backend, case, ends):
         with fastlm.backend.use(backend):
             ours = ring(case, tensors, *ends)
         measure, real = compose(case, tensors, F32), truth(case, tensors)
-        if case.sinks:  # a draw has one value a head: too few for the rule
-            torch.testing.assert_close(ours["dsinks"].double(), real["dsinks"], rtol=1e-4, atol=1e-4)
-        return {name: Result(ours[name], measure[name], real[name]) for name in real if name != "dsinks"}
+        return {name: Result(ours[name], measure[name], real[name]) for name in real}
 
     assert_as_exact_as_torch(draw, seed=1)

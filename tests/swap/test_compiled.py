@@ -52,6 +52,36 @@ def test_chains_across_blocks_become_one_op(p, across):
         assert torch.equal(a, b)
 
 
+def _doubled(z):
+    z.mul_(2)
+
+
+def _put(z):
+    z[0] = 1.0
+
+
+@pytest.mark.parametrize(("change", "fused"), [(_doubled, 0), (_put, 0), (lambda z: None, 1)])
+def test_a_norm_stays_behind_changes_in_place(change, fused):
+    norm = nn.LayerNorm(C)
+    fastlm.swap(norm)
+    counts = []
+
+    def chain(x, r):
+        z = r + x
+        change(z)
+        return norm(z), z
+
+    def backend(gm, inputs):
+        counts.append(compiled.fuse(gm))
+        return gm
+
+    torch._dynamo.reset()
+    x, r = torch.randn(B, L, C), torch.randn(B, L, C)
+    for ours, theirs in zip(torch.compile(chain, backend=backend, fullgraph=True)(x, r), chain(x, r)):
+        torch.testing.assert_close(ours, theirs)
+    assert counts == [fused]
+
+
 @pytest.mark.slow
 def test_the_backend_is_found_by_name():
     torch._dynamo.reset()

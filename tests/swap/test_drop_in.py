@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import pickle
 
 import fastlm
 import pytest
@@ -260,16 +262,74 @@ def test_mixture_of_experts_is_served_and_seen(ops):
 
 
 def test_the_report_names_what_did_not_run(caplog):
-    model = nn.ModuleDict({"used": nn.LayerNorm(8), "unused": nn.LayerNorm(8)})
+    class Half(nn.ModuleDict):
+        def forward(self, x):
+            return self["used"](x)
+
+    model = Half({"used": nn.LayerNorm(8), "unused": nn.LayerNorm(8)})
     report = fastlm.swap(model)
     with caplog.at_level(logging.WARNING, "fastlm"):
         for _ in range(3):
-            model["used"](torch.randn(2, 8))
+            model(torch.randn(2, 8))
+    assert not model._forward_hooks
     assert [r.message for r in caplog.records if "did not run unused" in r.message] == [
         "fastlm.swap: the first forward did not run unused, which swap reported as served"
     ]
     assert [row.ran for row in report.seen] == [3, 0]
     assert "never called" in str(report.seen)
+
+
+class Twice(nn.Module):
+    """One dropout called before and behind the norm, as T5 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.1), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.drop(self.drop(x)))
+
+
+def test_a_module_called_twice_ends_no_forward(caplog):
+    model = Twice()
+    fastlm.swap(model)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        for each in (model, *twins):
+            each(torch.randn(2, 8))
+            assert not each._forward_hooks
+    assert "did not run" not in caplog.text
+    fastlm.unswap(model)
+    fastlm.swap(model)
+    assert model._forward_hooks
+    fastlm.unswap(model)
+    assert not model._forward_hooks
+
+
+def test_compiled_parts_are_not_said_to_be_missed(caplog):
+    torch._dynamo.reset()
+    model = nn.Sequential(Twice(), nn.LayerNorm(8))
+    fastlm.swap(model)
+    model[0].compile(backend="eager")
+    with caplog.at_level(logging.WARNING, "fastlm"):
+        model(torch.randn(2, 8))
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 8))
+    assert "did not run" not in caplog.text
+
+
+def by_partial(module: nn.Module) -> None:
+    module.forward = functools.partial(module.forward)
+
+
+def by_partial_of_a_wrapper(module: nn.Module) -> None:
+    def wrapper(old, *args, **kwargs):
+        return old(*args, **kwargs)
+
+    module.forward = functools.partial(wrapper, module.forward)
+
+
+def by_partial_of_the_class(module: nn.Module) -> None:
+    module.forward = functools.partial(type(module).forward, module)
 
 
 def by_hand(module: nn.Module) -> None:
@@ -282,7 +342,7 @@ def in_a_closure(module: nn.Module) -> None:
     module.forward = lambda *a, **k: old(*a, **k)
 
 
-@pytest.mark.parametrize("put", [by_hand, in_a_closure])
+@pytest.mark.parametrize("put", [by_hand, in_a_closure, by_partial, by_partial_of_a_wrapper])
 def test_instance_forwards_run_what_is_swapped(put, ops):
     model = llama()
     expected = model(ids := torch.randint(3, 60, (2, 5))).logits
@@ -297,7 +357,7 @@ def test_instance_forwards_run_what_is_swapped(put, ops):
     assert not ops
 
 
-@pytest.mark.parametrize("put", [by_hand, in_a_closure])
+@pytest.mark.parametrize("put", [by_hand, in_a_closure, by_partial, by_partial_of_a_wrapper])
 def test_unswap_below_a_forward_that_was_put_on_later(put, ops):
     model = llama()
     expected = model(ids := torch.randint(3, 60, (2, 5))).logits
@@ -426,6 +486,52 @@ def test_verify_leaves_everything_and_undoes_a_wrong_rule(monkeypatch):
     report = fastlm.swap(model, verify=x)
     assert [row.module for row in report.rows] == ["2"]
     assert [(name, "undone" in why) for _, name, why in report.left] == [("rule 'norm'", True)]
+
+
+def test_a_forward_that_cannot_follow_is_told():
+    model = nn.Sequential(nn.LayerNorm(8))
+    by_partial_of_the_class(model[0])
+    report = fastlm.swap(model)
+    assert not report.rows
+    assert "a forward of its own (partial) stands in it" in report.left[0][2]
+
+
+def test_verify_names_the_rule_that_raises_and_changes_no_input(monkeypatch):
+    class Changes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2) if not x.requires_grad else x)
+
+    model = Changes(nn.Linear(8, 8), nn.LayerNorm(8), nn.Dropout(0.2))
+    x = torch.randn(16, 8)
+    before = x.clone()
+    with torch.no_grad():
+        assert {row.module for row in fastlm.swap(model, verify=x, dry_run=True).rows} == {"1", "2"}
+    leaf = before.clone().requires_grad_()
+    fastlm.swap(model, verify=leaf)
+    assert leaf.grad is None
+    assert torch.equal(x, before)
+
+    def broken(self):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(norms.NormArguments, "options", broken)
+    report = fastlm.swap(model, verify=x)  # swapped before: the norm is put back
+    assert [row.module for row in report.rows] == ["2"]
+    assert type(model[1]) is nn.LayerNorm
+    ((_, name, why),) = report.left
+    assert name == "rule 'norm'"
+    assert "undone, since the swapped model raised RuntimeError: broken" in why
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_verify_takes_gradients_where_they_are_off(mode, monkeypatch):
+    """A rule whose outputs are right and whose gradients are wrong is found."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    forward = norms.NormForward.forward
+    monkeypatch.setattr(norms.NormForward, "forward", lambda self, x: forward(self, x).detach())
+    with mode():
+        report = fastlm.swap(model, verify=torch.randn(4, 8))
+    assert [name for _, name, _ in report.left] == ["rule 'norm'"]
 
 
 def test_one_key_head_is_broadcast(ops):

@@ -265,6 +265,141 @@ def test_a_dropout_that_is_off_is_none():
     torch.testing.assert_close(y, chain(*args))
 
 
+def _off(x, f, w, b):
+    with torch.no_grad():
+        h = x + f
+    return F.layer_norm(h, (C,), w, b)
+
+
+def _off_in_place(x, f, w, b):
+    h = x * 2.0
+    with torch.no_grad():
+        h += f
+    return F.layer_norm(h, (C,), w, b)
+
+
+def _inference(x, f, w, b):
+    with torch.inference_mode():
+        h = x + f
+    return F.layer_norm(h.clone(), (C,), w, b)
+
+
+def _on_again(x, f, w, b):
+    h = x + f
+    with torch.no_grad():
+        y = F.layer_norm(h, (C,))
+    return F.layer_norm(h * y, (C,), w, b)
+
+
+@pytest.mark.parametrize("function", [_off, _off_in_place, _inference, _on_again])
+def test_gradients_that_are_off_stay_off(function):
+    shapes = [(2, 3, C), (2, 3, C), (C,), (C,)]
+    results = []
+    draws = [torch.randn(s) for s in shapes]
+    for through in (lambda *a: function(*a), lambda *a: rewritten(function, *a)[1]):
+        leaves = [t.clone().requires_grad_() for t in draws]
+        y = through(*leaves)
+        grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+        results.append([y, *grads])
+    for ours, theirs in zip(*results):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LeakyReLU(0.1, True), nn.ELU(1.0, True), nn.CELU(1.0, True), nn.SELU(True), nn.Hardswish(True), nn.ReLU(True),
+        nn.ReLU6(True), nn.SiLU(True), nn.Mish(True), nn.Hardsigmoid(True), nn.Hardtanh(-1.0, 1.0, True),
+        nn.Threshold(0.1, 20.0, True), nn.RReLU(0.1, 0.1, True), nn.Dropout1d(1.0, True),
+    ],
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_modules_that_work_in_place_are_seen(module):
+    def chain(x, r, w, b):
+        z = x + r
+        module(z)
+        return F.layer_norm(z, (C,), w, b), z
+
+    args = [torch.randn(2, 3, C), torch.randn(2, 3, C), torch.randn(C), torch.randn(C)]
+    events, ours = rewritten(chain, *args)
+    assert fired(events) == []
+    assert "in place" in why(events)
+    for a, b in zip(ours, chain(*args)):
+        torch.testing.assert_close(a, b)
+
+
+def test_inplace_is_found_by_position_and_name():
+    from fastlm.swap.graph.nodes import changed
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for function in (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.dropout):
+        assert changed(graph.call_function(function, (x, 0.5, True, True))) == [x]
+        assert changed(graph.call_function(function, (x, 0.5, True, False))) == []
+        assert changed(graph.call_function(function, (), {"input": x, "inplace": True})) == [x]
+
+
+def _clamped_cast(x, r, w, b):
+    z = x + r
+    c = z.float()
+    c.clamp_(-0.5, 0.5)
+    return (c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-6)).to(z.dtype) * w
+
+
+def _clamped_centre(x, r, w, b):
+    z = x + r
+    c = z.float()
+    c.clamp_(-0.5, 0.5)
+    return (c - c.mean(-1, keepdim=True)) / torch.sqrt(c.var(-1, keepdim=True, unbiased=False) + 1e-6)
+
+
+def _clamped_weight(x, r, w, b):
+    wide = w.float()
+    wide.clamp_(-0.1, 0.1)
+    z = x + r
+    return z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6) * wide
+
+
+@pytest.mark.parametrize("function", [_clamped_cast, _clamped_centre, _clamped_weight])
+def test_casts_that_are_changed_in_place_stay(function):
+    args = [torch.randn(s).bfloat16() for s in ((2, 3, C), (2, 3, C), (C,), (C,))]
+    events, ours = rewritten(function, *args)
+    assert fired(events) == []
+    torch.testing.assert_close(ours, function(*args))
+
+
+def test_one_dropout_added_to_itself_has_one_mask():
+    x = torch.rand(64, C) + 1
+
+    def doubled(x):
+        d = F.dropout(x, 0.5)
+        return d + d
+
+    _, y = rewritten(doubled, x)
+    assert set((y / x).round().unique().tolist()) == {0.0, 4.0}
+
+
+def test_a_dropout_switched_off_by_torchs_own_name():
+    x, r = torch.randn(2, C), torch.randn(2, C)
+    events, y = rewritten(lambda x, r: torch.dropout(x, 0.5, train=False) + r, x, r)
+    assert fired(events) == []
+    assert torch.equal(y, x + r)
+    assert fired(rewritten(lambda x, r: torch.dropout(x, 0.5, train=True) + r, x, r)[0]) == ["dropout + add"]
+
+
+def test_a_cast_through_float64_is_kept():
+    def wide(x, r):
+        return F.layer_norm((x + r).double(), (C,))
+
+    x, r = torch.randn(2, C), torch.randn(2, C)
+    events, y = rewritten(wide, x, r)
+    assert fired(events) == []
+    assert y.dtype == torch.float64
+    assert torch.equal(y, wide(x, r))
+
+
 # Attention.
 
 
@@ -316,7 +451,12 @@ def three_axes(q, k, v, m):
     return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.25 + m.flatten(0, 1), dim=-1), v)
 
 
+def narrow_values(q, k, v, m):
+    return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v[..., :8]
+
+
 WRITTEN = {
+    narrow_values: "attention (scale, softmax)",
     plain: "attention (scale, softmax)",
     added: "attention (scale, bias, softmax)",
     filled: "attention (scale, mask, softmax)",
@@ -388,8 +528,23 @@ def _small_fill(q, k, v, m):
     return (q @ k.transpose(-2, -1)).masked_fill(m > 0, -10.0).softmax(-1) @ v
 
 
-def _narrow_values(q, k, v, m):
-    return (q @ k.transpose(-2, -1)).softmax(-1) @ v[..., :8]
+def _wide_values(q, k, v, m):
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v.repeat(1, 1, 1, 33)
+
+
+def _adds_truth(q, k, v, m):
+    return (q @ k.transpose(-2, -1) + (m > 0)).softmax(-1) @ v
+
+
+def _adds_whole(q, k, v, m):
+    return (q @ k.transpose(-2, -1) + m.long()).softmax(-1) @ v
+
+
+def _capped_in_place(q, k, v, m):
+    capped = torch.tanh(q @ k.transpose(-2, -1) / 5.0).to(torch.bfloat16)
+    wide = capped.float()
+    wide.clamp_(-0.1, 0.1)
+    return (wide * 5.0).softmax(-1) @ v
 
 
 @pytest.mark.parametrize(
@@ -400,7 +555,10 @@ def _narrow_values(q, k, v, m):
         (_scaled_late, "scaled after"),
         (_clamped, ""),
         (_small_fill, "below -1000"),
-        (_narrow_values, "another size"),
+        (_wide_values, "head sizes up to 512"),
+        (_adds_truth, "its bias is not floating"),
+        (_adds_whole, "its bias is not floating"),
+        (_capped_in_place, ""),
     ],
 )
 def test_attention_that_stays(function, reason):

@@ -101,6 +101,49 @@ def test_what_the_op_does_not_take_is_torchs_and_said(caplog):
     assert "a Flat calls PyTorch's own scaled_dot_product_attention: the op takes [batch" in caplog.text
 
 
+class Values(nn.Module):
+    def forward(self, q, k, v, mask=None, causal=False, gqa=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+
+
+@pytest.mark.parametrize(("size", "heads"), [(24, 4), (5, 4), (40, 2), (7, 1)])
+def test_value_heads_of_another_size(size, heads):
+    model = Values()
+    swapped = Values()
+    report = fastlm.swap(swapped)
+    inputs = [torch.randn(2, 4, 9, 16), torch.randn(2, heads, 9, 16), torch.randn(2, heads, 9, size)]
+    bias = torch.randn(2, 1, 9, 9)
+    for more in ((None, True, True), (bias, False, True)):
+        results = []
+        for module, dtype in ((swapped, torch.float32), (model, torch.float64)):
+            leaves = [t.to(dtype).requires_grad_() for t in inputs]
+            out = module(*leaves, more[0] if more[0] is None else more[0].to(dtype), *more[1:])
+            assert out.shape == (2, 4, 9, size)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for ours, truth in zip(*results):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+    assert [row.ran for row in report.seen] == [2]
+
+
+def test_a_function_in_its_place_gets_what_was_written(monkeypatch):
+    got = []
+
+    def narrow(q, k, v, is_causal):
+        got.append(is_causal)
+        return v
+
+    class Written(nn.Module):
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    model = Written()
+    fastlm.swap(model)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", narrow)
+    q = torch.randn(1, 2, 3, 4)
+    assert model(q) is q
+    assert got == [True]
+
+
 class Square(nn.Module):
     """Attention of what it is given with itself, four heads of ``size``."""
 
@@ -117,7 +160,7 @@ def _no_reference(*args):
     raise AssertionError("the reference materialises the scores")
 
 
-@pytest.mark.parametrize("size,dtype", [(264, torch.float32), (16, torch.float64)])
+@pytest.mark.parametrize("size,dtype", [(520, torch.float32), (16, torch.float64)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_no_kernel_serves_is_torchs_and_said(caplog, monkeypatch, size, dtype, compiled):
     torch._dynamo.reset()

@@ -184,7 +184,7 @@ def backward(
     dq, dk, dv = make(q), make(k), make(v)
     if q.numel() == 0 or k.numel() == 0:
         dbias = q.new_zeros(dbias_shape, dtype=bias.dtype) if need_dbias and bias is not None else q.new_empty(0)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, sinks_alone(q, dlse, lse, sinks)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, sinks_alone(q, dlse, sinks)
     lse, rest = lse.contiguous(), rest.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     of_batches = (

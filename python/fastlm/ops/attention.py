@@ -370,8 +370,7 @@ def attention(
             where a query may attend. Not with cu_seqlens.
         alibi_slopes: [Hq] or [B, Hq]; subtracts slope * |i + shift - j| (Press et al. 2022). No gradient.
         sinks: [Hq], differentiable: a logit of each head that is added to the softmax's denominator, as if to a key
-            whose value is 0 (gpt-oss; Xiao et al. 2024). Not scaled, capped or dropped; part of lse. Where results against
-            pieces of the keys are merged by lse, give it to one piece alone: it counts once for each call that has it.
+            whose value is 0 (gpt-oss; Xiao et al. 2024). Not scaled, capped or dropped; part of lse.
         softcap: if positive, scores become softcap * tanh(score / softcap) before bias.
         scale: of the scores; None: 1 / sqrt(D).
         dropout_p: probability to drop a probability, 0 <= dropout_p < 1, in steps of 2**-16.
@@ -380,8 +379,7 @@ def attention(
         offset: (batch_ids, head0, q0, k0), where this shard stands in the whole. batch_ids: int64 [B] (or one per
             packed sequence), or None for 0, 1, ...; head0: number of the first query head; q0, k0: query i and key j
             stand at q0 + i and k0 + j for dropout, causal, window and ALiBi alike, with no other alignment; None and
-            None: these are all of the queries and keys, aligned as without an offset. Of pieces of the keys one alone
-            takes sinks.
+            None: these are all of the queries and keys, aligned as without an offset.
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where packed sequences begin and end; each attends to itself
             only, and may be empty. cu_seqlens_k None: cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: no sequence is longer; None: T. Never read from the device.

@@ -285,19 +285,19 @@ def empty_out(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nothing_to_attend_to(out: Tensor, lse: Tensor, rest: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, rest) of a call without keys all of whose queries count, written to what a kernel allocated."""
+    """(out, lse, rest) of a call without keys, written to what a kernel allocated."""
     sink = lse.new_full((), float("-inf")) if sinks is None else sinks
     lse.copy_(sink.view(-1, 1) if sink.dim() else sink)
     return out.zero_(), lse, rest.zero_()
 
 
-def sinks_alone(q: Tensor, dlse: Tensor | None, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """dsinks of a call without keys: a sink is its rows' lse. Packed tokens of no sequence have an lse of -inf."""
+def sinks_alone(q: Tensor, dlse: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """dsinks of a call without keys: a sink is its rows' lse."""
     if sinks is None:
         return q.new_empty(0)
     if dlse is None:
         return torch.zeros_like(sinks)
-    return dlse.masked_fill(lse == float("-inf"), 0.0).movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
+    return dlse.movedim(-2, 0).reshape(len(sinks), -1).sum(1).to(sinks.dtype).masked_fill(sinks == float("-inf"), 0.0)
 
 
 def _like(result: Tensor, model: Tensor, dtype: torch.dtype) -> Tensor:

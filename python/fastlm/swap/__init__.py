@@ -85,6 +85,8 @@ def _apply(
             back()
         raise
     report.left += [("", f"rule {rule!r}", why) for rule, why in (refused or {}).items()]
+    if group.members and not dry_run:
+        seen.watch(model, group)
     return report
 
 
@@ -99,6 +101,15 @@ def _one(
     dry_run: bool,
 ) -> None:
     cls = type(module)
+    if issubclass(cls, classes.Swapped) and any(rule.name in skip for rule, _ in classes.parts(cls)):
+        own = instance.own_forward(module)
+        if own and not instance.holds(module, cls):
+            why = f"it stays swapped: a forward of its own ({own}) may call the swapped one"
+            report.left.append((path, cls.__name__, why))
+        elif not dry_run:
+            undo.append(functools.partial(_swapped_again, module, cls, dict(module.__dict__)))
+            _take_off(module)
+            cls = type(module)
     if issubclass(cls, classes.Swapped):
         was = classes.original(cls)
         rewrites = [rule.describe(module, facts) for rule, facts in classes.parts(cls)]
@@ -157,13 +168,25 @@ def unswap(model: nn.Module) -> int:
                 f"take it off first (accelerate: remove_hook_from_module), then call unswap again; nothing was changed"
             )
     for _, module in swapped:
-        cls = type(module)
-        before = classes.original(cls)
-        instance.rebind(module, cls, before)
-        module.__class__ = before
-        classes.forget(module)
+        _take_off(module)
     rng.unset(model)
     return len(swapped)
+
+
+def _take_off(module: nn.Module) -> None:
+    """Gives a swapped module its original class again."""
+    cls = type(module)
+    before = classes.original(cls)
+    instance.rebind(module, cls, before)
+    module.__class__ = before
+    classes.forget(module)
+
+
+def _swapped_again(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    """Undoes ``_take_off``."""
+    instance.rebind(module, type(module), cls)
+    module.__class__ = cls
+    module.__dict__.update({name: state[name] for name in classes.PUT if name in state})
 
 
 def _check(model: object, name: str) -> None:

@@ -2,9 +2,9 @@
 
 The call stays where it is and keeps its arguments; only the name is replaced, by a method that serves it with
 ``ops.attention`` (dropout, masks with their gradient, ``is_causal``, ``enable_gqa``, ``scale``). What the op does not take
-at a call (other ranks, value heads of another size, DTensors) is PyTorch's own, and so is what no kernel serves (head sizes
-above 512, float64, no compiled core), because the reference keeps all the scores. Seeds come from ``fastlm.rng``, one
-place per call in the source.
+at a call (other ranks, keys of another head size than the queries') is PyTorch's own, and so is what no kernel serves
+(head sizes above 512, float64, no compiled core), because the reference keeps all the scores. Value heads may have another
+size. Seeds come from ``fastlm.rng``, one place per call in the source.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,28 +36,47 @@ class SDPA:
         self,
         place: int,
         function: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        """``function`` is what the source names; it is asked for at each call, since others may put theirs there."""
-        if function is TORCHS:
-            why = refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-        else:
-            why = "another function stands in its place"
+        """``function`` is what the source names; it is asked for at each call, since others may put theirs there.
+
+        What serves the call instead of the op gets the arguments as they were written.
+        """
+        why = _why_not(*args, **kwargs) if function is TORCHS else "another function stands in its place"
         if why:
             stepped_back(self, f"calls PyTorch's own {_NAME}: {why}")  # type: ignore[arg-type]
-            return function(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-        causal = "upper_left" if is_causal else False
-        return attend(self, place, query, key, value, causal=causal, bias=attn_mask, scale=scale, p=dropout_p)  # type: ignore[arg-type]
+            return function(*args, **kwargs)
+        return _served(self, place, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str:
+    return refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+
+
+def _served(
+    module: nn.Module,
+    place: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    causal = "upper_left" if is_causal else False
+    return attend(module, place, query, key, value, causal=causal, bias=attn_mask, scale=scale, p=dropout_p)
 
 
 def attend(
@@ -93,10 +113,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
     shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}" if not q.is_nested else "nested tensors"
     if not plain(q, k, v, None if mask is None or mask.dtype == torch.bool else mask):
         return "its tensors are nested or not floating"
-    if not all(x.dim() == 4 for x in (q, k, v)) or q.shape[3] == 0:
+    if not all(x.dim() == 4 for x in (q, k, v)) or q.shape[3] == 0 or v.shape[3] == 0:
         return f"the op takes [batch, heads, length, head size], not {shapes}"
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        return f"the op takes one batch and one head size, not {shapes}"
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        return f"the op takes one batch, values for each key and keys of q's head size, not {shapes}"
     groups = k.shape[1] == 1 or (enable_gqa and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0)
     if k.shape[1] != q.shape[1] and not groups:  # one key head is broadcast, as PyTorch does
         return f"its heads do not fit: {shapes}"
@@ -108,20 +128,21 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_c
         return "it got a mask with is_causal"
     if mask is not None and (mask.dim() > 4 or mask.device != q.device):
         return f"its mask has shape {list(mask.shape)} on {mask.device}"
-    return unserved(q, q.shape[3], mask)
+    return unserved(q, (q.shape[3], v.shape[3]), mask)
 
 
-def unserved(x: Tensor, head_size: int, mask: Tensor | None) -> str:
+def unserved(x: Tensor, head_sizes: tuple[int, int], mask: Tensor | None) -> str:
     """Why no kernel serves attention of ``x``'s device and dtype, only the reference that keeps all scores, or "".
 
-    Nothing is refused while a backend is forced.
+    ``head_sizes``: of the keys, and of the values. Nothing is refused while a backend is forced.
     """
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
-    return _unserved(x.device, dtype, int(head_size), None if mask is None else mask.dtype)
+    keys, values = head_sizes
+    return _unserved(x.device, dtype, int(keys), int(values), None if mask is None else mask.dtype)
 
 
-def _unserved(device: torch.device, dtype: torch.dtype, head_size: int, mask: torch.dtype | None) -> str:
-    return "" if backend.forced() else _asked(device, dtype, head_size, mask)
+def _unserved(device: torch.device, dtype: torch.dtype, keys: int, values: int, mask: torch.dtype | None) -> str:
+    return "" if backend.forced() else _asked(device, dtype, keys, values, mask)
 
 
 # Under torch.compile it is asked once, while tracing. torch.compiler.assume_constant_result sets this mark, and imports the
@@ -130,11 +151,11 @@ _unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # every call asks; what decides is few
-def _asked(device: torch.device, dtype: torch.dtype, head_size: int, mask: torch.dtype | None) -> str:
+def _asked(device: torch.device, dtype: torch.dtype, keys: int, values: int, mask: torch.dtype | None) -> str:
     with untraced():
-        q = torch.empty(1, 1, 1, head_size, device=device, dtype=dtype)
+        q, v = (torch.empty(1, 1, 1, size, device=device, dtype=dtype) for size in (keys, values))
         bias = None if mask is None else torch.empty(1, 1, 1, 1, device=device, dtype=mask)
-        return why_reference(backend.which("attention", q, q, q, bias=bias))
+        return why_reference(backend.which("attention", q, q, v, bias=bias))
 
 
 def why_reference(choice: backend.Choice) -> str:

@@ -65,9 +65,15 @@ def mark(module: nn.Module) -> None:
         module.__dict__["__module__"] = home
 
 
+PUT = ("__module__", seen.ATTRIBUTE, rng.ATTRIBUTE)  # what ``swap`` puts on a module beside its class
+
+
 def forget(module: nn.Module) -> None:
-    """Takes off ``module`` what ``swap`` put on it beside its class."""
-    for name in ("__module__", seen.ATTRIBUTE, rng.ATTRIBUTE):
+    """Takes off ``module`` what ``swap`` put on it beside its class, and the wait for the first forward."""
+    found = module.__dict__.get(seen.ATTRIBUTE)
+    if found is not None:
+        found.group.done()
+    for name in PUT:
         module.__dict__.pop(name, None)
 
 

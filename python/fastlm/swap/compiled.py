@@ -23,6 +23,7 @@ from torch import fx
 
 import fastlm.ops  # noqa: F401  (defines the operators)
 from fastlm.swap.graph import Event, rewrite
+from fastlm.swap.graph.nodes import quiet, value
 
 log = logging.getLogger("fastlm")
 
@@ -107,10 +108,14 @@ def _fuse_one(graph: fx.Graph, norm: fx.Node) -> int:
         args[_NEED_Z] = True
     else:
         return 0
+    first = source if isinstance(source, fx.Node) else z
+    # The norm moves up to ``first``: what it reads must be the same there.
+    if value(z) is None or not quiet(first, norm, [z, *parameters]):
+        return 0
     args[2:4] = norm.args[2:4]
     for i in (_EPS, _WEIGHT_OFFSET, _NORM, _Y_DTYPE):
         args[i] = norm.args[i]
-    with graph.inserting_before(source if isinstance(source, fx.Node) else z):
+    with graph.inserting_before(first):
         fused = graph.call_function(_OPS[1], tuple(args))
         new_z = graph.call_function(operator.getitem, (fused, 1))
         new_z.meta = dict(z.meta)

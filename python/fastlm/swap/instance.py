@@ -58,14 +58,26 @@ def _within(value: Any, put: _Put, module: nn.Module, cls: type, depth: int) -> 
     if depth == 0:
         return
     if isinstance(value, functools.partial):
-        yield from _within(value.func, lambda m: None, module, cls, 0)
-        yield from _of_function(value.func, module, cls, depth)
+        for at, part in ((None, value.func), *enumerate(value.args), *value.keywords.items()):
+            yield from _within(part, functools.partial(_put_in_partial, value, at), module, cls, depth - 1)
     wrapped = (
         getattr(value, "__wrapped__", None) if isinstance(value, (types.FunctionType, functools.partial)) else None
     )
     if wrapped is not None:
         yield from _within(wrapped, functools.partial(setattr, value, "__wrapped__"), module, cls, depth - 1)
     yield from _of_function(value, module, cls, depth)
+
+
+def _put_in_partial(partial: functools.partial[Any], at: int | str | None, part: Any) -> None:
+    """Changes ``partial`` itself, which others may hold: its function (None), or an argument by place or name."""
+    function, args, keywords = partial.func, list(partial.args), dict(partial.keywords)
+    if at is None:
+        function = part
+    elif isinstance(at, int):
+        args[at] = part
+    else:
+        keywords[at] = part
+    partial.__setstate__((function, tuple(args), keywords, partial.__dict__))  # type: ignore[attr-defined]
 
 
 def _of_function(value: Any, module: nn.Module, cls: type, depth: int) -> Iterator[tuple[types.MethodType, _Put]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastlm.swap import purity
 from fastlm.swap.attention import TORCHS, attend, reached, refusal
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
-from fastlm.swap.seen import enters, stepped_back
+from fastlm.swap.seen import stepped_back
 from fastlm.swap.source import Methods, Unreadable
 
 _SETTING = "_attn_implementation"
@@ -57,7 +57,6 @@ class Interface:
         *more: Any,
         **given: Any,
     ) -> Any:
-        enters(self)  # type: ignore[arg-type]
         known = _known.get(function)
         if known is None:
             compiling = torch.compiler.is_compiling()

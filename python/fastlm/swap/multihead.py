@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlm.swap.attention import attend, unserved
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
-from fastlm.swap.seen import enters, stepped_back
+from fastlm.swap.seen import stepped_back
 from fastlm.swap.tensors import plain
 
 
@@ -35,7 +35,6 @@ class MultiheadForward(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        enters(self)
         why = _refusal(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if why:
             stepped_back(self, f"is PyTorch's own: {why}")
@@ -108,7 +107,7 @@ def _refusal(
         return "a mask is neither boolean nor floating"
     if is_causal and mask is None:
         return "it got is_causal without attn_mask"
-    return unserved(query, mha.head_dim, padding if mask is None else mask)
+    return unserved(query, (mha.head_dim, mha.head_dim), padding if mask is None else mask)
 
 
 def _project(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

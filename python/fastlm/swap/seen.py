@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastlm.swap.tensors import tell
 
@@ -22,15 +23,19 @@ log = logging.getLogger("fastlm")
 
 @dataclass(eq=False)
 class Group:
-    """The modules of one ``swap``. ``first`` was called before all others: its second call begins a second forward."""
+    """The modules of one ``swap``; ``hook``: what waits for the end of the model's first forward."""
 
     members: list[Seen] = field(default_factory=list)
-    first: Seen | None = None
-    told: bool = False
+    hook: RemovableHandle | None = None
+
+    def done(self) -> None:
+        """Waits no longer."""
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
     def check(self) -> None:
         """Logs one sentence if a module was promised and the first forward did not reach it."""
-        self.told = True
         missed = [s.path for s in self.members if not s.called]
         if missed:
             names = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
@@ -80,6 +85,30 @@ class SeenTable(list[SeenRow]):
                 yield f"{'':{width}}  it was never called (calls under torch.compile are not counted)"
 
 
+@dataclass(eq=False)
+class FirstForward:
+    """A forward hook of the model that ``swap`` was given, until its first forward ends. Copied and pickled with it."""
+
+    group: Group
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.group.done()
+        if not any(_compiled(m) for m in module.modules()):  # calls in a compiled part are not counted
+            self.group.check()
+
+
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")
+
+
+def watch(model: nn.Module, group: Group) -> None:
+    """Lets ``group`` be checked when the first forward of ``model`` ends."""
+    if not isinstance(model, torch.jit.ScriptModule):
+        group.hook = model.register_forward_hook(FirstForward(group))
+
+
 def ran(module: nn.Module) -> None:
     """Counts a call of an op in ``module``."""
     if torch.compiler.is_compiling():
@@ -106,16 +135,3 @@ def stepped_back(module: nn.Module, what: str) -> None:
     seen = module.__dict__.get(ATTRIBUTE)
     if seen is not None:
         seen.why[what] = seen.why.get(what, 0) + 1
-
-
-def enters(module: nn.Module) -> None:
-    """Notes that the forward of ``module`` itself begins; the second of the first one ends the first forward."""
-    if torch.compiler.is_compiling():
-        return
-    seen = module.__dict__.get(ATTRIBUTE)
-    if seen is None or seen.group.told:
-        return
-    if seen.group.first is None:
-        seen.group.first = seen
-    elif seen.group.first is seen:
-        seen.group.check()

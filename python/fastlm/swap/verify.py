@@ -9,7 +9,7 @@ all gradients, since a vector of few elements breaks any such rule by chance.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,15 @@ Found = dict[str, list[Tensor]]
 def refused_rules(model: nn.Module, inputs: Any, swap: _Swap, unswap: Callable[[nn.Module], int]) -> dict[str, str]:
     """The rules that must not be applied to ``model``, each with what its results were. Leaves ``model`` as it is.
 
-    Raises ValueError if the model cannot be copied, or gives no floating tensor.
+    Gradients are taken wherever it is called, under ``torch.no_grad`` too; each run gets inputs of its own. A swapped
+    copy that raises disagrees. Raises ValueError if the model or the inputs cannot be copied, or the model gives no
+    floating tensor, and what the original raises.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _refused(model, inputs, swap, unswap)
+
+
+def _refused(model: nn.Module, inputs: Any, swap: _Swap, unswap: Callable[[nn.Module], int]) -> dict[str, str]:
     args, kwargs = _arguments(inputs)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -39,8 +46,11 @@ def refused_rules(model: nn.Module, inputs: Any, swap: _Swap, unswap: Callable[[
         def disagrees(applied: set[str]) -> str:
             twin = _copy(original)
             swap(twin, frozenset(names - applied))
-            why = _compare(_run(twin, args, kwargs, train=False), plain, truth)
-            return why or _training(twin, args, kwargs, plain, truth)
+            try:
+                why = _compare(_run(twin, args, kwargs, train=False), plain, truth)
+                return why or _training(twin, args, kwargs, plain, truth)
+            except Exception as error:  # noqa: BLE001  (told in the report, whatever it is)
+                return f"the swapped model raised {type(error).__name__}: {error}"
 
         whole = disagrees(names)
         if not whole:
@@ -62,17 +72,36 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` made to what its tuples, lists and dicts hold."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each(v, change) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_wide(v) for v in value)
-    return {k: _wide(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(_each(v, change) for v in value)
+    return {k: _each(v, change) for k, v in value.items()} if isinstance(value, dict) else change(value)
+
+
+def _wide(value: Any) -> Any:
+    return _each(value, lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
+
+
+def _own(value: Any) -> Any:
+    """A copy that a run may change, and accumulate gradients in."""
+
+    def copied(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.detach().clone().requires_grad_(x.requires_grad)
+        try:
+            return copy.deepcopy(x)
+        except Exception as error:
+            raise ValueError(f"fastlm.swap: verify needs a copy of the inputs, and copying failed: {error}") from error
+
+    return _each(value, copied)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -93,7 +122,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any, train: bool) -> Found:
     for p in model.parameters():
         p.grad = None
     torch.manual_seed(0)
-    outputs = list(_tensors(model(*args, **kwargs)))
+    outputs = list(_tensors(model(*_own(args), **_own(kwargs))))
     if not outputs:
         raise ValueError("fastlm.swap: verify needs a model that returns floating tensors; it returned none")
     loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)

@@ -137,6 +137,7 @@ def _above(found: Written, node: Any) -> None:
             _multiply(found, number(call.args.get("alpha", 1.0)), node)
             if number(call.args.get("beta", 1.0)) != 1.0:
                 raise Missed("its baddbmm scales the bias", node)
+            _require_floating(call.args["input"], found)
             found.terms.append(_Term(call.args["input"], folded))
             break
         if call.name in ("view", "reshape"):
@@ -193,8 +194,15 @@ def _added(found: Written, node: fx.Node, name: str, args: dict[str, Any], folde
         raise Missed(f"its scores come through {node.name}, which the op does not know", found.softmax)
     if bias is None or before is None or after is None or not same(before.shape, after.shape):
         raise Missed("its bias is not a tensor that broadcasts to the scores", found.softmax)
+    _require_floating(other, found)
     found.terms.append(_Term(other, folded, negative=name == "sub"))
     return scores
+
+
+def _require_floating(bias: Any, found: Written) -> None:
+    """The op takes a boolean bias for a mask; added, True is 1."""
+    if not is_float(bias):
+        raise Missed("its bias is not floating", found.softmax)
 
 
 def _filled(found: Written, node: fx.Node, name: str, args: dict[str, Any], folded: bool) -> Any:
@@ -221,19 +229,20 @@ def _times(found: Written, node: fx.Node, name: str, args: dict[str, Any]) -> An
     factor = number(other)
     if name == "div":
         factor = 1 / factor if factor and left else None
-    capped = uncast(scores)
+    passed: list[fx.Node] = []
+    capped = uncast(scores, passed)
     if read(capped).name != "tanh":
         _multiply(found, factor, node)
         return scores
     _require_unscaled(found)
-    inner = uncast(read(capped).args["input"])
+    inner = uncast(read(capped).args["input"], passed)
     call = read(inner)
     under = number(call.args.get("other")) if call.name in ("div", "mul") else None
     under = 1 / under if call.name == "mul" and under else under
     if factor is None or under is None or abs(factor - under) > 1e-6 * abs(under) or found.softcap:
         raise Missed("its tanh is not cap * tanh(scores / cap)", found.softmax)
     found.softcap = factor
-    found.inside += [capped, inner]
+    found.inside += [capped, inner, *passed]
     return call.args["input"]
 
 
@@ -248,18 +257,18 @@ def fuse_written(graph: fx.Graph, found: Written) -> str:
     assert q is not None
     assert kt is not None
     assert v is not None
-    apart = "its value heads have another size than its keys"
     if not (len(q.shape) == len(kt.shape) == len(v.shape) == len(product.shape)):
         raise Missed("its q, k and v have different ranks", found.softmax)
-    if not same(kt.shape[-2], v.shape[-1]):
-        raise Missed(apart, found.softmax)
     if not same(q.shape[:-2], kt.shape[:-2]) or not same(q.shape[:-2], v.shape[:-2]):
         raise Missed("its q, k and v have different batches or heads", found.softmax)
     if not same(product.shape[:-2], q.shape[:-2]):
         raise Missed("its product broadcasts", found.softmax)
     biases = [value(t.node) for t in found.terms]
     bias = next((b for b in biases if b is not None), None)
-    why = unserved(torch.empty(0, dtype=product.dtype, device=q.device), q.shape[-1], bias)
+    if product.dtype != torch.float64 and value(found.softmax).dtype == torch.float64:  # type: ignore[union-attr]
+        raise Missed("its softmax is float64 and its product is not", found.softmax)
+    like = torch.empty(0, dtype=product.dtype, device=q.device)
+    why = unserved(like, (q.shape[-1], v.shape[-1]), bias)
     if why:
         raise Missed(why, found.softmax)
     first = found.product
@@ -300,6 +309,7 @@ def _build(graph: fx.Graph, found: Written, dtype: torch.dtype, folded: bool) ->
     swaps = turned.name == "transpose" and {turned.args.get("dim0"), turned.args.get("dim1")} in (
         {-1, -2}, {len(value(found.kt).shape) - 1, len(value(found.kt).shape) - 2}  # type: ignore[union-attr]
     )  # fmt: skip
+    swaps = swaps and quiet(found.kt, found.root, [])  # what was turned without gradients has none
     k = turned.args["input"] if swaps else None
     q, v = whole(found.q, folded), whole(found.v, folded)
     k = whole(k, folded) if k is not None else call("transpose", whole(found.kt, folded), -1, -2)

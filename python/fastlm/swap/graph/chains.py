@@ -70,7 +70,7 @@ def sum_at(node: Any) -> Sum | None:
         return None
     if not (same(left.shape, wide.shape) and same(right.shape, wide.shape)):
         raise Missed(f"its sum broadcasts {list(left.shape)} and {list(right.shape)}", node)
-    for x, residual in ((b, a), (a, b)):
+    for x, residual in ((b, a), (a, b)) if a is not b else ():  # one dropout added to itself has one mask
         passed: list[fx.Node] = []
         source = uncast(x, passed)
         dropout = dropout_at(source)
@@ -92,8 +92,9 @@ def fuse_norm(graph: fx.Graph, norm: Norm, place: dict[fx.Node, int]) -> str:
     late = [p for p in parameters if place.get(p, len(place)) > place[found.node]]
     if late:
         raise Missed(f"its parameter {late[0].name} is computed after the sum", norm.root)
-    involved = [found.node, found.x, found.residual, *norm.inside, *found.inside, *parameters]
-    first = min((n for n in (*found.inside, found.node) if n in place), key=place.__getitem__)
+    involved = [found.node, found.x, found.residual, *norm.inside, *norm.passed, *found.inside, *parameters]
+    moved = (*found.inside, found.node, *norm.passed)
+    first = min((n for n in moved if n in place), key=place.__getitem__)
     if not quiet(first, norm.root, involved):
         raise Missed("a tensor of it is changed in place in between", norm.root)
     y, z = _insert(graph, found, norm)

@@ -8,6 +8,8 @@ and two of them are equal only where that is known without a new guard.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 import re
 from collections.abc import Iterable
@@ -68,6 +70,8 @@ NAMES: dict[Any, str] = {
     if spelled not in ("float", "half", "double", "bfloat16", "to", "type", "view", "contiguous", "type_as")
     and callable(getattr(module, spelled, None))
 }
+_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 _IN_PLACE = {operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div"}
 
 
@@ -107,6 +111,8 @@ def read(node: Any) -> Call:
 def _named(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     given = dict(zip(names, node.args))
     given.update(node.kwargs)
+    if node.target is torch.dropout and "train" in given:
+        given["training"] = given.pop("train")
     if len(node.args) > len(names):
         given["..."] = node.args[len(names) :]
     return given
@@ -149,14 +155,26 @@ def number(x: Any) -> float | None:
 
 
 def uncast(node: Any, passed: list[fx.Node] | None = None) -> Any:
-    """What ``node`` was before casts from one floating dtype to another, and copies; ``passed`` collects these nodes."""
+    """What ``node`` was before casts from one floating dtype to another, and copies; ``passed`` collects these nodes.
+
+    A move to another device is no cast. Neither is one to or from float64, which the ops do not compute in beside other
+    dtypes, or a dtype of 8 bits, whose rounding is meant.
+    """
     while True:
         call = read(node)
-        if call.name not in CASTS or not is_float(node) or not is_float(call.args.get("input")):
+        after, before = value(node), value(call.args.get("input"))
+        if call.name not in CASTS or after is None or before is None or not _is_cast(before, after):
             return node
         if passed is not None:
             passed.append(node)
         node = call.args["input"]
+
+
+def _is_cast(before: Tensor, after: Tensor) -> bool:
+    if any(t.is_nested or not t.is_floating_point() for t in (before, after)) or before.device != after.device:
+        return False
+    pair = (before.dtype, after.dtype)
+    return pair[0] == pair[1] or not any(d == torch.float64 or d.itemsize == 1 for d in pair)
 
 
 @dataclass
@@ -194,16 +212,13 @@ def storage(node: Any) -> int | None:
 
 def changed(node: fx.Node) -> list[fx.Node]:
     """The tensors that ``node`` changes in place."""
-    first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
+    first = [a for a in (*node.args[:1], node.kwargs.get("input")) if isinstance(a, fx.Node)][:1]
     if node.op == "call_method":
         name = str(node.target)
         return first if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" else []
     if node.op != "call_function":
         return []
-    if node.target in _IN_PLACE or node.target is operator.setitem or node.kwargs.get("inplace") is True:
-        return first
-    given = read(node)
-    if given.name == "dropout" and given.args.get("inplace") is True:
+    if node.target in _IN_PLACE or node.target is operator.setitem or _asked_in_place(node):
         return first
     out = node.kwargs.get("out")
     if out is not None:
@@ -216,6 +231,24 @@ def changed(node: fx.Node) -> list[fx.Node]:
     return first if in_place else []
 
 
+def _asked_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` is called with a true ``inplace``, by name or by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    position = _inplace_position(node.target)
+    return position is not None and len(node.args) > position and node.args[position] is not False
+
+
+@functools.lru_cache(maxsize=1024)
+def _inplace_position(function: Any) -> int | None:
+    """Where ``function`` takes ``inplace``; None where it does not, or does not say."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 def _is_inplace_operator(target: Any) -> bool:
     name = getattr(target, "__name__", "")
     other = ("is_", "is_not", "inv", "invert", "index", "indexOf", "itemgetter")
@@ -223,9 +256,21 @@ def _is_inplace_operator(target: Any) -> bool:
 
 
 def without_in_place(graph: fx.Graph) -> None:
-    """``a += b`` becomes ``a + b`` where nothing reads the old ``a``, or a view of it, afterwards."""
+    """``a += b`` becomes ``a + b`` where nothing reads the old ``a``, or a view of it, afterwards.
+
+    Not where the graph has switched gradients off: ``a`` keeps those that it had, and ``a + b`` would have none.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    modes = [True]  # whether gradients are on, with the inference modes entered
     for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            modes[-1] = node.args[0] is True
+        elif node.target is _ENTER_INFERENCE:
+            modes.append(modes[-1] and node.args[:1] == (False,))
+        elif node.target is _EXIT_INFERENCE and len(modes) > 1:
+            modes.pop()
+        if not modes[-1]:
+            continue
         name = str(node.target).removesuffix("_") if node.op == "call_method" else ""
         if name not in ("add", "sub", "mul", "div", "masked_fill") or name == node.target:
             name = _IN_PLACE.get(node.target, "") if node.op == "call_function" else ""
@@ -252,13 +297,17 @@ def _keeps(target: fx.Node, other: fx.Node, name: str) -> bool:
     return fits and (name == "masked_fill" or torch.result_type(a, b) == a.dtype)
 
 
+def switches_gradients(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (torch._C._set_grad_enabled, _ENTER_INFERENCE, _EXIT_INFERENCE)
+
+
 def quiet(first: fx.Node, last: fx.Node, involved: Iterable[Any]) -> bool:
-    """Whether nothing between the nodes changes one of ``involved`` in place."""
+    """Whether nothing between the nodes changes one of ``involved`` in place, or switches gradients on or off."""
     stores = {storage(n) for n in involved} - {None}
     node = first
     while node is not last:
         node = node.next
-        if node.op == "root" or any(storage(t) in stores for t in changed(node)):
+        if node.op == "root" or switches_gradients(node) or any(storage(t) in stores for t in changed(node)):
             return node is last
     return True
 

@@ -18,7 +18,10 @@ from fastlm.swap.graph.nodes import Missed, is_float, number, read, same, uncast
 
 @dataclass
 class Norm:
-    """A norm of ``x`` that ends at ``root``; ``inside``: the nodes it is made of, ``root`` among them."""
+    """A norm of ``x`` that ends at ``root``; ``inside``: the nodes it is made of, ``root`` among them.
+
+    ``passed``: casts on the way to ``x``, the weight and the bias that others may read, or change in place.
+    """
 
     kind: str
     x: fx.Node
@@ -28,6 +31,7 @@ class Norm:
     bias: fx.Node | None = None
     weight_offset: float = 0.0
     inside: list[fx.Node] = field(default_factory=list)
+    passed: list[fx.Node] = field(default_factory=list)
 
 
 def norm_at(node: fx.Node) -> Norm | None:
@@ -77,7 +81,7 @@ def _square_of(node: Any) -> Any:
 
 
 def _by_hand(root: fx.Node) -> Norm | None:
-    inside = [root]
+    inside, passed = [root], list[fx.Node]()
     plus = read(root).args.get("input")
     call = read(plus)
     if call.name != "add" or not isinstance(plus, fx.Node) or not is_float(plus):
@@ -104,14 +108,14 @@ def _by_hand(root: fx.Node) -> Norm | None:
         if not isinstance(of, fx.Node):
             return None
         inside.append(square)
-        source = _centre(of, inside)
+        source = _centre(of, passed, inside)
         kind, x, centred = ("rms", of, of) if source is None else ("layer", source, of)
-    end, weight, inside = _scaled(root, kind, x, centred, inside)
-    norm = Norm(kind, x, end, eps, inside=inside)
+    end, weight, inside = _scaled(root, kind, x, centred, inside, passed)
+    norm = Norm(kind, x, end, eps, inside=inside, passed=passed)
     if weight is not None:
-        norm.weight, norm.weight_offset = _weight(weight)
+        norm.weight, norm.weight_offset = _weight(weight, passed)
     _parameters(norm)
-    norm.x = uncast(x)
+    norm.x = uncast(x, passed)
     return norm
 
 
@@ -121,14 +125,14 @@ def _is_biased(node: fx.Node) -> bool:
     return args.get("unbiased") is False or (args.get("unbiased") is None and correction == 0)
 
 
-def _centre(node: Any, inside: list[fx.Node] | None = None) -> Any:
+def _centre(node: Any, passed: list[fx.Node], inside: list[fx.Node] | None = None) -> Any:
     """x of ``x - mean(x)``, or None."""
     call = read(node)
     mean = read(call.args.get("other"))
     found = value(node)
     if call.name != "sub" or mean.name != "mean" or found is None or not _last(mean.args, len(found.shape)):
         return None
-    if uncast(mean.args["input"]) is not uncast(call.args["input"]):
+    if uncast(mean.args["input"], passed) is not uncast(call.args["input"], passed):
         return None
     if inside is not None:
         inside += [node, call.args["other"]]
@@ -136,7 +140,7 @@ def _centre(node: Any, inside: list[fx.Node] | None = None) -> Any:
 
 
 def _scaled(
-    root: fx.Node, kind: str, x: fx.Node, centred: fx.Node | None, inside: list[fx.Node]
+    root: fx.Node, kind: str, x: fx.Node, centred: fx.Node | None, inside: list[fx.Node], passed: list[fx.Node]
 ) -> tuple[fx.Node, fx.Node | None, list[fx.Node]]:
     """The node that multiplies by ``root`` = rsqrt, or divides by sqrt; and the weight, if that was applied before."""
     power = root
@@ -155,11 +159,11 @@ def _scaled(
             continue
         above: list[fx.Node] = []
         numerator, weight = _unweighted(sides[0] if sides[1] is power else sides[1], above)
-        if centred is not None and uncast(numerator) is uncast(centred):
+        if centred is not None and uncast(numerator, passed) is uncast(centred, passed):
             return user, weight, [*inside, *above, user]
         if kind == "layer" and centred is None:
-            source = _centre(numerator, above)
-            if source is not None and uncast(source) is uncast(x):
+            source = _centre(numerator, passed, above)
+            if source is not None and uncast(source, passed) is uncast(x, passed):
                 return user, weight, [*inside, *above, user]
     raise Missed(
         f"the inverse root of its {'variance' if kind == 'layer' else 'mean square'} scales another tensor", root
@@ -203,22 +207,24 @@ def _parameters(norm: Norm) -> None:
         ):
             return
         if call.name == "add" and norm.bias is None:
-            norm.bias = uncast(other)
+            norm.bias = uncast(other, norm.passed)
         elif call.name == "mul" and norm.weight is None and norm.bias is None:
-            norm.weight, norm.weight_offset = _weight(other)  # type: ignore[arg-type]
+            norm.weight, norm.weight_offset = _weight(other, norm.passed)  # type: ignore[arg-type]
         else:
             return
         norm.root = user
         norm.inside.append(user)
 
 
-def _weight(node: fx.Node) -> tuple[fx.Node, float]:
+def _weight(node: fx.Node, passed: list[fx.Node]) -> tuple[fx.Node, float]:
     """(w, offset) of ``w`` or ``1 + w``."""
-    source = uncast(node)
+    source = uncast(node, passed)
     call = read(source)
     if call.name == "add" and len(call.args) == 2:
         for name, other in (("input", "other"), ("other", "input")):
-            inner = uncast(call.args[name])
+            below: list[fx.Node] = []
+            inner = uncast(call.args[name], below)
             if number(call.args[other]) == 1.0 and isinstance(inner, fx.Node) and is_float(inner):
+                passed += [source, *below]
                 return inner, 1.0
     return source, 0.0
