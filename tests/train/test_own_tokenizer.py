@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from fastlm.cli import main as cli
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.train import export, job
+from fastlm.train import export, files, job
 from test_train import _own_place, book, tiny  # noqa: F401
 
 
@@ -75,3 +78,57 @@ def test_a_fork_and_a_resume_keep_the_tokenizer_on_other_text(kind: str, book: s
     config.run.name, config.data.tokenizer = "third", "chars" if kind == "bpe" else "bpe"  # by name: another
     with pytest.raises(InputError):
         job.fork(Path("runs/first"), config, (str(other),), other_data=False, say=said.append)
+
+
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_eval_and_show_of_a_fork_to_other_text_take_the_runs_tokenizer(
+    kind: str,
+    book: str,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tokenizers")
+    config = tiny(name="first", tokenizer=kind, vocab=270, steps=2, sample=0)
+    job.start(config, (book,)).run(lambda text: None)
+    other = Path("other.txt")
+    # characters of the book alone, but fewer and in other numbers: a tokenizer learnt from them is another
+    words = [word for word in Path(book).read_text().split() if "e" not in word]
+    other.write_text("\n".join(" ".join(words[i : i + 8]) for i in range(0, len(words), 8)) + "\n")
+    config.run.name, config.optim.steps = "second", 4
+    said: list[str] = []
+    made = job.fork(Path("runs/first"), config, (str(other),), other_data=True, say=said.append)
+    result = made.run(lambda text: None)
+    assert made.trainer.best["step"] == result.val["step"] == 4
+    learnt_again = job.read_data((str(other),), config.data, made.shape.context)[0].tokenizer
+    assert learnt_again.hash != made.data[0].tokenizer.hash
+    capsys.readouterr()
+    assert cli.main(["eval", "second", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == result.val["val_tokens"]
+    assert found["loss"] == pytest.approx(result.val["val_loss"], rel=1e-5)
+    assert cli.main(["data", "show", "0", "--run", "second"]) == 0
+    _, targets, *_ = (t[0].numpy() for t in made.source.batch(np.array([0])))
+    text = made.data[0].tokenizer.decode(targets).decode()
+    assert text in capsys.readouterr().out
+
+
+def test_ranks_that_write_one_tokenizer_at_once_leave_it_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    path = Path(job.tokenizer_of(folder))
+    written = path.stat().st_mtime_ns, path.stat().st_ino
+    assert job.tokenizer_of(folder) == str(path)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written  # what is there is not written again
+    # two processes between opening and renaming: neither takes the other's draft away
+    one, two = 11, 22
+    real = os.replace
+
+    def second_in_between(draft: str, place: str) -> None:
+        monkeypatch.setattr(os, "replace", real)
+        monkeypatch.setattr(os, "getpid", lambda: two)
+        files.write_text(path, "other")
+        real(draft, place)
+
+    monkeypatch.setattr(os, "getpid", lambda: one)
+    monkeypatch.setattr(os, "replace", second_in_between)
+    files.write_text(path, "text")
+    assert path.read_text() == "text"
+    assert not list(path.parent.glob(".*.draft"))

@@ -119,6 +119,47 @@ def test_a_run_killed_before_it_began_gives_its_name_back(book: str) -> None:  #
     assert [r["step"] for r in read_metrics(Path("runs/run"))] == [1]
 
 
+def test_runs_that_start_in_the_same_second_have_a_folder_each(book: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("time.strftime", lambda *args: "20260101-000000")
+    one = job.start(tiny(steps=1), (book,))
+    two = job.start(tiny(steps=1), (book,))
+    assert (one.folder.name, two.folder.name) == ("20260101-000000", "20260101-000000-2")
+    assert f"process {os.getpid()}" in lock.holder(one.folder)  # from its first instant on
+    two.withdraw()
+    assert one.folder.exists()
+    assert not two.folder.exists()
+    one.trainer.fit()
+    one.withdraw()  # it has begun
+    assert [r["step"] for r in read_metrics(one.folder)] == [1]
+
+
+def test_a_folder_is_given_up_by_its_owner_alone(book: str) -> None:  # noqa: F811
+    Path("runs/run").mkdir(parents=True)
+    with held(Path("runs/run")), pytest.raises(InputError, match="not overwritten"):  # killed or not, it is not ours
+        job.start(tiny(name="run", steps=1), (book,))
+    made = job.start(tiny(name="run", steps=1), (book,))  # a lock that nobody has: killed before it began
+    assert made.owner is not None
+    made.owner.release()
+    with held(made.folder):
+        made.withdraw()
+        assert made.folder.exists()
+    (made.folder / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="not overwritten"):
+        job.start(tiny(name="run", steps=1), (book,))
+
+
+def test_a_lock_of_a_folder_that_was_removed_counts_for_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock.take(folder) as own:
+        assert own.stands(folder)
+        (folder / lock.NAME).unlink()
+        assert not own.stands(folder)
+        with lock.take(folder) as other:
+            assert other.stands(folder)
+            assert not own.stands(folder)
+
+
 # ------------------------------------------------------------------------------------------------------------ one owner
 
 HOLD = "import sys, time; from pathlib import Path; from fastlm.train import lock; held = lock.take(Path(sys.argv[1])); print(1, flush=True); time.sleep(600)"  # fmt: skip  # noqa: E501

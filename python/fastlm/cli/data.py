@@ -14,8 +14,9 @@ import tyro
 
 from fastlm.console import Lasting
 from fastlm.data import InputError, Prepared, TokenSource
+from fastlm.data import tokenizer as tokenizers
 from fastlm.data.prepare import PARALLEL, Note
-from fastlm.train import job
+from fastlm.train import export, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.config import DataConfig
 
@@ -110,11 +111,15 @@ def show(
     data.check()
     check("context", context, Range(1, COUNT))
     check("seed", seed, Range(*SEED))
+    own = None
     if run:
-        config, corpus = job.read_config(job.find_run(run))
+        folder = job.find_run(run)
+        config, corpus = job.read_config(folder)
+        spec = export.read_tokenizer(folder)
+        own = None if spec is None else tokenizers.load(spec)
         data, context, seed = config.data, config.model.length(), config.run.seed
     with reading() as note:
-        found = job.read_data(corpus, data, context, note)
+        found = job.read_data(corpus, data, context, note, own)
     inputs, targets, *documents = (
         t[0].numpy() for t in TokenSource(found, context, seed, data.weights).batch(np.array([n]))
     )

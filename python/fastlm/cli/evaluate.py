@@ -49,7 +49,7 @@ def evaluate(
             options = job.options_of(config.data, context)
             data = [prepare(text, options, tokenizer=tokenizer, whole=True, note=note)]
         else:
-            data = job.read_data(corpus, config.data, context, note)
+            data = job.read_data(corpus, config.data, context, note, tokenizer)
     with torch.no_grad(), autocast(place, config.run.dtype):
         measured = job.validation(data, config, context, place)(model, True)
     nats, count = measured["val_loss"], int(measured["val_tokens"])

@@ -460,3 +460,5 @@ def clean(run: Path) -> None:
     recover(run)
     for path in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in run.glob(".*.draft"):
+        path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8: beside its place, synced, and renamed. Raises InputError where it cannot be written."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # ranks may write alike at once
     try:
         with open(draft, "w", encoding="utf-8", newline="") as file:
             file.write(text)

@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from fastlm.data import InputError, Prepared
 from fastlm.models.gpt import GPTConfig
-from fastlm.train import checkpoint, export
+from fastlm.train import checkpoint, export, lock
 from fastlm.train.config import Config
 from fastlm.train.files import write_text
 
 
-def new_folder(config: Config) -> Path:
-    """runs/NAME, made now; a folder that is there already is never written into, unless it is empty: a run that was
-    killed before it began."""
+def new_folder(config: Config) -> tuple[Path, lock.Lock]:
+    """runs/NAME, made now, and its lock. A folder that is there already is never written into, unless it is a run's that
+    was killed before it began: then it holds nothing but a lock that nobody has."""
     name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
     folder, number = Path(config.run.out) / name, 1
     while True:
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            with contextlib.suppress(OSError):  # of a folder that is not empty
-                folder.rmdir()
-                continue
-            if config.run.name:
-                raise InputError(
-                    f"the run {folder} exists and is not overwritten: choose another --name, or --resume {folder}"
-                ) from None
-            number += 1
-            folder = Path(config.run.out) / f"{name}-{number}"
+            own = _claim(folder)
         except OSError as error:
             raise InputError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+        if own is not None:
+            return folder, own
+        if config.run.name:
+            raise InputError(
+                f"the run {folder} exists and is not overwritten: choose another --name, or --resume {folder}"
+            )
+        number += 1
+        folder = Path(config.run.out) / f"{name}-{number}"
+
+
+def _claim(folder: Path) -> lock.Lock | None:
+    """The lock of a folder that holds nothing else; None where the folder is another's."""
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            made = True
+        except FileExistsError:
+            made = False
+        try:
+            if not set(os.listdir(folder)) <= {lock.NAME}:
+                return None
+            own = lock.take(folder)
+        except (lock.Held, NotADirectoryError):
+            return None
+        except (InputError, FileNotFoundError):
+            if folder.exists():
+                raise
+            continue  # the other process that had made it has just given it up
+        if own.stands(folder):
+            if (made or own.firm) and os.listdir(folder) == [lock.NAME]:
+                return own
+            own.release()
+            return None
+        own.release()
 
 
 def find_run(name: str | None, out: str = "runs") -> Path:

@@ -212,8 +212,8 @@ class Job:
 
         # a new run's folder is made now and is its own until `begin`; nothing of an older one's changes before that
         self.new, self.begun, self.origin_of_fork = folder is None, False, fork
-        make = lambda: (folder or new_folder(config)) if first else Path()
-        self.folder = self.ranks.share(self.ranks.in_turn(make))
+        self.owner: lock.Lock | None = None  # of a new run's folder; the first rank's
+        self.folder = self.ranks.share(self.ranks.in_turn(lambda: folder or self._new_folder()))
         try:
             self.base: dict[str, torch.Tensor] | None = None
             if config.model.lora_rank and self.folder != origin:
@@ -229,10 +229,18 @@ class Job:
                 flops_per_sample=self.costs.flops_per_sample,
                 begin=self.begin,
             )
+            if self.new:
+                self.trainer.own(self.owner)
         except BaseException:
             self.withdraw()
             raise
         self.model = model
+
+    def _new_folder(self) -> Path:
+        if not self.ranks.first:
+            return Path()
+        folder, self.owner = new_folder(self.config)
+        return folder
 
     def _keep_base(self, base: dict[str, torch.Tensor]) -> None:
         """The frozen weights beside LoRA's, written once. A folder that is a run's already gets them when it goes on."""
@@ -262,9 +270,12 @@ class Job:
         report.write_facts(self.folder, self.facts())
 
     def withdraw(self) -> None:
-        """Give the run up: the folder of a new one that has not begun is removed."""
-        if self.new and not self.begun and self.ranks.first and not (self.folder / "config.json").exists():
+        """Give the run up: the folder of a new one that has not begun, and that no other process has, is removed."""
+        if self.owner is None or not self.owner.held:
+            return
+        if not self.begun and not (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+            self.owner.release()
 
     def sample(self, count: int) -> str:
         """Text of the model as it stands, with the weights and in the type that evaluations use."""
@@ -484,8 +495,9 @@ def tokenizer_of(init: Path) -> str:
     if not path.is_file():
         content = export.tokenizer_json(spec)
         path = cache_folder() / "tokenizers" / f"{tokenizers.load(spec).hash}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(path, content)
+        if not path.is_file():  # each rank comes here
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(path, content)
     return str(path)
 
 

@@ -28,11 +28,27 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 PATIENCE = 1.0  # seconds: `holder` looks at a lock by sharing it for an instant
 
 
+class Held(InputError):
+    """Another process owns the run."""
+
+
 class Lock:
     """A run that this process owns until `release`. Use `take`."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
+        self.firm = True  # False on a file system that knows no locks
+
+    @property
+    def held(self) -> bool:
+        return self._handle >= 0
+
+    def stands(self, folder: Path) -> bool:
+        """Whether it is the lock of what bears the folder's name now, and not of a folder that was removed meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(folder / NAME))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         if self._handle >= 0:
@@ -50,7 +66,7 @@ class Lock:
 
 
 def take(folder: Path) -> Lock:
-    """Own the run of a folder. Raises InputError, which names host and process, where another one does.
+    """Own the run of a folder. Raises Held, which names host and process, where another one does.
 
     A file system that knows no locks is said on stderr: there nothing keeps a second process away.
     """
@@ -64,11 +80,12 @@ def take(folder: Path) -> Lock:
         if time.monotonic() > until:
             owner = _owner(path)
             lock.release()
-            raise InputError(
+            raise Held(
                 f"{folder} is being trained by {owner}: wait for its end, or stop it. fastlm generate, eval and export "
                 f"work beside it, and --fork {folder} starts a run of its own from its last checkpoint"
             )
         time.sleep(0.05)
+    lock.firm = not why
     if why:
         warn(f"{path} cannot be locked ({why}): take care that no second process trains this run")
     said = {"host": platform.node(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
