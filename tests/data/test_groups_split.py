@@ -8,9 +8,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from fastlm.cli.main import main as cli
 from fastlm.data import InputError, Options, prepare
+from fastlm.data.augment import Augment
+from fastlm.data.augment import job as augment_job
 from fastlm.data.groups import fold_of, group_of, mark
-from fastlm.data.prepare import held, joint_limit, split_units
+from fastlm.data.prepare import held, joint_limit, split_units, strangers
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -77,6 +80,71 @@ def test_copies_of_blocks_follow_the_blocks_of_a_book(tmp_path: Path) -> None:
     held_out = set.union(*(named(one.text("val").decode()) for one in apart))
     assert held_out
     assert not held_out & set.union(*(named(one.text("train").decode()) for one in apart))
+
+
+def copies_of(books: list[Path], path: Path) -> Path:
+    """What `fastlm data augment BOOK ...` writes of them: copies with the groups of their blocks."""
+    options = Augment(shuffle=1)
+    found = augment_job.sources(tuple(map(str, books)), options)
+    return write(path, [{"text": one.text.replace("word1 ", "other "), "group": one.group} for one in found])
+
+
+def test_copies_of_blocks_of_a_validation_set_are_left_out(tmp_path: Path) -> None:
+    """--val FILE, where FILE is split by blocks alone: its copies are no training text, and neither are, where the copies
+    are the set, the blocks that they were made from."""
+    book, other, cache = tmp_path / "book.txt", tmp_path / "other.txt", tmp_path / "cache"
+    book.write_text("".join(text(n, 20) for n in range(600)))
+    other.write_text("".join(text(n, 20) for n in range(1000, 1900)))
+    copies = copies_of([book], tmp_path / "copies.jsonl")
+    count = len(copies.read_text().splitlines())
+    assert count > 10
+    without = held([(str(book),)], Options(), cache=cache)
+    found = prepare((str(other), str(copies)), without=without, cache=cache)
+    assert found.manifest["left_out"] == count
+    assert min(named(found.text("train").decode()) | named(found.text("val").decode())) == 1000
+    half = copies.read_text().splitlines(keepends=True)[::2]
+    some = tmp_path / "half.jsonl"
+    some.write_text("".join(half))
+    found = prepare((str(book),), without=held([(str(some),)], Options(), cache=cache), cache=cache)
+    assert found.manifest["left_out"] == len(half)
+    left = found.text("train").decode() + found.text("val").decode()
+    assert not set(left.splitlines()) & set("".join(json.loads(r)["text"] for r in half).splitlines())
+
+
+def test_groups_that_name_no_text_of_the_corpus_are_counted(tmp_path: Path) -> None:
+    """Augmented alone and trained with a further book, copies name blocks of another size than the corpus is cut into."""
+    book, other, cache = tmp_path / "book.txt", tmp_path / "other.txt", tmp_path / "cache"
+    book.write_text("".join(text(n, 20) for n in range(600)))
+    other.write_text("".join(text(n, 20) for n in range(1000, 1900)))
+    copies = copies_of([book], tmp_path / "copies.jsonl")
+    count = len(copies.read_text().splitlines())
+    names = str(book), str(copies)
+    assert strangers([names], Options(), cache=cache) == (0, count)
+    assert strangers([names[:1], names[1:]], Options(), cache=cache) == (0, count)  # --weights
+    assert strangers([(str(other), names[1]), names[:1]], Options(), cache=cache) == (0, count)  # --val book
+    strange, every = strangers([(*names, str(other))], Options(), cache=cache)
+    assert every == count
+    assert strange > count // 2
+    both = copies_of([book, other], tmp_path / "both.jsonl")
+    assert strangers([(str(book), str(both), str(other))], Options(), cache=cache)[0] == 0
+    # a cleaned corpus: groups name their own rows, or the first of a cluster; a name of another kind is no hash
+    rows: list[dict[str, object]] = [{"text": text(n), "group": group_of(text(n - n % 2).encode())} for n in range(40)]
+    rows.append({"text": text(40), "group": "my own"})
+    assert strangers([(str(write(tmp_path / "clean.jsonl", rows)),)], Options(), cache=cache) == (0, 20)
+
+
+def test_a_corpus_that_was_not_augmented_as_it_is_trained_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    book, other = tmp_path / "book.txt", tmp_path / "other.txt"
+    book.write_text("".join(text(n, 20) for n in range(600)))
+    other.write_text("".join(text(n, 20) for n in range(1000, 1900)))
+    copies = copies_of([book], tmp_path / "copies.jsonl")
+    assert cli(["data", "prepare", str(book), str(copies)]) == 0
+    assert "augment the very corpus" not in capsys.readouterr().err
+    assert cli(["data", "prepare", str(book), str(other), str(copies)]) == 0
+    assert "augment the very corpus" in capsys.readouterr().err
 
 
 def test_few_groups_give_a_validation_side(tmp_path: Path) -> None:

@@ -113,6 +113,19 @@ def test_a_refused_new_run_leaves_no_folder(run: Path, book: str, kind: str) -> 
     assert not Path("runs/new").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "facts.json", "config.json", "metrics.jsonl"])
+def test_a_new_run_that_cannot_be_written_leaves_no_folder_whichever_file_it_is(
+    book: str,  # noqa: F811
+    name: str,
+) -> None:
+    made = job.start(tiny(name="new", tokenizer="chars", steps=1), (book,))
+    (made.folder / name).mkdir()  # refuses a file of its name
+    with pytest.raises(InputError, match=f"cannot write .*{name}"):
+        made.run(str)
+    assert not made.folder.exists() or name == "config.json"
+    assert not list(made.folder.glob("metrics.jsonl/*"))
+
+
 def test_a_run_killed_before_it_began_gives_its_name_back(book: str) -> None:  # noqa: F811
     Path("runs/run").mkdir(parents=True)
     job.start(tiny(name="run", steps=1), (book,)).trainer.fit()

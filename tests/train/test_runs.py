@@ -39,6 +39,7 @@ def first(book: str) -> Path:  # noqa: F811
 def test_a_fork_killed_at_its_first_step_goes_on_from_there(first: Path, book: str) -> None:  # noqa: F811
     made = job.fork(first, tiny(name="second", steps=15), (book,), other_data=False, say=str)
     made.begin()
+    made.trainer.owner.release()  # as a kill does
     assert [s for s, _ in checkpoint.steps(made.folder)] == [12]
     again = job.resume(made.folder, tiny(name="second", steps=15), (book,), other_data=False, say=str)
     assert again.trainer.step == 12
@@ -49,6 +50,7 @@ def test_a_fork_killed_at_its_first_step_goes_on_from_there(first: Path, book: s
 def test_a_fork_killed_before_it_saved_starts_once_more_from_its_origin(first: Path, book: str) -> None:  # noqa: F811
     made = job.fork(first, tiny(name="second", steps=15), (book,), other_data=False, say=str)
     made.begin()
+    made.trainer.owner.release()  # as a kill does
     kept = weights(made.trainer)
     for _, path in checkpoint.steps(made.folder):
         checkpoint._remove(path)

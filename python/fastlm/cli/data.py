@@ -83,6 +83,7 @@ def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEF
     with reading() as note:
         start = time.perf_counter()
         found = job.read_data(corpus, data, context, note)
+        job.check_groups(found, corpus, data, context, note)
         seconds = time.perf_counter() - start
     for one in found:
         print("\n".join(_lines(one, seconds)))

@@ -21,9 +21,14 @@ def group_of(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
+def is_hash(group: str) -> bool:
+    """Whether a group may be the hash of a text, as `group_of` gives it."""
+    return _HASH.fullmatch(group) is not None
+
+
 def mark(group: str) -> float:
     """A number in [0, 1): of a hash by `group_of` the mark of the text that was hashed, of another name that of the name."""
-    if _HASH.fullmatch(group):
+    if is_hash(group):
         return int.from_bytes(bytes.fromhex(group), "little") / 2**64
     return cutting.mark(group.encode("utf-8", "surrogatepass"))
 

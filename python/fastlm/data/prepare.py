@@ -28,7 +28,7 @@ from fastlm.data import tokenizer as tokenizers
 from fastlm.data.corpus import expand, jobs, pieces, whole_texts
 from fastlm.data.cutting import BLOCK, Job, Part, Piece, cut, mark
 from fastlm.data.errors import InputError
-from fastlm.data.groups import group_of
+from fastlm.data.groups import group_of, is_hash
 from fastlm.data.pack import Packer, Rows
 from fastlm.data.shards import Column, ShardWriter, open_shard
 from fastlm.data.workers import ordered
@@ -129,7 +129,8 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Held:
-    """Sorted marks of a validation set's documents that have no group, and of its groups.
+    """Sorted marks of a validation set's documents that have no group, and of their blocks where its split is by blocks;
+    and of its groups.
 
     What shares a group with the set is foreign to training. Two documents without a group share nothing here, even if
     they are equal: whoever validates on a part of the training text by name may do so.
@@ -138,9 +139,12 @@ class Held:
     documents: np.ndarray
     groups: np.ndarray
 
-    def has(self, piece: Piece) -> bool:
+    def has(self, piece: Piece, unit: float) -> bool:
+        """Whether a document, or its block of mark `unit`, is the set's."""
         own = _document_mark(piece)
-        return _among(self.groups, own) or (bool(piece.group) and _among(self.documents, own))
+        if piece.group:
+            return _among(self.groups, own) or _among(self.documents, own)
+        return _among(self.groups, own) or _among(self.groups, unit)
 
 
 def _among(marks: np.ndarray, own: float) -> bool:
@@ -180,14 +184,32 @@ def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[bytes, bool | No
     """(text, held out, first, last) of each document, or block of one. None in the place of "held out": on neither side,
     being of a further validation set."""
     for piece, text, own, first, last in _marked(job, split, name):
-        foreign = split.without is not None and split.without.has(piece)
+        foreign = split.without is not None and split.without.has(piece, own)
         yield text, None if foreign else own < split.limit, first, last
 
 
-def _documents(job: Job, name: str) -> np.ndarray:
-    """(mark, whether it is a group's) of each document that begins in a job, [documents, 2]."""
-    found = [(_document_mark(p), bool(p.group)) for p in pieces(job, name) if p.first]
-    return np.array(found, dtype=np.float64).reshape(-1, 2)
+def _documents(job: Job, split: Split, name: str) -> np.ndarray:
+    """(mark, whether it is a group's) of each document that begins in a job and, in a split by blocks, of each block of one
+    that has no group, [marks, 2]."""
+    found = set[tuple[float, bool]]()
+    for piece, _, own, first, _ in _marked(job, split, name):
+        if first:
+            found.add((_document_mark(piece), bool(piece.group)))
+        if split.block and not piece.group:
+            found.add((own, False))
+    return np.array(sorted(found), dtype=np.float64).reshape(-1, 2)
+
+
+def _named_and_there(job: Job, split: Split, name: str) -> np.ndarray:
+    """(mark, whether it is of a group that is a hash) of the groups of rows, and of all texts that a group may name."""
+    found = set[tuple[float, bool]]()
+    for piece, text, own, *_ in _marked(job, split, name):
+        found.add((mark(text) if piece.group else own, False))
+        if is_hash(piece.group):
+            found.add((own, True))
+        elif not piece.group:
+            found.add((_document_mark(piece), False))
+    return np.array(sorted(found), dtype=np.float64).reshape(-1, 2)
 
 
 @dataclass
@@ -262,16 +284,21 @@ class _Corpus:
         )
         return found
 
+    @staticmethod
+    def block(found: _Counted) -> int:
+        """Bytes of a block where documents without a group are few or one dominates; else 0."""
+        if found.documents and (found.documents < FEW_DOCUMENTS or found.largest > DOMINANT * found.total):
+            return min(BLOCK, max(found.total // 20, SMALLEST_BLOCK))
+        return 0
+
     def split(self) -> Split:
         found = self.count()
         if not self.total:
             names = ", ".join(str(f) for f in self.files[:3]) + (" ..." if len(self.files) > 3 else "")
             raise InputError(f"the corpus is empty: {len(self.files)} file(s) without text ({names})")
         fraction = self.options.val_fraction
-        size = 0
-        if found.documents and (found.documents < FEW_DOCUMENTS or found.largest > DOMINANT * found.total):
-            size = min(BLOCK, max(found.total // 20, SMALLEST_BLOCK))
-        elif not self.grouped:
+        size = self.block(found)
+        if not size and not self.grouped:
             return Split(0, fraction)
         # so few that chance may choose none: then the one with the smallest hash
         lowest, kinds = 1.0, set[float]()
@@ -312,7 +339,7 @@ def _encode(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str) 
     eot = np.array([tokenizer.eot], dtype=tokenizer.dtype)
     for text, held, first, last in _parts(job, split, name):
         if held is None:
-            out.left_out += last
+            out.left_out += last or bool(split.block)
             continue
         try:
             tokens = tokenizer.encode(text)
@@ -500,20 +527,53 @@ def joint_tokenizer(
 def held(
     corpora: list[tuple[str, ...]], options: Options, *, cache: Path | None = None, note: Note = silent
 ) -> Held | None:
-    """What validation sets hold, by document and by group: for `without` of the corpus that is trained on."""
+    """What validation sets hold, by document, block and group: for `without` of the corpus that is trained on.
+
+    Each set counts as a corpus of its own, so its blocks are those that `fastlm data augment` makes of it alone.
+    """
 
     def make(draft: Path) -> None:
-        parts = [part for one in corpora for part in _Corpus(expand(one), options, note).each("reading", _documents,
-                                                                                             options.field)]  # fmt: skip
-        every = np.concatenate([*parts, np.empty((0, 2))])
-        np.save(draft / "marks.npy", np.unique(every, axis=0))
+        np.save(draft / "marks.npy", _marks(corpora, options, _documents, note))
         (draft / "manifest.json").write_text("{}")
 
     if not corpora:
         return None
-    key = _key(tuple(name for one in corpora for name in one), "marks", options.field, options.separator)
+    key = _key(tuple(name for one in corpora for name in one), "marks and blocks", options.field, options.separator)
     found = np.load(_made((cache or cache_folder()) / "marks" / key, make) / "marks.npy")
     return Held(found[found[:, 1] == 0, 0], found[found[:, 1] == 1, 0])
+
+
+def _marks(corpora: list[tuple[str, ...]], options: Options, of: Callable[..., np.ndarray], note: Note) -> np.ndarray:
+    """What `of` finds in the jobs of corpora, each cut as it is split alone: sorted, each once, [marks, 2]."""
+    found = [np.empty((0, 2))]
+    for one in corpora:
+        part = _Corpus(expand(one), options, note)
+        split = Split(part.block(part.count()), 1.0)
+        found += part.each("reading", of, split, options.field)
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def strangers(
+    corpora: list[tuple[str, ...]], options: Options, *, cache: Path | None = None, note: Note = silent
+) -> tuple[int, int]:
+    """(groups that are hashes of no text here, all groups that are hashes) of corpora that are trained or validated on.
+
+    A text is a document, or a block where its corpus is split by blocks. A copy of one whose group is a stranger's may fall
+    on another side than its source.
+    """
+    if whole_texts([path for one in corpora for path in expand(one)], options.field, options.separator):
+        return 0, 0
+
+    def make(draft: Path) -> None:
+        found = _marks(corpora, options, _named_and_there, note)
+        named, there = found[found[:, 1] == 1, 0], found[found[:, 1] == 0, 0]
+        counts = {"strange": len(np.setdiff1d(named, there, assume_unique=True)), "all": len(named)}
+        (draft / "manifest.json").write_text(json.dumps(counts))
+
+    names = tuple(name for one in corpora for name in one)
+    key = _key(names, "strangers", options.field, options.separator, list(map(len, corpora)))
+    found = json.loads((_made((cache or cache_folder()) / "groups" / key, make) / "manifest.json").read_text())
+    return found["strange"], found["all"]
 
 
 def joint_limit(

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -63,8 +63,11 @@ def tell(callbacks: Iterable[object], event: str, *what: Any) -> None:
 class Metrics(Callback):
     """metrics.jsonl, one line a step. Going on after a kill first drops the lines after the checkpoint."""
 
-    def start(self, trainer: Trainer) -> None:
+    def ready(self, trainer: Trainer) -> None:
         self.path = trainer.folder / "metrics.jsonl"
+        self._append().close()
+
+    def start(self, trainer: Trainer) -> None:
         self._open(trainer)
 
     def rewind(self, trainer: Trainer) -> None:
@@ -73,8 +76,11 @@ class Metrics(Callback):
 
     def _open(self, trainer: Trainer) -> None:
         keep_until(self.path, trainer.step)
+        self.file = self._append()
+
+    def _append(self) -> TextIO:
         try:
-            self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+            return open(self.path, "a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 

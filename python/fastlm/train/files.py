@@ -52,4 +52,6 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of a file of metrics that are of later steps."""
     rows = [row for row in read_metrics(path.parent, path.name) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if text != (path.read_text(encoding="utf-8") if path.exists() else ""):
+        write_text(path, text)

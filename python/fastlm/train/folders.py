@@ -131,6 +131,6 @@ def write_config(
             {"content": d.content, **{k: d.manifest[k] for k in ("documents", "split", "train", "val")}} for d in data
         ],
     }
-    write_text(folder / "config.json", json.dumps(body, indent=1))  # the one step; the tokenizer's file repeats a part
     if body["tokenizer"]["kind"] != "bytes":
-        write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))
+        write_text(folder / "tokenizer.json", export.tokenizer_json(body["tokenizer"]))  # for others; it repeats a part
+    write_text(folder / "config.json", json.dumps(body, indent=1))  # last: with it the run has begun

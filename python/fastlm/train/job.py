@@ -23,7 +23,7 @@ from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
-from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent
+from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
 from fastlm.train.callbacks import Picture, Samples, standard
@@ -65,6 +65,22 @@ def read_data(
     tokenizer = kept or joint_tokenizer([(name,) for name in corpus], options, note=note)
     least = joint_limit([(name,) for name in corpus], options, note=note)
     return [prepare((name,), options, tokenizer=tokenizer, without=without, least=least, note=note) for name in corpus]
+
+
+def check_groups(
+    data: list[Prepared], corpus: tuple[str, ...], config: DataConfig, context: int, note: Note = silent
+) -> None:
+    """Warn of rows whose group is the hash of no text that is trained or validated on. `data` is the prepared corpus."""
+    if not any(one.manifest["split"].endswith("groups") for one in data):
+        return
+    apart = [(name,) for name in corpus] if config.weights else [corpus]
+    named = [(path,) for path in _named_sets(config).values()]
+    strange, every = strangers([*apart, *named], options_of(config, context), note=note)
+    if strange:
+        warn(
+            f"{strange:,} of {every:,} groups of rows name no document or block of this corpus, so what was made from a "
+            f"held-out text may be trained on: augment the very corpus that is trained on, and give both together"
+        )
 
 
 def _named_sets(config: DataConfig) -> dict[str, str]:
@@ -190,6 +206,7 @@ class Job:
         self.data = self.ranks.in_turn(  # the others find it prepared
             lambda: read_data(corpus, config.data, context, note, kept)
         )
+        self.ranks.in_turn(lambda: check_groups(self.data, corpus, config.data, context, note) if first else None)
         tokenizer = self.data[0].tokenizer
         self.named = self.ranks.in_turn(lambda: read_validation(config.data, context, tokenizer, note))
         if given is not None:
@@ -265,9 +282,10 @@ class Job:
         if self.base is not None:
             checkpoint.write_base(self.folder / lora.BASE, self.base)
             self.base = None
-        write_config(self.folder, self.config, self.corpus, self.shape, self.data, self.origin_of_fork)
         checkpoint.clean(self.folder)
         report.write_facts(self.folder, self.facts())
+        # the last that may refuse: a folder with config.json is a run's that has begun
+        write_config(self.folder, self.config, self.corpus, self.shape, self.data, self.origin_of_fork)
 
     def withdraw(self) -> None:
         """Give the run up: the folder of a new one that has not begun, and that no other process has, is removed."""
