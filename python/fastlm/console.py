@@ -111,19 +111,21 @@ def warn(text: str) -> None:
 def finish(code: int) -> int:
     """Flush stdout and stderr before the process ends; returns its exit status.
 
-    Where the last lines find no place, a command that had succeeded so far has failed (1), unless it trained a run, which
-    says what it did in its folder too. A stream that takes nothing leads nowhere from here on: Python would else end the
-    process with a message and a status of its own.
+    Where the last lines of a stream find no place, a command that had succeeded so far has failed (1), and the other
+    stream says so; unless that stream was known to be lost, as while a run trains, which says what it did in its folder
+    too. A stream that takes nothing leads nowhere from here on: Python would else end the process with a message and a
+    status of its own.
     """
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
+    for own, other in ((STDOUT, STDERR), (STDERR, STDOUT)):
+        stream: Any = getattr(sys, own.name)
         try:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EPIPE and not code and not STDOUT.lost:
-                warn(f"fastlm: stdout: {error.strerror}")
-            code = code or (0 if STDOUT.lost else 1)
+            if isinstance(error, OSError) and error.errno != errno.EPIPE and not code and not own.lost:
+                other.write(f"fastlm: {own.name}: {error.strerror}\n")
+                other.flush()
+            code = code or (0 if own.lost else 1)
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())

@@ -57,3 +57,33 @@ def test_bad_exports_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         bad.write_text(text)
         assert main(["data", "labels", str(bad), "--out", str(tmp_path / "o")]) == 2
         assert why in capsys.readouterr().err
+
+
+def export(path: Path, by: object, labels: list[str], text: str = "text") -> str:
+    items = [
+        {"data": {"text": f"{text} {n}"}, "annotations": [
+            {"completed_by": by, "result": [{"type": "choices", "value": {"choices": [label]}}]}]}
+        for n, label in enumerate(labels)
+    ]  # fmt: skip
+    path.write_text(json.dumps(items))
+    return str(path)
+
+
+def test_one_number_in_two_exports_is_two_annotators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (export(tmp_path / f"{name}.json", 1, ["yes", "no"], "a \udcff") for name in ("one", "two"))
+    out = tmp_path / "out.jsonl"
+    assert main(["data", "labels", one, two, "--out", str(out)]) == 0
+    assert "4 labels" in capsys.readouterr().out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["annotations"] for row in found] == [{"one:1": "yes", "two:1": "yes"}, {"one:1": "no", "two:1": "no"}]
+    assert found[0]["text"] == "a \udcff 0"  # bytes that were no UTF-8 come back as they were
+
+
+@pytest.mark.parametrize("words", [["tasks", "--n", "0"], ["labels", "--below", "nan"], ["labels", "--below", "80"]])
+def test_a_number_out_of_range_is_one_sentence(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = export(tmp_path / "one.json", 1, ["yes", "no"])
+    assert main(["data", words[0], one, *words[1:], "--out", str(tmp_path / "out")]) == 2
+    assert f"{words[1]} must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

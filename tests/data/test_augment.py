@@ -201,6 +201,7 @@ def test_bad_input_is_one_sentence(corpus: Path, tmp_path: Path, monkeypatch: py
     assert "no folder of a transformers model" in said(
         str(corpus), *out, "--backtranslate", f"hf:{tmp_path},{tmp_path}"
     )
+    assert "would be read as a part" in said(str(tmp_path), *out, "--shuffle", "2")
     assert not (tmp_path / "out.jsonl").exists()
 
 

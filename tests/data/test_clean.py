@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import pytest
 from fastlm.data import InputError, prepare
 from fastlm.data.clean import CleanOptions, pii
 from fastlm.data.clean.options import bands
+from fastlm.data.rows import dumps
 
 pytest.importorskip("datatrove")
 from fastlm.cli.main import main
-from fastlm.data.clean import near, rules, run, words
+from fastlm.data.clean import executor, near, rules, run, words
 
 VOCABULARY = ["the", "of", "and", "to", "have"] + [
     f"{a}{b}{c}o{d}" for a in "bdfgk" for b in "aeio" for c in "nrst" for d in "lmn"
@@ -242,6 +246,64 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
             clean(path, tmp_path / "out4", **wrong)
     assert not (tmp_path / "out4").exists()
     shutil.rmtree(tmp_path / "full")
+
+
+def test_a_refused_call_leaves_nothing_and_a_broken_one_is_no_obstacle(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", [])
+    with pytest.raises(InputError, match="empty"):
+        clean(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write(folder / "a.jsonl", [prose(n) for n in range(4)])
+    for inside in (folder / "out", folder):  # the second call would read it
+        with pytest.raises(InputError, match=r"would be read as a part|holds"):
+            clean(folder, inside)
+    with pytest.raises(InputError, match="would be read as a part"):
+        run.clean((str(tmp_path / "*" / "*.jsonl"),), tmp_path / "out", CleanOptions(workers=1), note=lambda _: None)
+    assert [p.name for p in folder.iterdir()] == ["a.jsonl"]
+    # killed before there was a plan; its marks count for nothing
+    marks = tmp_path / "out" / ".clean" / "logs" / "clean" / "completions"
+    marks.mkdir(parents=True)
+    (marks / "00000").touch()
+    assert clean(folder, tmp_path / "out", min_words=0)["kept"] == 4
+    rows_of_tasks = tmp_path / "out" / ".clean" / "rows"
+    assert not rows_of_tasks.exists()
+    rows_of_tasks.mkdir()  # killed between the table and their removal
+    assert clean(folder, tmp_path / "out", min_words=0)["kept"] == 4
+    assert not rows_of_tasks.exists()
+    assert not list((tmp_path / "out" / ".clean").glob("*.draft"))
+
+
+def test_groups_and_names_that_are_no_utf8_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"name-\xff.jsonl")
+    path.write_bytes(b"".join(b'{"text": "%s", "group": "a\\ud83d"}\n' % prose(n).strip().encode() for n in range(3)))
+    assert clean(path, tmp_path / "out", min_words=0)["kept"] == 3
+    found = rows(tmp_path / "out")
+    assert {row["group"] for row in found} == {"a\ud83d"}
+    assert all(path.name in row["source"] for row in found)
+    assert dumps({"a": "ä\udcff"}) == '{"a": "\\u00e4\\udcff"}'
+    assert dumps({"a": "ä"}) == '{"a": "ä"}'
+
+
+def _watchers() -> list[str]:
+    executor.begin_beneath()
+    executor.begin_beneath()
+    return [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("how", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_task_watches_its_parent_whatever_sigint_is(how: Any) -> None:
+    """nohup, and shells that start a command in the background, ignore SIGINT from the beginning."""
+    import multiprocess
+
+    before = signal.signal(signal.SIGINT, how)
+    try:
+        with multiprocess.get_context("fork").Pool(1) as pool:
+            assert pool.apply(_watchers).count("leave with parent") == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "leave with parent" not in _watchers()  # the process that began has no parent to watch
 
 
 def test_jaccard_is_that_of_sets() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import tyro
 
 from fastlm.data import annotate
+from fastlm.data.rows import dumps
+from fastlm.train.bounds import COUNT, SEED, Range, check
 
 
 def tasks(
@@ -22,8 +23,10 @@ def tasks(
         seed: Same seed, same documents.
         field: The field of rows that holds the text.
     """
+    check("n", n, Range(1, COUNT))
+    check("seed", seed, Range(*SEED))
     found = annotate.tasks(corpus, n, seed, field)
-    Path(out).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    Path(out).write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{len(found):,} tasks; {out}")
     return 0
 
@@ -34,18 +37,19 @@ def labels(exports: tyro.conf.Positional[tuple[str, ...]], out: str, below: floa
     Args:
         exports: Exports of Label Studio in its JSON format.
         out: The .jsonl file to write.
-        below: Confidence below which an item is disputed.
+        below: Confidence below which an item is disputed; above 1 all are.
         disputed: The JSON file that disputed items are written to, as new tasks.
     """
+    check("below", below, Range(0, 2))
     found = annotate.merge(*annotate.read(map(Path, exports)))
-    Path(out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found.rows()), encoding="utf-8")
+    again = found.disputed(below)
+    Path(out).write_text("".join(dumps(row) + "\n" for row in found.rows()), encoding="utf-8")
+    if disputed:
+        Path(disputed).write_text(dumps(again, indent=1) + "\n", encoding="utf-8")
     print(f"{len(found.merged):,} items, {len(found.labels):,} labels; Krippendorff's alpha {found.alpha:.3f}; {out}")
     for who, (right, count) in found.accuracy().items():
         print(f"  {who}: agrees with the merged label in {right:.1%} of {count:,}")
-    again = found.disputed(below)
     print(f"{len(again):,} items below a confidence of {below}" + (f"; {disputed}" if disputed else ""))
-    if disputed:
-        Path(disputed).write_text(json.dumps(again, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -85,9 +85,12 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[str, str, str]], dict[str, d
 
 
 def _who(by: Any, path: Path) -> str:
-    """An annotator's name; where the export tells none, the file's."""
+    """An annotator's name; where the export tells none, the file's; of a number, which another export may give to another
+    person, both: FILE:number."""
     if isinstance(by, dict):
         by = by.get("email") or by.get("id")
+    if isinstance(by, int):
+        return f"{path.stem}:{by}"
     return path.stem if by is None else str(by)
 
 

@@ -103,6 +103,21 @@ def expand(names: tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def refuse_inside(out: Path, names: tuple[str, ...]) -> None:
+    """InputError where a file that is to be written would be a part of the corpus that it is made from."""
+    out = Path(os.path.abspath(out.expanduser().resolve()))
+    for name in names:
+        path = Path(name).expanduser()
+        place = path.resolve()
+        if path.is_dir():
+            inside = out.relative_to(place).parts if out.is_relative_to(place) else (".",)
+            read = kind(out) in SUFFIXES and not any(part.startswith(".") for part in inside)
+        else:
+            read = not path.exists() and out.match(str(place))
+        if read:
+            raise InputError(f"--out {out} would be read as a part of {name} the next time: write beside it")
+
+
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
 

@@ -22,6 +22,7 @@ from fastlm.data.augment import text as prose
 from fastlm.data.augment import thesaurus, translate
 from fastlm.data.errors import InputError
 from fastlm.data.prepare import Options, _Corpus, silent
+from fastlm.data.rows import dumps
 
 BATCH = 128 << 10  # bytes of text between two writes; Apertium's start is paid once each
 Note = Callable[[str, int, int], None]
@@ -211,6 +212,7 @@ def run(
     `model` names what `score` is of. Raises InputError where an input, a program or `out` cannot be used.
     """
     options.check()
+    corpus.refuse_inside(out, names)
     key = _key(names, options, model)
     state = out.with_name(out.name + ".state")
     worker = Worker(options, score)
@@ -227,7 +229,7 @@ def run(
             _save(state, key, done, size, worker.report)
             for batch in _batches(found):
                 for row in worker.rows(batch, done):
-                    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                    file.write(dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
                 done += len(batch)

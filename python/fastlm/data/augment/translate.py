@@ -107,7 +107,9 @@ class Seq2Seq:
             tokenizer = self.transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             model = self.transformers.AutoModelForSeq2SeqLM.from_pretrained(str(folder), local_files_only=True).eval()
         except (OSError, ValueError, ImportError) as error:
-            raise InputError(f"--backtranslate hf: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"--backtranslate hf: transformers cannot load {folder}: {str(error).splitlines()[0]}"
+            ) from error
         limit = getattr(model.config, "max_position_embeddings", 0) or tokenizer.model_max_length
         return tokenizer, model, min(limit, 4096)
 

@@ -20,10 +20,23 @@ def _to_file(folder: Any, rank: int, local_rank: int = 0, node_rank: int = -1) -
     return logfile
 
 
+_watching = 0  # the process whose thread `_leave_with_parent` runs
+
+
 def _leave_with_parent() -> None:
     """A task of a killed run ends with it: the run that goes on writes the same files."""
     multiprocess.parent_process().join()
     os._exit(1)
+
+
+def begin_beneath() -> None:
+    """In a process of a task: Ctrl-C is left to the process that began, and its end is watched for, once a process."""
+    global _watching
+    if multiprocess.parent_process() is None or _watching == os.getpid():
+        return
+    _watching = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True, name="leave with parent").start()
 
 
 def _closed(logfile: Any) -> None:
@@ -41,7 +54,5 @@ class Quiet(LocalPipelineExecutor):
     def _launch_run_for_rank(self, *args: Any, **named: Any) -> Any:
         theirs.logger.remove()
         base.add_task_logger, base.close_task_logger = _to_file, _closed
-        if multiprocess.parent_process() is not None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            threading.Thread(target=_leave_with_parent, daemon=True).start()
+        begin_beneath()
         return super()._launch_run_for_rank(*args, **named)

@@ -18,8 +18,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from fastlm.data.clean import words
-from fastlm.data.clean.rules import Rule
+from fastlm.data.clean.rules import Rule, size_of
 from fastlm.data.groups import group_of
+from fastlm.data.rows import dumps
 
 PASS = 1 << 20  # records of one key that are sorted at once
 HELD = 2048  # texts and shingles of candidates at hand
@@ -54,7 +55,7 @@ class Keep(PipelineStep):
                 bands = words.signature(words.shingles(document.text), self.count, self.rows) if self.count else empty
                 one = np.zeros(1, record(self.count))
                 one["at"], one["exact"], one["bands"] = at, int(own, 16), bands
-                one["group"] = int(group_of(group.encode()), 16)
+                one["group"] = int(group_of(group.encode("utf-8", "surrogatepass")), 16)
                 keys.write(one.tobytes())
                 row = {"text": document.text, "group": group, "source": document.metadata["source"]}
                 at += rows.write(json.dumps(row).encode() + b"\n")
@@ -257,8 +258,8 @@ class Write(PipelineStep):
                     "group": document.metadata["group"],
                     "source": document.metadata["source"],
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count, size = count + 1, size + len(document.text.encode())
+                file.write(dumps(row) + "\n")
+                count, size = count + 1, size + size_of(document)
         if count:
             os.replace(draft, self.out / f"{rank:05d}.jsonl")
         else:

@@ -90,14 +90,17 @@ class Plan:
                     f"--out {self.out} holds the result of other files or options: give another folder, or delete it"
                 )
             return len(self.load()["tasks"])
-        if self.out.exists() and any(self.out.iterdir()):
+        corpora.refuse_inside(self.out / "00000.jsonl", names)
+        if self.out.exists() and any(path != self.folder for path in self.out.iterdir()):
             raise InputError(
                 f"--out {self.out} is not empty and was not made by fastlm data clean: give another folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         found = tasks(files, options)
         if not found:
             raise InputError(f"the corpus is empty: {len(files)} file(s) without text")
+        if self.folder.exists():  # without a plan: what lies there is of a call that was broken off before it began
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
         draft = self.path.with_suffix(".draft")
         draft.write_text(json.dumps({"key": own, "options": options.plan(), "in": list(names), "tasks": found}))
         os.replace(draft, self.path)
@@ -116,7 +119,7 @@ class Plan:
         return total
 
     def finish(self, count: int) -> dict[str, Any]:
-        """The table, once all tasks are done; what only they needed is deleted. Raises InputError if nothing is left."""
+        """The table, once all tasks are done."""
         found = self.counts()
         rules = {k.split(":", 1)[1]: {"documents": v, "bytes": found[f"bytes:{k.split(':', 1)[1]}"]}
                  for k, v in sorted(found.items()) if k.startswith("documents:")}  # fmt: skip
@@ -125,8 +128,9 @@ class Plan:
             "kept_bytes": found["kept_bytes"], "dropped": rules,
             "found": {k: v for k, v in sorted(found.items()) if k.startswith(("masked:", "found:"))},
         }  # fmt: skip
-        (self.folder / "table.json").write_text(json.dumps(table, indent=1))
-        shutil.rmtree(self.rows, ignore_errors=True)
+        draft = self.folder / "table.draft"
+        draft.write_text(json.dumps(table, indent=1))
+        os.replace(draft, self.folder / "table.json")
         return table
 
 
@@ -222,6 +226,7 @@ def clean(names: tuple[str, ...], out: Path, options: CleanOptions, note: Any = 
             note(f"{stage}: {here} task(s)")
             executor.run()
         plan.finish(count)
+    shutil.rmtree(plan.rows, ignore_errors=True)  # what only the tasks needed; here too after a kill beside the table
     table: dict[str, Any] = json.loads((plan.folder / "table.json").read_text())
     if not table["kept"]:
         most = max(table["dropped"], key=lambda rule: table["dropped"][rule]["documents"], default="")
