@@ -238,4 +238,5 @@ def trial(
         op="attention", direction="backward" if back else "forward", kernel=kernel, dtype=table.DTYPE_NAME[dtype], size=size,
         features=features, configs=configs, arguments=arguments, flops=flops * 5 // 2 if back else flops,
         bytes_moved=2 * batch * size * element * (rows + keys * kv_heads) * (2 if back else 1),
+        compared=None if back else 2,  # not `rest`: what rounding took from lse is each kernel's own
     )  # fmt: skip

@@ -46,6 +46,7 @@ class Trial:
 
     ``arguments(device)`` makes those of the op's ``direction`` ("forward" or "backward") as its schema has them, of a call
     whose look-up of ``kernel`` asks for this dtype, size and these features; ``bytes_moved`` and ``flops`` are that call's.
+    ``compared``: how many of the outputs, from the first on, must equal the reference's; None: all.
     """
 
     op: str
@@ -58,6 +59,7 @@ class Trial:
     arguments: Callable[[str], tuple[Any, ...]]
     bytes_moved: int = 0
     flops: int = 0
+    compared: int | None = None
 
     @property
     def name(self) -> str:

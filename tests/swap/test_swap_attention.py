@@ -201,7 +201,7 @@ def test_without_a_compiled_core_torchs_own_runs(monkeypatch):
 
 
 def test_a_reason_is_told_once_whatever_the_shapes(caplog):
-    model = Square(264)
+    model = Square(520)
     fastlm.swap(model)
     tensors._told.clear()
     with caplog.at_level(logging.WARNING, "fastlm"):

@@ -207,8 +207,7 @@ def test_one_flipped_byte_in_any_rank_s_file_is_refused_by_name(out: Path) -> No
             checkpoint.verify(folder)
         (folder / name).write_bytes(raw)
     (folder / "model.rank-00002.safetensors").write_bytes(b"")
-    with pytest.raises(checkpoint.CheckpointError, match=r"model.rank-00002.*not in its manifest"):
-        checkpoint.verify(folder)
+    checkpoint.verify(folder)  # what the manifest does not name is no part of the checkpoint, and is not read
     (folder / "model.rank-00002.safetensors").unlink()
     checkpoint.verify(folder)
 

@@ -195,8 +195,8 @@ def test_the_command_prints_every_mesh_and_what_to_take(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--devices", "0"], "--devices must be at least 1; it is 0"),
-        (["--memory", "-1"], "--memory must be GiB"),
+        (["--devices", "0"], "--devices must be at least 1 and at most 65536; it is 0"),
+        (["--memory", "-1"], "--memory must be at least 0 and finite; it is -1.0"),
         (["--devices", "5", "--batch", "2"], "--batch 2 has no sample for each of 5 ranks"),
         (["--tokenizer", "chars"], "give --rows"),
         (["--init", "somewhere"], "fastlm plan reads no model"),

@@ -69,9 +69,12 @@ def test_a_refused_resume_leaves_every_file_as_it_was(run: Path, book: str, monk
     assert contents(run) == before
     # Ctrl-C while the corpus is read, and a package that refuses at the last moment
     with monkeypatch.context() as patch:
+        # a shell that starts the tests in the background has them ignore SIGINT
+        heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
         patch.setattr(job, "read_data", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
         with pytest.raises(KeyboardInterrupt):
             refuse(run, book, lr=1e-4)
+    signal.signal(signal.SIGINT, heeded)
     config, corpus = job.read_config(run)
     config.optim.lr = 1e-4
     made = job.resume(run, config, corpus, other_data=False, say=str)
