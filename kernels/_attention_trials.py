@@ -25,6 +25,7 @@ def _recorded(
     p: float = 0.0,
     bias: str = "",
     rows: int = 2048,
+    sinks: bool = False,
     thorough: bool = False,
 ) -> list[OfflineCase]:
     """Forward and backward of one call (forward alone of few rows, which decode); ``bias`` names the axes it has."""
@@ -42,9 +43,13 @@ def _recorded(
         added = torch.empty(shape, dtype=dtype, device="meta").expand(*whole.values())
     seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
     valid = torch.empty(batch, dtype=torch.int32, device="meta") if rows < 17 else None
-    options = Options(bias=added, seed=seed, seqlens_k=valid, causal=int(causal), scale=size**-0.5, p=p)
+    sink = torch.empty(heads, device="meta") if sinks else None
+    options = Options(
+        bias=added, seed=seed, seqlens_k=valid, sinks=sink, causal=int(causal), scale=size**-0.5, p=p
+    )  # fmt: skip
     kind = table.DTYPE_NAME[dtype]
     name = f"{size} {kind}{' causal' if causal else ''}{' dropout' if p else ''}{' bias ' + bias if bias else ''}"
+    name += " sinks" if sinks else ""
     flops = 4 * batch * heads * rows * keys * size // (2 if causal else 1)
     moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
     cores = _TENSOR_CORES if dtype != torch.float32 else ()
@@ -70,7 +75,9 @@ def _light(cases: list[OfflineCase], light: bool = True) -> list[OfflineCase]:
 
 def offline_cases() -> list[OfflineCase]:
     """Head sizes 64, 128 and 256 in bfloat16 and float32: causal with dropout, with a bias, at 128 plain; decoding.
-    512 as well, causal with dropout, and decoding.
+    512 as well, causal with dropout, with a bias, and decoding; decoding at 64 with sinks. Not the
+    bias in bfloat16 at 512 whose gradient is summed over batch or heads: ``_bias_kernel`` keeps two left operands of 512 in
+    registers and spills 172 bytes there (sm_90: 164), and with 4 or 16 warps more.
 
     At 64 in bfloat16 also a bias whose gradient is summed over queries, over keys, over both, over heads. Each kernel is compiled
     by the default tests in one call at least: ``_LIGHT`` names those that a plain call does not reach. Grouped heads change
@@ -88,6 +95,8 @@ def offline_cases() -> list[OfflineCase]:
                     cases += _recorded(arch, dtype, size, causal=True, rows=1, thorough=brief)
             cases += _recorded(arch, dtype, 512, causal=True, p=0.1, thorough=True)
             cases += _recorded(arch, dtype, 512, causal=True, rows=1, thorough=True)
+            cases += _recorded(arch, dtype, 512, bias="hqk" if brief else "bhqk", thorough=True)
+            cases += _recorded(arch, dtype, 64, causal=True, rows=1, sinks=True, thorough=True)
         for axes in ("hk", "hq", "h", "bqk"):
             cases += _light(_recorded(arch, torch.bfloat16, 64, bias=axes))
     dtypes = {name: dtype for dtype, name in table.DTYPE_NAME.items()}
@@ -105,7 +114,8 @@ def offline_cases() -> list[OfflineCase]:
 def _featured(arch: int) -> list[OfflineCase]:
     """What the other cases lack, one small call each: every option, float16, head sizes that are padded, odd strides.
 
-    Not float32 at a padded head size up to 128: on sm_80 dq's kernel spills 8 bytes there.
+    Not float32 at a padded head size: on sm_80 dq's kernel spills 8 bytes up to 128, and 64 bytes at 192, where that of dk
+    and dv spills 116.
     """
     batch, heads, length = 2, 4, 512
 
@@ -128,6 +138,8 @@ def _featured(arch: int) -> list[OfflineCase]:
         ("size 96", 96, plain, Options(causal=1)),
         ("odd strides", 64, plain, Options(causal=1)),
         ("gaps", 64, plain, Options(causal=1)),
+        ("sinks", 64, plain, Options(causal=1, sinks=meta(heads, dtype=torch.float32))),
+        ("values of 128", 192, plain, Options(causal=1)),
     )
     cases: list[OfflineCase] = []
     for name, size, dtype, options in calls:
@@ -136,18 +148,20 @@ def _featured(arch: int) -> list[OfflineCase]:
         last = size + 1 if gap == 1 else size * max(gap, 1)
         x = meta(batch, length, heads, last, dtype=dtype)[..., :: max(gap, 1)][..., :size].transpose(1, 2)
         lse = meta(batch, heads, length, dtype=torch.float32)
+        v = meta(batch, length, heads, 128, dtype=dtype).transpose(1, 2) if "values of" in name else x
         if options.cu_seqlens_q is not None:
-            x, lse = meta(batch * length, heads, size, dtype=dtype), meta(heads, batch * length, dtype=torch.float32)
+            x = v = meta(batch * length, heads, size, dtype=dtype)
+            lse = meta(heads, batch * length, dtype=torch.float32)
         given: dict[str, Any] = dict(
             bytes_moved=4 * x.numel() * x.element_size(), flops=4 * batch * heads * length * length * size,
             tensor_cores=_TENSOR_CORES if dtype != torch.float32 else (), thorough=True,
         )  # fmt: skip
         with recording(arch, f"attention {name}", **given) as recorded:
-            forward(x, x, x, *options, dtype)
+            forward(x, x, v, *options, dtype)
         cases += recorded
         added = options.bias is not None and options.bias.dtype != torch.bool
         with recording(arch, f"attention {name} backward", **given) as recorded:
-            backward(x, None, x, x, x, x, lse, lse, *options, added, [batch, heads, length, length] if added else [])
+            backward(v, None, x, x, v, v, lse, lse, *options, added, [batch, heads, length, length] if added else [])
         cases += recorded
     return cases
 
