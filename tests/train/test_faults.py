@@ -344,7 +344,8 @@ def test_ranks_go_with_their_launcher(begin: Begin) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["dp=2", "fsdp=2"])
 def test_ranks_killed_at_any_moment_go_on_as_if_never_killed(begin: Begin, which: str) -> None:
-    words = [*TRAIN, "--mesh", which, "--schedule", "constant", "--save-every", "3"]
+    # the default warm-up follows from the steps, which differ here
+    words = [*TRAIN, "--mesh", which, "--schedule", "constant", "--warmup", "5", "--save-every", "3"]
     for step in (0, 17, 40):
         how = words if step == 0 else ["fastlm", "train", "--resume", "runs/a"]
         started = begin(*how, "--steps", "1000000")  # however late the kill comes, it finds a run that goes on
