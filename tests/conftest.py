@@ -36,8 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
         import accuracy
 
         accuracy.MAX_DRAWS = accuracy.POOL
-    if config.option.grid_seed is None:  # drawn before workers start, which are given these options
-        config.option.grid_seed = random.SystemRandom().randrange(2**32)
+    if config.option.grid_seed is None:  # workers inherit the environment, and must collect the same tests
+        drawn = str(random.SystemRandom().randrange(2**32))
+        config.option.grid_seed = int(os.environ.setdefault("FASTLM_GRID_SEED", drawn))
     if config.getoption("--gpu-report"):
         config.pluginmanager.register(GpuReport(Path(config.getoption("--gpu-report"))))
 
