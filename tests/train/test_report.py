@@ -47,7 +47,9 @@ def test_the_report_says_what_stopped_a_run(book: str) -> None:  # noqa: F811
 def test_runs_and_compare(book: str, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for name, lr in (("one", 1e-3), ("two", 2e-3)):
         job.start(tiny(name=name, lr=lr), (book,)).run(str)
-    job.start(tiny(name="three"), (book,)).begin()
+    begun = job.start(tiny(name="three"), (book,))
+    begun.begin()
+    begun.trainer.owner.release()  # as a kill does
     assert cli.main(["runs"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("one", "two", "three", "12/12", "not started", "all steps done"))
