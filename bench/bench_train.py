@@ -61,6 +61,7 @@ class Stepped(Trainer):
 
     def begin(self) -> Stepped:
         for callback in self.callbacks:
+            callback.ready(self)
             callback.start(self)
         self.load_ahead()
         self._clock = time.perf_counter()
