@@ -2,6 +2,18 @@
 
 from fastlm.ops.attention import attention
 from fastlm.ops.dropout_add_norm import dropout_add_norm, norm
+from fastlm.ops.prune_mask import apply_mask_, bool_to_mask, mask_and, mask_count, mask_to_bool, prune_mask
 from fastlm.ops.rotary import rotary
 
-__all__ = ["attention", "dropout_add_norm", "norm", "rotary"]
+__all__ = [
+    "apply_mask_",
+    "attention",
+    "bool_to_mask",
+    "dropout_add_norm",
+    "mask_and",
+    "mask_count",
+    "mask_to_bool",
+    "norm",
+    "prune_mask",
+    "rotary",
+]
