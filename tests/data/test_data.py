@@ -167,13 +167,13 @@ def test_skipped_samples_stay_skipped_after_a_resume(many: Path, place: Path, mo
     monkeypatch.setattr(TokenSource, "batch", batch)
     same = {"steps": 16, "save_every": 4, "eval_every": 0, "spike": 3.0}
     made = job.start(config(name="a", **same), (str(many),))
-    judged = made.trainer._judge
+    judged = made.trainer.guard.judge
     bad = iter([1])
 
-    def judge(step: int, loss: float, found: bool) -> bool:
-        return judged(step, loss * (100 if step == 7 and next(bad, 0) else 1), found)
+    def judge(step: int, loss: float, found: bool, can_roll_back: bool) -> Any:
+        return judged(step, loss * (100 if step == 7 and next(bad, 0) else 1), found, can_roll_back)
 
-    made.trainer._judge = judge  # type: ignore[method-assign]
+    made.trainer.guard.judge = judge  # type: ignore[method-assign]
 
     class Stop(Callback):
         def step(self, trainer: Any, row: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def test_a_loss_scale_that_overflows_falls_until_steps_are_sound_and_survives_a_
     again = regression("run", **changes)
     again.restore(checkpoint.newest(Path("run")))
     assert again.scale.item() == watch.seen[-1][1]
-    assert again.bad_steps == sum(bad)
+    assert again.guard.bad_steps == sum(bad)
     again.good.fill_(1998)
     seen = Watch()
     again.callbacks.append(seen)  # type: ignore[arg-type]

@@ -390,7 +390,9 @@ def test_tensor_parallel_cuts_every_element_once() -> None:
     ],
 )
 def test_what_is_not_built_together_is_refused(sizes: dict[str, int], flags: dict[str, Any], message: str) -> None:
-    ranks = mesh.Group.__new__(mesh.Group)  # no other process is there: nothing may be sent before the refusal
+    ranks = mesh.ProcessGroup.__new__(
+        mesh.ProcessGroup
+    )  # no other process is there: nothing may be sent before the refusal
     ranks.sizes = {name: sizes.get(name, 1) for name in mesh.BUILT}
     with pytest.raises(InputError, match=message):
         parallel.wrap(GPT(named("nano")), parallel_worker.config(**flags), ranks)
@@ -410,7 +412,7 @@ def test_what_is_not_built_together_is_refused(sizes: dict[str, int], flags: dic
     ],
 )
 def test_models_that_cannot_be_cut_are_refused(name: str, model: torch.nn.Module, message: str) -> None:
-    ranks = mesh.Group.__new__(mesh.Group)
+    ranks = mesh.ProcessGroup.__new__(mesh.ProcessGroup)
     ranks.sizes = {n: 2 if n == name[:2] else 1 for n in mesh.BUILT}
     with pytest.raises(InputError, match=message):
         tensor_parallel.cuts(model, 2) if name == "tp" else pipeline.cut(model, ranks, None, 1 + ("two" in name))

@@ -167,15 +167,17 @@ def test_spikes_without_end_stop_with_a_reason() -> None:
     trainer = spiking(set(range(25, 200)), steps=100, save_every=20)
     with pytest.raises(InputError, match=r"after 3 times back to step 20: training stopped.*--lr.*--spike"):
         trainer.fit()
-    assert trainer.rolled_back == (20, 4)
-    assert trainer.mean_loss == json.loads((checkpoint.newest(Path("run")) / "state.json").read_text())["mean_loss"]
+    assert trainer.guard.rolled_back == (20, 4)
+    assert (
+        trainer.guard.mean_loss == json.loads((checkpoint.newest(Path("run")) / "state.json").read_text())["mean_loss"]
+    )
 
 
 def test_samples_of_undone_steps_are_dropped(book: str) -> None:  # noqa: F811
     made = job.start(tiny(name="run", steps=12, save_every=4, eval_every=2, spike=3.0), (book,))
-    judged, bad = made.trainer._judge, iter([1])
-    made.trainer._judge = lambda step, loss, found: judged(  # type: ignore[method-assign]
-        step, loss * (100 if step == 8 and next(bad, 0) else 1), found
+    judged, bad = made.trainer.guard.judge, iter([1])
+    made.trainer.guard.judge = lambda step, loss, *found, **options: judged(  # type: ignore[method-assign]
+        step, loss * (100 if step == 8 and next(bad, 0) else 1), *found, **options
     )
     made.trainer.fit()
     assert made.trainer.skipped == [(24, 32)]  # step 6 was the best so far, and saved
@@ -186,11 +188,11 @@ def test_a_signal_after_a_skipped_step_saves_it() -> None:
     trainer = poisoned(tiny(steps=20, batch=1), bad={7})
     trainer.callbacks.append(StopAt(8))  # type: ignore[arg-type]
     assert trainer.fit() == "signal SIGTERM"
-    assert trainer.bad_in_row == 1
+    assert trainer.guard.bad_in_row == 1
     assert checkpoint.newest(Path("run")).name == "step-00000008"
     again = poisoned(tiny(steps=20, batch=1), bad={7}, folder="other")
     again.restore(checkpoint.newest(Path("run")))
-    assert (again.step, again.bad_in_row) == (8, 1)
+    assert (again.step, again.guard.bad_in_row) == (8, 1)
     assert all(torch.equal(w, weights(again)[name]) for name, w in weights(trainer).items())
 
 

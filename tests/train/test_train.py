@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str) -> None:
         for name in seen[0][1]:
             assert torch.equal(seen[0][kind][name], seen[1][kind][name])
             assert not torch.equal(seen[1][kind][name], seen[2][kind][name])
-    assert trainer.bad_steps == 1
+    assert trainer.guard.bad_steps == 1
     assert math.isfinite(float(sum(w.sum() for w in weights(trainer).values())))
 
 

@@ -10,17 +10,32 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
 from fastlm import console
 from fastlm.data.errors import InputError
+from fastlm.train.config import Config, RunConfig
 from fastlm.train.files import keep_until, read_metrics
+from fastlm.train.ranks import Ranks
 
-if TYPE_CHECKING:
-    from fastlm.train.config import RunConfig
-    from fastlm.train.loop import Trainer
+
+class RunView(Protocol):
+    """What callbacks see of a trainer."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    def memory(self) -> int:
+        """Peak memory in bytes."""
+        ...
 
 
 class Callback:
@@ -28,19 +43,19 @@ class Callback:
         False  # whether every rank has one, since what it asks of the model needs them all; only the first writes
     )
 
-    def ready(self, trainer: Trainer) -> None:
+    def ready(self, trainer: RunView) -> None:
         """Before the run's files change. What cannot serve raises InputError here, and the run stays as it was."""
 
-    def start(self, trainer: Trainer) -> None: ...
+    def start(self, trainer: RunView) -> None: ...
 
-    def step(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def step(self, trainer: RunView, row: dict[str, Any]) -> None: ...
 
-    def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None: ...
+    def evaluated(self, trainer: RunView, found: dict[str, Any]) -> None: ...
 
-    def rewind(self, trainer: Trainer) -> None:
+    def rewind(self, trainer: RunView) -> None:
         """The trainer went back to an earlier step, after a loss spike."""
 
-    def end(self, trainer: Trainer) -> None: ...
+    def end(self, trainer: RunView) -> None: ...
 
 
 EVENTS = tuple(name for name in vars(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))
@@ -60,21 +75,32 @@ def tell(callbacks: Iterable[object], event: str, *what: Any) -> None:
             method(*what)
 
 
+def end(callbacks: Iterable[object], trainer: RunView) -> None:
+    """Tell each callback of the end. What one cannot write (a full disk) is said: it hides neither the others' end nor
+    why training ended."""
+    for callback in callbacks:
+        try:
+            tell([callback], "end", trainer)
+        except (InputError, OSError) as error:
+            text = str(error) if isinstance(error, InputError) else error.strerror or str(error)
+            console.warn(f"{type(callback).__name__.lower()} in {trainer.folder} is not whole: {text}")
+
+
 class Metrics(Callback):
     """metrics.jsonl, one line a step. Going on after a kill first drops the lines after the checkpoint."""
 
-    def ready(self, trainer: Trainer) -> None:
+    def ready(self, trainer: RunView) -> None:
         self.path = trainer.folder / "metrics.jsonl"
         self._append().close()
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: RunView) -> None:
         self._open(trainer)
 
-    def rewind(self, trainer: Trainer) -> None:
+    def rewind(self, trainer: RunView) -> None:
         self.file.close()
         self._open(trainer)
 
-    def _open(self, trainer: Trainer) -> None:
+    def _open(self, trainer: RunView) -> None:
         keep_until(self.path, trainer.step)
         self.file = self._append()
 
@@ -84,13 +110,13 @@ class Metrics(Callback):
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def step(self, trainer: RunView, row: dict[str, Any]) -> None:
         try:
             self.file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: RunView) -> None:
         self.file.close()
 
 
@@ -103,7 +129,7 @@ def clock(seconds: float) -> str:
 class Progress(Callback):
     """A bar with loss, validation, tokens/s, stall, memory and time left; plain lines where there is no terminal."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: RunView) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -116,7 +142,7 @@ class Progress(Callback):
             self.bar.start()
             self.task = self.bar.add_task("", total=trainer.config.optim.steps, completed=trainer.step)
 
-    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def step(self, trainer: RunView, row: dict[str, Any]) -> None:
         if row["loss"] is not None:
             self.loss = row["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * row["loss"]
         if "val_loss" in row:
@@ -140,7 +166,7 @@ class Progress(Callback):
         else:
             console.say(text)
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: RunView) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -211,15 +237,15 @@ class Samples(Callback):
     def __init__(self, write: Callable[[int], str]) -> None:
         self.write = write  # so many tokens of text
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: RunView) -> None:
         self.path = trainer.folder / "samples.jsonl"
         self.rewind(trainer)
 
-    def rewind(self, trainer: Trainer) -> None:
+    def rewind(self, trainer: RunView) -> None:
         if trainer.ranks.first:
             keep_until(self.path, trainer.step)
 
-    def evaluated(self, trainer: Trainer, found: dict[str, Any]) -> None:
+    def evaluated(self, trainer: RunView, found: dict[str, Any]) -> None:
         last = trainer.step == trainer.config.optim.steps
         text = self.write(trainer.config.run.sample // (1 if last else 4))
         row = {"step": trainer.step, "val_loss": found.get("val_loss"), "text": text}
@@ -235,27 +261,27 @@ class Samples(Callback):
 class Picture(Callback):
     """loss.png in the run's folder."""
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: RunView) -> None:
         draw({trainer.folder.name: read_metrics(trainer.folder)}, trainer.folder / "loss.png")
 
 
 class Tensorboard(Callback):
-    def ready(self, trainer: Trainer) -> None:
+    def ready(self, trainer: RunView) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         self._make = SummaryWriter
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: RunView) -> None:
         self.writer = self._make(str(trainer.folder / "tensorboard"), purge_step=trainer.step + 1)
 
-    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def step(self, trainer: RunView, row: dict[str, Any]) -> None:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["step"])
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: RunView) -> None:
         self.writer.close()
 
 
@@ -269,7 +295,7 @@ class Wandb(Callback):
             raise InputError("--wandb needs the package wandb: pip install wandb") from None
         self.wandb, self.project, self.run = wandb, project, None
 
-    def ready(self, trainer: Trainer) -> None:
+    def ready(self, trainer: RunView) -> None:
         name = trainer.folder.name
         settings = {"config": trainer.config.to_dict(), "dir": str(trainer.folder), "resume": "allow"}
         try:
@@ -279,10 +305,10 @@ class Wandb(Callback):
                 f"--wandb {self.project}: {error}; WANDB_MODE=offline logs on this machine alone"
             ) from None
 
-    def step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def step(self, trainer: RunView, row: dict[str, Any]) -> None:
         self.wandb.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: RunView) -> None:
         if self.run is not None:
             self.wandb.finish()
             self.run = None

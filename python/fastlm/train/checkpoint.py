@@ -23,7 +23,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, KeysView, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from torch import Tensor
 from fastlm.console import warn
 from fastlm.data.errors import InputError
 from fastlm.train.files import sync_folder
-from fastlm.train.mesh import Ranks
+from fastlm.train.pieces import Groups, Piece, plain_name
+from fastlm.train.ranks import Ranks, SingleProcess
 
 # all that safetensors has a name for; its Python package has other types' names from PyTorch's, where they are there
 DTYPES = {
@@ -113,35 +113,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(str(path))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a named tensor that a process holds: its values, the whole's shape, and where the box begins."""
-
-    tensor: Tensor
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    kept: bool = True  # False where another rank holds the same and writes it into checkpoints
-
-    @classmethod
-    def whole(cls, t: Tensor) -> Piece:
-        return cls(t, tuple(t.shape), (0,) * t.dim())
-
-
-# By file ("model", "optimizer", ...), then by the tensor's name; of several pieces of one tensor all but the first are
-# named NAME@1, NAME@2 ...
-Groups = Mapping[str, Mapping[str, Piece]]
-
-
-def label(name: str, pieces: list[Piece]) -> dict[str, Piece]:
-    """One tensor's pieces by the names that they have in a file."""
-    return {f"{name}@{i}" if i else name: piece for i, piece in enumerate(pieces)}
-
-
-def plain(label: str) -> str:
-    """The tensor's name."""
-    return label.partition("@")[0]
-
-
 class Stored:
     """The tensors of one kind in a folder, whichever ranks' files hold their parts: shapes, and any box of them.
 
@@ -167,8 +138,8 @@ class Stored:
             for key in file.keys():  # noqa: SIM118  (no mapping)
                 size = tuple(file.get_slice(key).get_shape())
                 shape, offset = map(tuple, boxes.get(key, (size, (0,) * len(size))))
-                self._shapes[plain(key)] = shape
-                self._parts.setdefault(plain(key), []).append((file, key, offset, size))
+                self._shapes[plain_name(key)] = shape
+                self._parts.setdefault(plain_name(key), []).append((file, key, offset, size))
         for name, parts in self._parts.items():
             held = sum(math.prod(size) for *_, size in parts)
             if held != math.prod(self._shapes[name]):
@@ -352,7 +323,7 @@ class Saver:
 
     def __init__(self, run: Path, keep: int, keep_every: int = 0, ranks: Ranks | None = None) -> None:
         self.run, self.keep, self.keep_every = run, keep, keep_every
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or SingleProcess()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._held: dict[str, dict[str, Piece]] = {}

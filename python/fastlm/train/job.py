@@ -36,7 +36,7 @@ from fastlm.train.folders import read_config as read_config
 from fastlm.train.generation import generate, sampler
 from fastlm.train.loop import Trainer
 from fastlm.train.machine import apply, autocast, memory_limit, pick_device, spare_page_faults
-from fastlm.train.mesh import Ranks
+from fastlm.train.ranks import Ranks, SingleProcess
 
 # ------------------------------------------------------------------------------------------------------------- the parts
 
@@ -119,7 +119,7 @@ def validation(
     Batch i falls to data rank i modulo their number. Batches are the same and their losses are added in the same order
     whatever that number is, so of the same weights it is the same number, to the bit where a forward is.
     """
-    rows, ranks = max(16384 // context, 1), ranks or Ranks()
+    rows, ranks = max(16384 // context, 1), ranks or SingleProcess()
 
     def over(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
         loss = lambda batch: float(model(*(t.to(device) for t in batch)))
@@ -184,7 +184,7 @@ class Job:
         spare_page_faults()
         apply(config.run)
         standard(config.run)  # a package that a flag needs and that is missing is named before there is a folder
-        self.config, self.corpus, self.ranks = config, corpus, ranks or Ranks()
+        self.config, self.corpus, self.ranks = config, corpus, ranks or SingleProcess()
         first = self.ranks.first
         parallel.check(config, self.ranks.sizes)
         self.device = self.ranks.device or pick_device(config.run.device)
@@ -247,7 +247,7 @@ class Job:
                 begin=self.begin,
             )
             if self.new:
-                self.trainer.own(self.owner)
+                self.trainer.owned.take_over(self.owner)
         except BaseException:
             self.withdraw()
             raise
@@ -347,7 +347,7 @@ class Job:
     def run(self, say: Callable[[str], None] = say) -> Result:
         """Train to the end, which `fit` says, and write what came of it. No other process trains the run meanwhile."""
         say = say if self.ranks.first else lambda text: None
-        with self.trainer.owned():
+        with self.trainer.owned.held():
             try:
                 self._announce(say)
                 return self.finish(self._fit(), say)
@@ -425,7 +425,7 @@ def resume(
 
     The run is this process's own until its end; InputError where another one trains it. Its files change when it goes on.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or SingleProcess()
     say = say if ranks.first else lambda text: None
     own = ranks.in_turn(lambda: lock.take(folder) if ranks.first and not fork else None)
     made: Job | None = None
@@ -443,7 +443,7 @@ def resume(
         into, born = None if fork else folder, start or earlier
         made = Job(config, corpus, folder=into, note=note, ranks=ranks, origin=origin, fork=born)
         if not fork:
-            made.trainer.own(own)
+            made.trainer.owned.take_over(own)
         if fork and not ranks.share(found is not None and found.exists()):  # its run trains on, and has removed it
             found = start = ranks.share(ranks.in_turn(lambda: checkpoint.newest(folder, say) if ranks.first else None))
             made.origin_of_fork = found

@@ -12,11 +12,13 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from fastlm.console import warn
 from fastlm.data.errors import InputError
+from fastlm.train.ranks import Ranks
 
 try:
     import fcntl
@@ -93,6 +95,41 @@ def take(folder: Path) -> Lock:
         os.ftruncate(handle, 0)
         os.pwrite(handle, (json.dumps(said) + "\n").encode(), 0)
     return lock
+
+
+class Owned:
+    """Who trains the run of a folder, over all ranks: the first one holds the lock for the others."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.lock: Lock | None = None
+        self._owned = self._entered = False
+
+    def take_over(self, lock: Lock | None) -> None:
+        """The run is this process's already, by the lock that the first rank holds."""
+        self.lock, self._owned = lock, True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is open no other process trains the run; Held where one does. Ends `take_over`, and may be nested."""
+        if self._owned and self._entered:
+            yield
+            return
+        if not self._owned:
+            self.take_over(self.ranks.in_turn(self._take))
+        self._entered = True
+        try:
+            yield
+        finally:
+            self._owned = self._entered = False
+            if self.lock is not None:
+                self.lock.release()
+
+    def _take(self) -> Lock | None:
+        if not self.ranks.first:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return take(self.folder)
 
 
 def holder(folder: Path) -> str:

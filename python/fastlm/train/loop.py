@@ -22,11 +22,13 @@ from fastlm import _processor
 from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
-from fastlm.train import checkpoint, guards, lock, optim, parallel, signals, state
-from fastlm.train.callbacks import Callback, check, standard, tell
+from fastlm.train import callbacks as events
+from fastlm.train import checkpoint, lock, optim, parallel, signals, state
 from fastlm.train.config import Config
+from fastlm.train.guards import Guard, Verdict
 from fastlm.train.kernels import Kernels
 from fastlm.train.machine import apply, autocast, peak_flops, peak_memory, pick_device
+from fastlm.train.ranks import Ranks, SingleProcess
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 SETTLE = 2.0  # seconds that a failing rank waits for its last save, which may wait for other ranks
@@ -58,8 +60,8 @@ class Trainer:
         *,
         loss: Loss | None = None,
         evaluate: Callable[[nn.Module, bool], dict[str, float]] | None = None,
-        callbacks: Sequence[Callback] = (),
-        ranks: parallel.Ranks | None = None,
+        callbacks: Sequence[object] = (),
+        ranks: Ranks | None = None,
         flops_per_sample: float = 0.0,
         begin: Callable[[], None] | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class Trainer:
             raise InputError(f"--patience {config.run.patience} needs validation losses: give Trainer an `evaluate`")
         apply(config.run)
         self.config, self.data, self.folder = config, data, Path(folder)
-        self.ranks = ranks or parallel.Ranks()
+        self.ranks = ranks or SingleProcess()
         self.device = self.ranks.device or pick_device(config.run.device)
         if self.ranks.first and self.device.type == "cpu" and config.run.dtype != "float32":
             if slow := _processor.slow(getattr(torch, config.run.dtype)):
@@ -90,9 +92,9 @@ class Trainer:
         options = {k: v for k, v in (("smoothing", config.optim.smoothing), ("z_loss", config.optim.z_loss)) if v}
         self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
         self.evaluate_with = evaluate
-        callbacks = [*standard(config.run), *callbacks]  # one rank's, but for those that need all
-        check(callbacks)
-        self.callbacks = [c for c in callbacks if self.ranks.first or getattr(c, "everywhere", False)]
+        callbacks = [*events.standard(config.run), *callbacks]  # one rank's, but for those that need all
+        events.check(callbacks)
+        self.callbacks: list[Any] = [c for c in callbacks if self.ranks.first or getattr(c, "everywhere", False)]
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
         self.ema = self._averages() if config.optim.ema else {}
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
@@ -100,17 +102,14 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.waited = 0  # evaluations without improvement
-        self.bad_in_row = self.bad_steps = 0
-        self.mean_loss: float | None = None
+        self.guard = Guard(self.folder, config.run.max_bad, config.run.spike)
         self.skipped: list[tuple[int, int]] = []
-        self.rolled_back = (-1, 0)  # to which step, how often in a row
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
         self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
         self.asked = ""  # the same, by a signal
         self.on_begin = begin or (lambda: None)
-        self.owner: lock.Lock | None = None
-        self._owned = self._entered = False
+        self.owned = lock.Owned(self.folder, self.ranks)
         self.pending: list[dict[str, Any]] = []
         self.last_saved = -1
         state.seed_all(config.run.seed, self.ranks.rank)
@@ -120,10 +119,10 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step, or until something stops it; returns why it ended."""
         run = self.config.run
-        with signals.heard(self._ask), self.ranks.watch(), self.owned():
-            self.ranks.in_turn(lambda: tell(self.callbacks, "ready", self))
+        with signals.heard(self._ask), self.ranks.watch(), self.owned.held():
+            self.ranks.in_turn(lambda: events.tell(self.callbacks, "ready", self))
             self.on_begin()
-            tell(self.callbacks, "start", self)
+            events.tell(self.callbacks, "start", self)
             self.load_ahead()
             self._clock = time.perf_counter()
             try:
@@ -152,7 +151,7 @@ class Trainer:
                 raise
             finally:
                 self.loader.close()
-                guards.end(self, self.callbacks)
+                events.end(self.callbacks, self)
         return why or "all steps done"
 
     def train_step(self) -> None:
@@ -290,13 +289,35 @@ class Trainer:
             line.pop("size")
             if self.peak and self.flops_per_sample:
                 line["mfu"] = self.flops_per_sample * samples / took / self.peak / self.ranks.size
-            tell(self.callbacks, "step", self, line)
-            if self._judge(int(line["step"]), loss, bad > 0):
+            events.tell(self.callbacks, "step", self, line)
+            step, guard = int(line["step"]), self.guard
+            verdict = guard.judge(step, loss, bad > 0, can_roll_back=self.last_saved > 0)
+            if verdict is Verdict.SKIPPED and self.ranks.first:
+                warn(f"step {step}: loss or gradient not finite; step skipped ({guard.bad_in_row} in a row)")
+            if verdict is Verdict.ROLL_BACK:
+                self.roll_back(step, loss)
                 return True
         return False
 
-    def _judge(self, step: int, loss: float, bad: bool) -> bool:
-        return guards.judge(self, step, loss, bad)
+    def roll_back(self, step: int, loss: float) -> None:
+        """After a spike: back to the last checkpoint's weights and mean loss, on with the samples after the spike."""
+        self.saver.wait()
+        ranks, seen, mean = self.ranks, self.consumed, self.guard.mean_loss
+        assert mean is not None
+        found = ranks.share(ranks.in_turn(lambda: checkpoint.newest(self.folder, warn) if ranks.first else None))
+        assert found is not None
+        self.restore(found, verified=True)
+        self.guard.count_rollback(self.step, step, loss, mean)
+        self.skipped.append((self.consumed, seen))
+        self.consumed = seen
+        self.latest = {}
+        self.pending.clear()
+        events.tell(self.callbacks, "rewind", self)
+        if ranks.first:
+            back = f"back to step {self.step}, skipping samples"
+            warn(f"step {step}: loss {loss:.3f} against a mean of {mean:.3f}: {back}")
+        self.loader.close()
+        self.load_ahead()
 
     def evaluate(self, whole: bool) -> bool:
         """Validation loss into the step's line; returns whether it is the best so far."""
@@ -305,7 +326,7 @@ class Trainer:
         start = time.perf_counter()
         found = self.measure(whole)
         self.latest = {"step": self.step, "whole": whole, **found}
-        tell(self.callbacks, "evaluated", self, self.latest)
+        events.tell(self.callbacks, "evaluated", self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
         better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
@@ -363,9 +384,9 @@ class Trainer:
             "data": self.data.content,
             "best": self.best,
             "waited": self.waited,
-            "bad_in_row": self.bad_in_row,
-            "bad_steps": self.bad_steps,
-            "mean_loss": self.mean_loss,
+            "bad_in_row": self.guard.bad_in_row,
+            "bad_steps": self.guard.bad_steps,
+            "mean_loss": self.guard.mean_loss,
             "scale": self.scale.item(),
             "good": self.good.item(),
             **state.surroundings(self.ranks),
@@ -393,7 +414,8 @@ class Trainer:
         self.step, self.consumed = saved["step"], saved["consumed"]
         self.skipped = [(a, b) for a, b in saved["skipped"]]
         self.best, self.waited = saved["best"], saved["waited"]
-        self.bad_in_row, self.bad_steps, self.mean_loss = saved["bad_in_row"], saved["bad_steps"], saved["mean_loss"]
+        for name in ("bad_in_row", "bad_steps", "mean_loss"):
+            setattr(self.guard, name, saved[name])
         self.scale.fill_(saved["scale"])
         self.good.fill_(saved["good"])
         self.last_saved = self.step
@@ -405,31 +427,10 @@ class Trainer:
         self.save()
         self.saver.wait()
 
-    def own(self, owner: lock.Lock | None) -> None:
-        """The run is this process's already, by the lock that the first rank holds."""
-        self.owner, self._owned = owner, True
-
-    @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
-        """While it is open no other process trains the run of this folder; InputError where one does. Ends `own`."""
-        if self._owned and self._entered:
-            yield
-            return
-        if not self._owned:
-            self.own(self.ranks.in_turn(self._take))
-        self._entered = True
-        try:
-            yield
-        finally:
-            self._owned = self._entered = False
-            if self.owner is not None:
-                self.owner.release()
-
-    def _take(self) -> lock.Lock | None:
-        if not self.ranks.first:
-            return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return lock.take(self.folder)
+    @property
+    def owner(self) -> lock.Lock | None:
+        """The lock on the run's folder; None before it is taken, and on ranks after the first."""
+        return self.owned.lock
 
     def _verify(self, folder: Path) -> None:
         """By the first rank for all."""

@@ -1,7 +1,7 @@
 """Several processes as one trainer: who this process is among them, and what they tell each other.
 
-`Ranks()` is one process alone, for which every method is the identity. `start` makes `Group`, its counterpart for several
-processes, from what torchrun, slurm or fastlm's own launcher (launch.py) put into the environment.
+`start` makes the `Ranks` (ranks.py) of this process: `SingleProcess`, or `ProcessGroup` from what torchrun, slurm or fastlm's
+own launcher (launch.py) put into the environment.
 
 What ranks say to each other about the run (stop, saved, an error) goes over a gloo group of its own, on the CPU: it waits
 for no device, and a thread that saves can talk while the main thread trains.
@@ -30,6 +30,7 @@ from torch import Tensor
 from fastlm.console import warn
 from fastlm.data.errors import InputError
 from fastlm.train.machine import pick_device
+from fastlm.train.ranks import PeerError, Ranks, SingleProcess
 
 T = TypeVar("T")
 BUILT = ("pp", "dp", "fsdp", "tp")  # dimensions of a mesh, outermost first
@@ -41,10 +42,6 @@ MEETING = (
     "FASTLM_MEETING"  # environment: the open socket on which rank 0 waits for the others, where a launcher gave one
 )
 TIMEOUT = timedelta(minutes=30)  # of a collective whose ranks all live: data preparation on one of them may take long
-
-
-class PeerError(InputError):
-    """Another rank raised, and has told the user."""
 
 
 MOST = 65536  # processes of a mesh
@@ -121,54 +118,7 @@ def address(env: Mapping[str, str], place: Place) -> tuple[str, int]:
 # ------------------------------------------------------------------------------------------------------- who they are
 
 
-class Ranks:
-    """One process alone."""
-
-    rank = data_rank = 0
-    size = size_of_data = 1
-    size_of_mean = 1  # by what the gradients were divided when they were reduced
-    device: torch.device | None = None
-    sizes: Mapping[str, int] = {}  # of the mesh, by dimension
-    restarts = 0
-    on_host = 1  # ranks of this machine
-    folder: str = ""  # of the run that a restart by torchrun goes on with
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, t: Tensor) -> Tensor:
-        """The sum of every data rank's t."""
-        return t
-
-    def agree(self, stop: str) -> str:
-        """Why to stop, if any rank was asked to."""
-        return stop
-
-    def share(self, value: T) -> T:
-        """Rank 0's value on every rank."""
-        return value
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value. Safe in one thread beside the main one."""
-        return [value]
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Rank 0 does the work, then the others; what one of them raises ends all."""
-        return work()
-
-    def watch(self) -> contextlib.AbstractContextManager[Any]:
-        """While it is open, a rank that is lost ends this one within seconds."""
-        return contextlib.nullcontext()
-
-    def remember(self, folder: str) -> None:
-        """Have a restart by torchrun find the run's folder."""
-
-    def close(self) -> None:
-        """Leave the group."""
-
-
-class Group(Ranks):
+class ProcessGroup(Ranks):
     """This process among several. `mesh` holds its dimensions pp, dp, fsdp and tp, each at least 1.
 
     Ranks that differ in pp and tp alone read the same samples; `data_rank` counts those that do not."""
@@ -396,7 +346,7 @@ def start(mesh: str, device: str, env: Mapping[str, str] = os.environ) -> Ranks:
     if place is None or place.size == 1:
         if math.prod(sizes.values()) > 1:
             raise InputError(f"--mesh {mesh} needs {math.prod(sizes.values())} processes, and this is one alone")
-        return Ranks()
+        return SingleProcess()
     global had_peers
     had_peers = True
-    return Group(sizes, place, env, device)
+    return ProcessGroup(sizes, place, env, device)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.data.errors import InputError
-from fastlm.train.checkpoint import Piece
 from fastlm.train.config import Config
-from fastlm.train.mesh import Group, Ranks
+from fastlm.train.mesh import ProcessGroup
+from fastlm.train.pieces import Piece
+from fastlm.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from fastlm.train.pipeline import Pipeline
@@ -156,7 +157,7 @@ class Layout:
 class Replicated(Layout):
     """DistributedDataParallel: the model whole on every rank, gradients averaged."""
 
-    def __init__(self, model: nn.Module, ranks: Group, tensors: Tensors | None) -> None:
+    def __init__(self, model: nn.Module, ranks: ProcessGroup, tensors: Tensors | None) -> None:
         super().__init__(model, ranks, tensors)
         self.wrapped = nn.parallel.DistributedDataParallel(
             model,
@@ -174,7 +175,7 @@ class Averaged(Layout):
     """Stages that are repeated over dp, their gradients averaged after the last backward: DDP knows of no pipelines."""
 
     def grads(self) -> list[Tensor]:
-        assert isinstance(self.ranks, Group)
+        assert isinstance(self.ranks, ProcessGroup)
         found = [p.grad for p in self.params.values() if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in found])
         torch.distributed.all_reduce(flat, group=self.ranks.mesh["dp"].get_group())
@@ -193,7 +194,7 @@ class Sharded(Layout):
     """
 
     def __init__(
-        self, model: nn.Module, ranks: Group, config: Config, tensors: Tensors | None, pipe: Pipeline | None
+        self, model: nn.Module, ranks: ProcessGroup, config: Config, tensors: Tensors | None, pipe: Pipeline | None
     ) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -303,7 +304,7 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
 def wrap(model: nn.Module, config: Config, ranks: Ranks) -> tuple[nn.Module, Layout]:
     """The model to call in a step, and what this process holds of it."""
     check(config, ranks.sizes)
-    if not isinstance(ranks, Group):
+    if not isinstance(ranks, ProcessGroup):
         return model, Layout(model, ranks)
     sizes = ranks.sizes
     tensors = pipe = None

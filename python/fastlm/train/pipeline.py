@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastlm import rng
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import GPT
-from fastlm.train.mesh import Group
+from fastlm.train.mesh import ProcessGroup
 from fastlm.train.stages import schedule, stage_of
 from fastlm.train.tensor_parallel import Tensors
 
@@ -32,7 +32,7 @@ class Pipeline:
     parts: list[Stage]  # the rank's stages, in their order
     names: frozenset[str]  # of the whole model's parameters
 
-    def __init__(self, ranks: Group, width: int, tensors: Tensors | None, each: int) -> None:
+    def __init__(self, ranks: ProcessGroup, width: int, tensors: Tensors | None, each: int) -> None:
         assert ranks.device is not None
         self.size, self.each, self.stages = ranks.sizes["pp"], each, ranks.sizes["pp"] * each
         self.width, self.tensors, self.device = width, tensors, ranks.device
@@ -213,7 +213,7 @@ class _Staged(GPT):
         return super().loss(x, targets, smoothing, z_loss)
 
 
-def cut(model: nn.Module, ranks: Group, tensors: Tensors | None, each: int = 1) -> Pipeline:
+def cut(model: nn.Module, ranks: ProcessGroup, tensors: Tensors | None, each: int = 1) -> Pipeline:
     """Leave this rank the parts of `model`, the same on every rank before (but for what tensor parallelism cut), that its
     `each` stages have.
 

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlm.train.checkpoint import CheckpointError, Piece, Stored, label, plain
+from fastlm.train.checkpoint import CheckpointError, Stored
 from fastlm.train.optim import Several
-from fastlm.train.parallel import Layout, Ranks
+from fastlm.train.parallel import Layout
+from fastlm.train.pieces import Piece, label, plain_name
+from fastlm.train.ranks import Ranks, SingleProcess
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def model_pieces(layout: Layout) -> dict[str, Piece]:
     out = tensor_pieces(layout, layout.params)
     out.update({n: Piece.whole(b) for n, b in _buffers(layout.model).items()})
     apart: frozenset[str] = getattr(layout.model, "saved_apart", frozenset())  # type: ignore[assignment]
-    return {name: piece for name, piece in out.items() if plain(name) not in apart}
+    return {name: piece for name, piece in out.items() if plain_name(name) not in apart}
 
 
 def tensor_pieces(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -44,7 +46,7 @@ def tensor_pieces(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Pi
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The same of a model that no mesh has cut, whole."""
-    return {name: piece.tensor for name, piece in model_pieces(Layout(model, Ranks())).items()}
+    return {name: piece.tensor for name, piece in model_pieces(Layout(model, SingleProcess())).items()}
 
 
 def _compare(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: object) -> None:
@@ -62,10 +64,10 @@ def fill(pieces: Mapping[str, Piece], stored: Stored, elsewhere: frozenset[str] 
 
     `elsewhere` are names of tensors that other stages hold."""
     given = {n: stored.shape(n) for n in stored.names() if n not in elsewhere}
-    _compare({plain(n): p.shape for n, p in pieces.items()}, given, stored)
+    _compare({plain_name(n): p.shape for n, p in pieces.items()}, given, stored)
     with torch.no_grad():
         for name, piece in pieces.items():
-            piece.tensor.copy_(stored.read(plain(name), piece.offset, tuple(piece.tensor.shape)))
+            piece.tensor.copy_(stored.read(plain_name(name), piece.offset, tuple(piece.tensor.shape)))
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
