@@ -2,7 +2,9 @@
 
 from fastlm.ops.attention import attention
 from fastlm.ops.dropout_add_norm import dropout_add_norm, norm
+from fastlm.ops.int8_matmul import int8_matmul
 from fastlm.ops.prune_mask import apply_mask_, bool_to_mask, mask_and, mask_count, mask_to_bool, prune_mask
+from fastlm.ops.quantize_int8 import quantize_int8
 from fastlm.ops.rotary import rotary
 
 __all__ = [
@@ -10,10 +12,12 @@ __all__ = [
     "attention",
     "bool_to_mask",
     "dropout_add_norm",
+    "int8_matmul",
     "mask_and",
     "mask_count",
     "mask_to_bool",
     "norm",
     "prune_mask",
+    "quantize_int8",
     "rotary",
 ]

@@ -27,9 +27,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Op:
     """``fastlm::<name>``, ``<name>_forward`` (same schema) and ``<name>_backward``, defined, and how they are called.
 
-    ``function.apply`` takes the forward schema's arguments and returns its outputs. The device of a call is that of its
-    first tensor. ``prepare(direction, args)``, where given, sees the real tensors of a call (never fake ones) and
-    returns what a backend gets: the place for checks of values and for views that must not show in a graph.
+    ``function.apply`` takes the forward schema's arguments and returns its outputs. An op without a gradient has neither
+    it nor a backward: its outputs are constants to autograd. The device of a call is that of its first tensor.
+    ``prepare(direction, args)``, where given, sees the real tensors of a call (never fake ones) and returns what a
+    backend gets: the place for checks of values and for views that must not show in a graph.
 
     The methods call the operators through PyTorch's dispatcher, or what it would call directly where nothing could tell
     (``_unseen``): a dispatch into Python is dear, more so behind a large op that has taken the cache, and there are four
@@ -40,18 +41,20 @@ class Op:
         self,
         name: str,
         forward_schema: str,
-        backward_schema: str,
+        backward_schema: str | None,
         fake_forward: Callable[..., Any],
-        fake_backward: Callable[..., Any],
-        function: type[torch.autograd.Function],
+        fake_backward: Callable[..., Any] | None,
+        function: type[torch.autograd.Function] | None,
         prepare: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] | None = None,
     ) -> None:
-        self.name, self._apply, self._prepare = name, function.apply, prepare
-        kernels = {
+        self.name, self._prepare = name, prepare
+        self._apply: Callable[..., Any] | None = None if function is None else function.apply
+        kernels: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any], str, Callable[..., Any]]] = {
             "": (self._with_autograd, self._run_forward, forward_schema, fake_forward),
             "_forward": (None, self._run_forward, forward_schema, fake_forward),
-            "_backward": (self._first_backward, self._run_backward, backward_schema, fake_backward),
         }
+        if backward_schema is not None and fake_backward is not None:
+            kernels["_backward"] = (self._first_backward, self._run_backward, backward_schema, fake_backward)
         for suffix, (with_autograd, run, schema, fake) in kernels.items():
             LIBRARY.define(name + suffix + schema)
             LIBRARY.impl(name + suffix, run, "CompositeExplicitAutograd")
@@ -59,7 +62,9 @@ class Op:
                 LIBRARY.impl(name + suffix, with_autograd, "Autograd")
             torch.library.register_fake(f"fastlm::{name}{suffix}", fake, lib=LIBRARY)
         self._whole = getattr(torch.ops.fastlm, name)
-        self._below = {d: getattr(torch.ops.fastlm, f"{name}_{d}") for d in ("forward", "backward")}
+        self._below = {
+            d: getattr(torch.ops.fastlm, f"{name}_{d}") for d in ("forward", "backward") if f"_{d}" in kernels
+        }
 
     def __call__(self, *args: Any) -> Any:
         """The op with autograd. RuntimeError under forward-mode differentiation and torch.func's transforms but vmap."""
@@ -81,7 +86,7 @@ class Op:
 
     def _with_autograd(self, *args: Any) -> Any:
         self._refuse_tangents(args)
-        if not _differentiable(args):
+        if self._apply is None or not _differentiable(args):
             return self.forward(*args)
         if _transformed():
             raise RuntimeError(

@@ -15,7 +15,11 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 # XORed into the seed, so that two ops given the same seed draw unrelated masks.
-OP_KEY = {"dropout_add_norm": 0x9E3779B97F4A7C15, "attention": 0xD1B54A32D192ED03}
+OP_KEY = {
+    "dropout_add_norm": 0x9E3779B97F4A7C15,
+    "attention": 0xD1B54A32D192ED03,
+    "quantize_int8": 0x8CB92BA72F3D8DD7,
+}
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,13 +59,18 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - threshold_of(p))
 
 
-def keep_mask(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], p: float, size: int
-) -> Tensor:
-    """Boolean keep-decisions. ``counter[0]`` broadcasts along the last axis as ``arange(ceil(size / 8))``.
+def bits16(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], size: int) -> Tensor:
+    """Sixteen random bits an element. ``counter[0]`` broadcasts along the last axis as ``arange(ceil(size / 8))``.
 
-    Returns a bool tensor whose last axis is ``size``: element 8c + 2w + h takes bits 16h to 16h+15 of word w.
+    Returns an int64 tensor whose last axis is ``size``: element 8c + 2w + h takes bits 16h to 16h+15 of word w.
     """
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)  # [..., chunks, 4]
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)  # [..., chunks * 8]
-    return halves[..., :size] >= threshold_of(p)
+    return halves[..., :size]
+
+
+def keep_mask(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], p: float, size: int
+) -> Tensor:
+    """Boolean keep-decisions from ``bits16``, of its shape."""
+    return bits16(counter, key, size) >= threshold_of(p)
