@@ -78,12 +78,14 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def survived(source: str, copy: str) -> tuple[int, int]:
-    """(names, numbers, code and quoted words of the prose that the copy has, those of the source)."""
+    """(names, numbers, code and quotations of the prose that the copy has, those of the source)."""
     cut = [s for p in prose.paragraphs(source) if not isinstance(p, str) for s in p.sentences]
     known = prose.names(cut)
     wanted = Counter(token for s in cut for token in prose.protected(s, known))
     have = Counter(w.strip(prose._EDGES) for w in copy.split())
-    return sum(min(n, have[w]) for w, n in wanted.items()), sum(wanted.values())
+    quotations, flat = [q for s in cut for q in prose.QUOTED.findall(s)], " ".join(copy.split())
+    whole = sum(quotation in flat for quotation in quotations)
+    return sum(min(n, have[w]) for w, n in wanted.items()) + whole, sum(wanted.values()) + len(quotations)
 
 
 def train(
@@ -142,12 +144,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600, help="training steps of each run")
     parser.add_argument("--provisional", default="", metavar="WHY", help="why times are not to be trusted")
+    parser.add_argument("--only", choices=["speed"], help="measure words a second alone, into the result that is there")
     args = parser.parse_args()
     evidence = Quality(__file__, of=[f"fastlm.data.augment.{m}" for m in ("job", "text", "thesaurus", "translate")],
                        provisional=args.provisional)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fastlm-augment-") as name:
-        measure(evidence, Path(name), args.steps)
-    evidence.save()
+        if args.only != "speed":
+            measure(evidence, Path(name), args.steps)
+        speed(evidence, Path(name))
+    evidence.save(part=args.only is not None)
+
+
+def speed(evidence: Quality, folder: Path) -> None:
+    """Words a second of each method, on the same text."""
+    found = documents()
+    take(found, HELD)
+    own = take(found, SIZE)
+    path, words = write(folder / "speed.jsonl", own), sum(len(t.split()) for t in own)
+    lines = []
+    for name, method in METHODS.items():
+        prose.sentences.cache_clear()
+        begin = time.perf_counter()
+        run(path, folder / f"speed-{name}.jsonl", method)
+        seconds = time.perf_counter() - begin
+        lines.append([name, f"{seconds:.1f}", f"{words / seconds:,.0f}"])
+        print(*lines[-1], flush=True)
+    evidence.table("Speed", ["method", "seconds", "words/s"], lines, f"{words:,} words, one process.")
 
 
 def measure(evidence: Quality, folder: Path, steps: int) -> None:
@@ -160,7 +182,6 @@ def measure(evidence: Quality, folder: Path, steps: int) -> None:
     own_data, own_train = whole(own_path), prepare(own_path, options, cache=cache)
     source = {groups.group_of(t.encode()): t for t in own}
     text_grams = set().union(*map(grams, own))
-    words = sum(len(t.split()) for t in own)
     sets: dict[str, tuple[list[Prepared], tuple[float, ...]]] = {"none": ([own_train], (1.0,))}
     made: dict[str, tuple[float, list[dict[str, Any]]]] = {}
     lines = []
@@ -177,7 +198,7 @@ def measure(evidence: Quality, folder: Path, steps: int) -> None:
         dropped = ", ".join(f"{k} {v}" for k, v in report.drops.items()) or "-"
         share = f"{c['kept']} of {c['sent']}" if c["sent"] else "-"
         lines.append([name, len(rows), share, dropped, c["replaced"] or "-", c["moved"] or "-", f"{len(new):,}",
-                      f"{kept / of:.2%}", f"{words / seconds:,.0f}"])  # fmt: skip
+                      f"{kept / of:.2%}", f"{kept:,} of {of:,}"])  # fmt: skip
         sets[name] = ([own_train, prepare((str(out),), options, cache=cache)], WEIGHTS)
         print(" ".join(map(str, lines[-1])), flush=True)
     sets["twice the real text"] = ([prepare(write(folder / "more.jsonl", own + more), options, cache=cache)], (1.0,))
@@ -198,7 +219,7 @@ def measure(evidence: Quality, folder: Path, steps: int) -> None:
     evidence.table(
         "Copies of 200 KB of prose",
         ["method", "copies", "sentences kept", "dropped", "words replaced", "sentences moved", "new 3-grams",
-         "names, numbers, code, quotations kept", "words/s"],
+         "names, numbers, code, quotations kept", "as counts"],
         lines,
         f"The source has {len(text_grams):,} different 3-grams of words.",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastlm.cli.main import main
-from fastlm.data import InputError, cutting, groups
+from fastlm.data import InputError, groups
 from fastlm.data.augment import Augment, run, thesaurus, translate
 from fastlm.data.augment import job as jobs
 from fastlm.data.augment import text as prose
@@ -113,6 +113,30 @@ def test_a_score_chooses_the_synonym(book: thesaurus.Thesaurus) -> None:
         assert thesaurus.replace("It evaluates them.", 1.0, book, random.Random(seed), score)[0] == "It measures them."
 
 
+def test_what_is_protected_is_never_replaced(book: thesaurus.Thesaurus) -> None:
+    """One rule says what stays; what it names is in every replacement, whatever the marks around it."""
+    quoted = ("`path' evaluates, `evaluates' is it.", "`a' b `evaluates` evaluates", "``evaluates`` evaluates x()",
+              "evaluates: 'evaluates' evaluates(1)", "“It evaluates. He evaluates.” She evaluates.")  # fmt: skip
+    for sentence in quoted:
+        for seed in range(5):
+            text, count = thesaurus.replace(sentence, 1.0, book, random.Random(seed))
+            assert translate.lost(sentence, text, set()) == []
+            assert len(text.split()) == len(sentence.split())
+            assert count == len([w for w in sentence.split() if w.strip(".,:") == "evaluates"]) - ("“" in sentence)
+
+
+def test_a_quotation_loses_neither_its_marks_nor_its_sentences() -> None:
+    assert translate.lost("The `verbose` argument and the flag.", "The verbose argument and the flag.", set()) == [
+        "`verbose`"
+    ]
+    assert translate.lost('He said "no" twice.', 'He said "no" two times.', set()) == []
+    text = 'He said "One thing is that. Another is this." Then he went. So did she.'
+    cut = prose.sentences(text)
+    assert cut == ('He said "One thing is that. Another is this."', "Then he went.", "So did she.")
+    apart = prose._whole_quotations(['He said "One.', 'Two." Then.', "So."])
+    assert list(apart) == ['He said "One. Two." Then.', "So."]
+
+
 @pytest.mark.parametrize("reach", [1, 3])
 def test_a_sentence_moves_at_most_so_far(reach: int) -> None:
     orders = {tuple(jobs.shuffled(7, reach, random.Random(seed))) for seed in range(200)}
@@ -130,8 +154,7 @@ def test_every_copy_has_its_source_s_group_and_same_seed_same_bytes(corpus: Path
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     own = {groups.group_of(t.encode()) for t in texts} | {"cluster-9"}
     assert {row["group"] for row in rows} <= own
-    if hasattr(cutting.Piece(b""), "group"):
-        assert "cluster-9" in {row["group"] for row in rows}
+    assert "cluster-9" in {row["group"] for row in rows}
     assert report.counts["rows"] == len(rows) > 300
     assert not {row["text"] for row in rows} & set(texts)
     for row in rows:

@@ -104,10 +104,15 @@ class Quality:
         """Texts before and after, shown one under the other."""
         self.data["examples"].append({"title": title, "pairs": [list(pair) for pair in pairs]})
 
-    def save(self) -> Path:
-        """Writes the result and makes docs/remedies.md anew. Raises ValueError if nothing was measured."""
+    def save(self, part: bool = False) -> Path:
+        """Writes the result and makes docs/remedies.md anew; of a part, its tables take the place of those of the same titles.
+
+        Raises ValueError if nothing was measured, and where a part is of other sources than the rest.
+        """
         from fastlm.bench import remedies
 
+        if part:
+            self._into_the_rest()
         if not self.data["rows"]:
             raise ValueError(f"{self.path.name} would hold no row")
         self.data["seconds"] = round(time.monotonic() - self.begin, 1)
@@ -115,6 +120,18 @@ class Quality:
         remedies.write(self.root)
         print(f"wrote {self.path.relative_to(self.root)} and {remedies.PAGE} ({self.data['seconds']} s)")
         return self.path
+
+    def _into_the_rest(self) -> None:
+        """The result on disk with the tables measured here, each with the day on which it was."""
+        rest = load(self.root).get(self.path.stem)
+        if rest is None or rest["sources"] != self.data["sources"]:
+            raise ValueError(f"{self.path.name} is not of these sources: run the whole script first")
+        new = {table["title"]: table for table in self.data["tables"]}
+        for table in new.values():
+            table["note"] = f"{table['note']} Measured alone, {self.data['date'][:10]}.".strip()
+        old = [new.pop(table["title"], table) for table in rest["tables"]]
+        self.begin -= rest["seconds"]
+        self.data = rest | {"tables": [*old, *new.values()]}
 
 
 def _shown(words: Sequence[str]) -> list[str]:

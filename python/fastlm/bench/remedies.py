@@ -112,7 +112,8 @@ ROWS = (
     Remedy("crowds", DATA, "Crowds", "fastlm data tasks IN --out tasks.json; fastlm data labels EXPORT --out FILE",
            "Built; a test holds the round trip and that spammers do not decide. "
            "Its gain on real crowd labels is not measured yet."),
-    Remedy("card", DATA, "Representative data", "fastlm data card CORPUS", PLANNED),
+    Remedy("card", DATA, "Representative data", "fastlm data card CORPUS --model RUN",
+           "Built; tests hold its counts to corpora of known content, and its interval to how often it covers the truth."),
     Remedy("filtering", TOXIC, "Filtering", "fastlm data filter LABELLED --out FOLDER", PLANNED),
     Remedy("adversarial", TOXIC, "Adversarial training", "fastlm data filter LABELLED --attack --out FOLDER", PLANNED),
     Remedy("curated", TOXIC, "Curated fine-tuning", "fastlm train chats.jsonl --init RUN --sft", PLANNED + " `fastlm train "

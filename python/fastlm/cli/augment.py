@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ from fastlm.data.errors import InputError
 from fastlm.train import job as runs
 
 
-def scorer(run: str, device: str = "cpu") -> Score:
-    """The loss of each text, in nats of the whole text, by a run's model; of a long text its end."""
+def scorer(run: str, device: str = "cpu", whole: bool = False) -> Score:
+    """The loss of each text, in nats of the whole text, by a run's model; of one longer than the context that of its end,
+    or NaN where only `whole` texts count."""
     model, tokenizer = runs.load(runs.find_run(run), device)
     model.eval()
     place = next(model.parameters()).device
@@ -28,7 +30,11 @@ def scorer(run: str, device: str = "cpu") -> Score:
     def score(texts: list[str]) -> list[float]:
         out = []
         for text in texts:
-            ids = [tokenizer.eot, *tokenizer.encode(text.encode()).tolist()][-model.config.context - 1 :]
+            ids = [tokenizer.eot, *tokenizer.encode(text.encode()).tolist()]
+            if whole and len(ids) > model.config.context + 1:
+                out.append(math.nan)
+                continue
+            ids = ids[-model.config.context - 1 :]
             tokens = torch.as_tensor(ids, device=place)[None].long()
             logits = model(tokens[:, :-1])
             logits = logits[0] if isinstance(logits, tuple) else logits

@@ -21,7 +21,7 @@ def tasks(names: tuple[str, ...], count: int, seed: int, field: str = "text") ->
     for path in corpus.expand(names):
         for piece in corpus.documents(path, field):
             text = piece.text.decode("utf-8", "replace")
-            group = getattr(piece, "group", "") or groups.group_of(piece.text)
+            group = piece.group or groups.group_of(piece.text)
             found.append({"data": {"text": text, "group": group, "source": path.name}})
     if not found:
         raise InputError(f"{' '.join(names)} holds no text to label")

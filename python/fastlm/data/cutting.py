@@ -24,7 +24,7 @@ class Piece:
     """Bytes of one document; `last` closes it, and `first` opens it.
 
     `mark` is what the split goes by where that is not the text: the mark of the row's `group`, or of the document's head
-    where the text is only a part of it.
+    where the text is only a part of it. `source` is what the row says it is from.
     """
 
     text: bytes
@@ -32,6 +32,7 @@ class Piece:
     first: bool = True
     mark: float | None = None
     group: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)

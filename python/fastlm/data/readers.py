@@ -23,6 +23,7 @@ from fastlm.data.cutting import Part, Piece
 from fastlm.data.errors import InputError
 
 GROUP = "group"  # the key of a row, or the column, that copies of one text share
+SOURCE = "source"  # that says where its text is from
 COLUMNS = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -177,7 +178,7 @@ class _NoZero(io.RawIOBase):
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
-def _row(value: Any, where: str, group: Any = None) -> Iterator[Piece]:
+def _row(value: Any, where: str, group: Any = None, source: Any = None) -> Iterator[Piece]:
     if isinstance(value, str):
         value = _bytes(value)
     if value is not None and not isinstance(value, bytes):
@@ -185,16 +186,16 @@ def _row(value: Any, where: str, group: Any = None) -> Iterator[Piece]:
     if value:
         if b"\0" in value:
             raise InputError(f"{where}: the text holds the byte 0, which no text does; remove it, or the row")
-        yield _grouped(value, group, where)
+        yield _grouped(value, group, source if isinstance(source, str) else "", where)
 
 
-def _grouped(text: bytes, group: Any, where: str) -> Piece:
+def _grouped(text: bytes, group: Any, source: str, where: str) -> Piece:
     """A row's text, whose side of the split its group decides where it has one."""
     if group is None or group == "":
-        return Piece(text)
+        return Piece(text, source=source)
     if isinstance(group, bool) or not isinstance(group, str | int):
         raise InputError(f"{where}: the group must be a string, it is a {type(group).__name__}")
-    return Piece(text, mark=groups.mark(str(group)), group=str(group))
+    return Piece(text, mark=groups.mark(str(group)), group=str(group), source=source)
 
 
 def _object(row: Any, field: str, where: str) -> Iterator[Piece]:
@@ -203,7 +204,7 @@ def _object(row: Any, field: str, where: str) -> Iterator[Piece]:
     if field not in row:
         has = ", ".join(row) or "nothing"
         raise InputError(f"{where}: not a JSON object with a text in {field!r}; it has {has} (--field)")
-    yield from _row(row[field], where, row.get(GROUP))
+    yield from _row(row[field], where, row.get(GROUP), row.get(SOURCE))
 
 
 def _line(line: bytes, field: str, where: str) -> Iterator[Piece]:
@@ -294,13 +295,13 @@ def _table(stream: IO[bytes], field: str, path: Path) -> Iterator[Piece]:
         if names and field not in names:
             raise InputError(f"{path} has no column {field!r}; its first line names {', '.join(names)} (--field)")
         column = names.index(field) if names else 0
-        group = names.index(GROUP) if GROUP in names else None
+        others = [names.index(name) if name in names else None for name in (GROUP, SOURCE)]
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if row and len(row) != len(names):
                 raise InputError(f"{where}: the row has {len(row)} columns, and the first line names {len(names)}")
             if row:
-                yield from _row(row[column], where, None if group is None else row[group])
+                yield from _row(row[column], where, *(None if at is None else row[at] for at in others))
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
     finally:
@@ -316,7 +317,7 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
     with open(path, "rb") as file:
         if kind(path) == ".parquet":
             table = pq.ParquetFile(file)
-            wanted = [name for name in (field, GROUP) if name in table.schema_arrow.names]
+            wanted = [name for name in (field, GROUP, SOURCE) if name in table.schema_arrow.names]
             schema, batches = table.schema_arrow, lambda: table.iter_batches(batch_size=1024, columns=wanted)
         elif file.read(6) == b"ARROW1":
             file.seek(0)
@@ -332,10 +333,11 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
         for batch in batches():
             named = batch.schema.names
             column = batch.column(named.index(field)).to_pylist()
-            group = batch.column(named.index(GROUP)).to_pylist() if GROUP in named else [None] * len(column)
-            for value, own in zip(column, group):
+            others = [batch.column(named.index(name)).to_pylist() if name in named else [None] * len(column)
+                      for name in (GROUP, SOURCE)]  # fmt: skip
+            for value, group, source in zip(column, *others):
                 number += 1
-                yield from _row(value, f"{path}, row {number}", own)
+                yield from _row(value, f"{path}, row {number}", group, source)
 
 
 # ------------------------------------------------------------------------------------------------------------------ text

@@ -104,7 +104,7 @@ def _texts(files: list[Path], options: Augment, block: int) -> Iterator[Source]:
     for path in files:
         head = ""
         for piece in corpus.documents(path, options.field, options.separator):
-            own = getattr(piece, "group", "")
+            own = piece.group
             head = own or (groups.group_of(piece.text) if piece.first else head)
             by_block = block and not own
             for part in cutting.cut(piece.text, block) if by_block else [piece.text]:

@@ -14,7 +14,9 @@ from fastlm.data.errors import InputError
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 TOKEN = re.compile(r"\S+")
-QUOTED = re.compile(r"""``[^`\n]+``|`[^`\n]+`|"[^"]+"|“[^”]+”|«[^»]+»|‘[^’]+’|(?<!\w)'[^'\n]+'(?!\w)""")
+QUOTED = re.compile(
+    r"""``[^`\n]+``|`[^`'\s]+'(?!\w)|`[^`\n]+`|"[^"]+"|“[^”]+”|«[^»]+»|‘[^’]+’|(?<!\w)'[^'\n]+'(?!\w)"""
+)
 _BLANK = re.compile(r"(\n[ \t]*\n\s*)")
 _LEAVE = re.compile(r"^\s*(>>>|\.\.\.|\.\. |[|+#$%@<{}\[\]]|[-=~*^]{3,}|\S+\s*::?=)|[|]\s|\s{3,}\S|::\s*$")
 _EDGES = "()[]{}.,;:!?\"'`“”‘’«»…–—-"  # punctuation around a word
@@ -42,12 +44,27 @@ def _segmenter(language: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def sentences(text: str, language: str = "en") -> tuple[str, ...]:
-    """The sentences of a paragraph on one line, without the blanks between them."""
+    """The sentences of a paragraph on one line, without the blanks between them; those that share a quotation are one."""
     found = [s.strip() for s in _segmenter(language).segment(text)]
     found = [s for s in found if s]
-    return (
-        tuple(found) if " ".join(found).split() == text.split() else (text,)
-    )  # a segmenter that loses text is not followed
+    if " ".join(found).split() != text.split():
+        return (text,)  # a segmenter that loses text is not followed
+    return tuple(_whole_quotations(found))
+
+
+def _whole_quotations(found: list[str]) -> Iterator[str]:
+    """Sentences, joined where a quotation goes from one into the next: none of its words may change or move away."""
+    joined, held, at = " ".join(found), list[str](), 0
+    quoted = [m.span() for m in QUOTED.finditer(joined)]
+    for sentence in found:
+        held.append(sentence)
+        at += len(sentence)
+        if not any(start < at < end for start, end in quoted):
+            yield " ".join(held)
+            held = []
+        at += 1
+    if held:
+        yield " ".join(held)
 
 
 @dataclass
@@ -113,8 +130,8 @@ def names(found: list[str]) -> set[str]:
     return out
 
 
-def protected(sentence: str, known: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    """The tokens of a sentence that must survive: names, numbers, code, and the words of quotations, as they stand."""
+def kept(sentence: str, known: set[str] = frozenset()) -> list[tuple[int, int, str]]:  # type: ignore[assignment]
+    """(start, end, word) of the tokens of a sentence that must survive: names, numbers, code, and quotations as they stand."""
     quoted = [m.span() for m in QUOTED.finditer(sentence)]
     out = []
     for i, match in enumerate(TOKEN.finditer(sentence)):
@@ -122,5 +139,10 @@ def protected(sentence: str, known: set[str] = frozenset()) -> list[str]:  # typ
         inside = any(a < match.end() and match.start() < b for a, b in quoted)
         name = word[:1].isupper() and (i > 0 or word in known or word.isupper()) and word != "I"
         if word and (inside or name or is_code(match.group())):
-            out.append(word)
+            out.append((*match.span(), word))
     return out
+
+
+def protected(sentence: str, known: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    """The words of the tokens that must survive."""
+    return [word for *_, word in kept(sentence, known)]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fastlm.data.augment.text import QUOTED, WORD, is_code, needed
+from fastlm.data.augment.text import WORD, kept, needed
 from fastlm.data.errors import InputError
 
 FOLDERS = ("/usr/share/mythes", "/usr/share/myspell/dicts", "/usr/share/hunspell", "/opt/homebrew/share/mythes")
@@ -146,7 +146,7 @@ def replace(
     sentence: str, rate: float, thesaurus: Thesaurus, rng: random.Random, score: Score | None = None
 ) -> tuple[str, int]:
     """A sentence with about `rate` of its words replaced, and how many were. `score` chooses among synonyms."""
-    quoted = [m.span() for m in QUOTED.finditer(sentence)]
+    stays = [(start, end) for start, end, _ in kept(sentence)]
     words = list(WORD.finditer(sentence))
     places = []
     for i, match in enumerate(words):
@@ -154,8 +154,8 @@ def replace(
         token = sentence[sentence.rfind(" ", 0, start) + 1 : (sentence.find(" ", end) + 1 or len(sentence) + 1) - 1]
         if (
             len(word) >= SHORT and word.islower() and word.isalpha() and word not in _KEPT
-            and not is_code(token) and "-" not in token
-            and not any(a < end and start < b for a, b in quoted)
+            and "-" not in token
+            and not any(a < end and start < b for a, b in stays)
         ):  # fmt: skip
             before = words[i - 1].group().lower() if i and not sentence[words[i - 1].end() : start].strip() else ""
             after = words[i + 1].group().lower() if i + 1 < len(words) else ""

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastlm.data.augment.text import _EDGES, needed, protected
+from fastlm.data.augment.text import _EDGES, QUOTED, needed, protected
 from fastlm.data.errors import InputError
 
 CHRF = (30.0, 95.0)
@@ -142,9 +142,13 @@ class Seq2Seq:
 
 
 def lost(source: str, made: str, names: set[str]) -> list[str]:
-    """The protected tokens of the source that are not in what was made of it, as often."""
+    """The protected words and the quotations of the source that are not in what was made of it, as often and as they stand.
+
+    A quotation counts with its marks: without them its words would be free for what comes after.
+    """
     have = Counter(word.strip(_EDGES) for word in made.split())
-    return sorted((Counter(protected(source, names)) - have).elements())
+    quotations = Counter(QUOTED.findall(source)) - Counter(QUOTED.findall(made))
+    return sorted((Counter(protected(source, names)) - have + quotations).elements())
 
 
 def judge(source: str, made: str | None, names: set[str], chrf: Any) -> str:

@@ -14,6 +14,15 @@ from fastlm.data import corpus as corpora
 from fastlm.data.cutting import Part, Piece
 
 
+def pieces(unit: list[Any], field: str, separator: str) -> Iterator[Piece]:
+    """The pieces of a unit of a task."""
+    path, start, end, size, rows, ordered = unit
+    if ordered:
+        yield from corpora.documents(Path(path), field, separator)
+    else:
+        yield from corpora.pieces((Part(Path(path), start, end, size, rows),), field)
+
+
 class Read(PipelineStep):
     """Reads the files of a plan. A document above 8 MiB comes in blocks of 64 KiB, each a document."""
 
@@ -24,18 +33,11 @@ class Read(PipelineStep):
         super().__init__()
         self.plan, self.field, self.separator, self.tally = plan, field, separator, tally
 
-    def pieces(self, unit: list[Any]) -> Iterator[Piece]:
-        path, start, end, size, rows, ordered = unit
-        if ordered:
-            yield from corpora.documents(Path(path), self.field, self.separator)
-        else:
-            yield from corpora.pieces((Part(Path(path), start, end, size, rows),), self.field)
-
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         units = json.loads(self.plan.read_text())["tasks"][rank]
         number = size = 0
         for unit in units:
-            for place, piece in enumerate(self.pieces(unit)):
+            for place, piece in enumerate(pieces(unit, self.field, self.separator)):
                 text = piece.text.decode("utf-8", "replace")
                 number, size = number + 1, size + len(piece.text)
                 source = f"{Path(unit[0]).name}:{unit[1]}+{place}"

@@ -27,14 +27,16 @@ FORMAT = 1
 _Unit = tuple[str, int, int, int, bool, bool]  # path, start, end, size, rows, read in order
 
 
-def needed() -> None:
+def needed(command: str = "clean") -> None:
     """Raises InputError that names the packages of the extra `data` that are missing."""
     import importlib.util
 
     names = {"datatrove": "datatrove", "ftfy": "ftfy", "py3langid": "py3langid", "trafilatura": "trafilatura",
              "lxml_html_clean": "lxml_html_clean", "phonenumbers": "phonenumbers", "stdnum": "python-stdnum"}  # fmt: skip
     if missing := [pip for name, pip in names.items() if importlib.util.find_spec(name) is None]:
-        raise InputError(f"fastlm data clean needs {', '.join(missing)}: pip install -c constraints.txt 'fastlm[data]'")
+        raise InputError(
+            f"fastlm data {command} needs {', '.join(missing)}: pip install -c constraints.txt 'fastlm[data]'"
+        )
 
 
 def tasks(files: list[Path], options: CleanOptions) -> list[list[_Unit]]:
