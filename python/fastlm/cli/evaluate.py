@@ -17,6 +17,7 @@ from fastlm.cli.data import reading
 from fastlm.data import prepare
 from fastlm.train import job
 from fastlm.train.config import Config
+from fastlm.train.folders import has_data
 from fastlm.train.machine import autocast
 
 
@@ -39,7 +40,7 @@ def evaluate(
     folder = job.find_run(run, out)
     model, tokenizer = job.load(folder, device)
     place = next(model.parameters()).device
-    own = (folder / "state.json").is_file() or not list(folder.glob("metrics.jsonl"))  # no run, but a model alone
+    own = not has_data(folder)
     if own and not text:
         raise job.InputError(f"{folder} is a model without a run's data: name a TEXT to evaluate on")
     config, corpus = (Config(), ()) if own else job.read_config(folder)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend, rng
+from fastlm.compress import quantize
 from fastlm.swap import (  # noqa: F401  (some register their rules)
     attention,
     blocks,
@@ -34,7 +35,18 @@ from fastlm.swap.rules import RULES, Reason, Rewrite
 __all__ = ["Explanation", "Report", "Row", "explain", "swap", "unswap"]
 
 
-def swap(model: nn.Module, *, verify: Any = None, dry_run: bool = False) -> Report:
+def swap(
+    model: nn.Module,
+    *,
+    verify: Any = None,
+    dry_run: bool = False,
+    int8: str | None = None,
+    include: quantize.Patterns = None,
+    exclude: quantize.Patterns = None,
+    group: int | None = None,
+    rows: int | None = None,
+    only_faster: bool = True,
+) -> Report:
     """Changes modules of ``model`` to subclasses that run fastlm's ops. Swapping twice changes nothing more.
 
     Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, in blocks of
@@ -50,21 +62,43 @@ def swap(model: nn.Module, *, verify: Any = None, dry_run: bool = False) -> Repo
             outputs and gradients are held to twice PyTorch's error against float64; in training the kernels to the
             reference backend with equal seeds. A rule that disagrees is left out and named in ``left``.
         dry_run: only reports what would be done.
+        int8: also make linear layers int8. "dynamic" and "weight_only" are conversions, which change parameters: each layer
+            becomes an ``fastlm.nn.Int8Linear`` in place, for inference or as the frozen base of adapters. "training" makes it
+            an ``Int8TrainingLinear``, whose parameters stay. Embeddings, the output head and norms stay in float.
+        include, exclude: of int8, patterns of paths: "blocks.*.mlp.*", "blocks.0" with all below it, or a last name, "qkv".
+        group: of int8="weight_only": columns that share a scale, 32, 64 or 128; None: a whole row.
+        rows, only_faster: each shape of layer is timed once with so many rows (None: 512 for "dynamic", 1 for "weight_only",
+            2048 for "training"), and stays in float where int8 is slower; only_faster=False converts and times nothing.
 
     Returns a report that prints as a table: module, was, is, backend; and what could not be swapped, and why. After a
     forward ``report.seen`` says how often the op ran in each module, and why not.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: ``verify`` was given for a model that cannot be copied, or gives no tensor of floating numbers.
+        ValueError: ``verify`` was given for a model that cannot be copied, or gives no tensor of floating numbers; int8 or
+            what belongs to it is none of those above, or a pattern matches no linear layer.
     """
     _check(model, "swap")
+    conversion = None
+    if int8 is not None:
+        conversion = quantize.plan(
+            model, int8, include=include, exclude=exclude, group=group, rows=rows, only_faster=only_faster
+        )
+    elif include is not None or exclude is not None or group is not None:
+        raise ValueError("fastlm.swap: include, exclude and group say which layers become int8; int8 is None")
     refused: dict[str, str] = {}
     if verify is not None:
         from fastlm.swap import verify as verifying
 
         refused = verifying.refused_rules(model, verify, lambda m, skip: _apply(m, skip), unswap)
-    return _apply(model, frozenset(refused), refused, dry_run)
+    report = _apply(model, frozenset(refused), refused, dry_run)
+    if conversion is not None:
+        report.converted += conversion.converted
+        report.rows_timed = conversion.rows
+        report.left += conversion.left
+        if not dry_run:
+            quantize.convert(conversion)
+    return report
 
 
 def _apply(
@@ -151,6 +185,9 @@ def _put_back(module: nn.Module, cls: type[nn.Module]) -> None:
 def unswap(model: nn.Module) -> int:
     """Gives every swapped module its original class again, with its current parameters. Returns how many there were.
 
+    A layer that ``swap(model, int8=...)`` converted is a float layer again, of the dtype it had. Its values are the
+    dequantised ones: what rounding to int8 took is gone.
+
     What was put around modules since (FSDP2, parametrisations, accelerate's hooks) stays, around the original.
 
     Raises:
@@ -170,7 +207,7 @@ def unswap(model: nn.Module) -> int:
     for _, module in swapped:
         _take_off(module)
     rng.unset(model)
-    return len(swapped)
+    return len(swapped) + quantize.restore(model)
 
 
 def _take_off(module: nn.Module) -> None:

@@ -241,13 +241,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def write_base(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Whole tensors as a folder that `verify` checks. Raises CheckpointError where it cannot be written."""
+def write_base(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, Any] | None = None) -> None:
+    """Whole tensors, and texts as JSON, as a folder that `verify` checks. CheckpointError where it cannot be written."""
     draft = folder.parent / f".draft-{folder.name}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
         manifest = write_groups(draft, {"model": {n: Piece.whole(t) for n, t in tensors.items()}}, 0, 1)
-        seal(draft, folder, manifest, {})
+        seal(draft, folder, manifest, texts or {})
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.compress import Held
 from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
@@ -65,11 +66,14 @@ BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 
 @dataclass(frozen=True)
 class Source:
-    """A model read from somewhere: its shape, its plain tensors in float32, and its tokenizer where that is known."""
+    """A model read from somewhere: its shape, its plain tensors in float32, and its tokenizer where that is known.
+
+    Of a model whose layers are int8 `tensors` has the dequantised values, and `int8` the integers."""
 
     shape: GPTConfig
     tensors: dict[str, Tensor]
     tokenizer: dict[str, Any] | None
+    int8: Held | None = None
 
 
 # -------------------------------------------------------------------------------------------------------------------- in
@@ -109,16 +113,43 @@ def read_model(path: Path) -> Source:
         shape = GPTConfig(**config["model"])
     except (TypeError, ValueError) as error:
         raise InputError(f"{run / 'config.json'} cannot be read: {error}") from None
-    if own is None and checkpoint.steps(run):
+    int8 = None
+    if own is None and config.get("compressed"):
+        tensors, int8 = _compressed(run, config["compressed"])
+    elif own is None and checkpoint.steps(run):
         tensors = _chosen(run)
     else:
         tensors = checkpoint_tensors(own) if own is not None else _files(path)
     if (run / lora.BASE).is_dir():
-        checkpoint.verify(run / lora.BASE)
-        tensors = {**checkpoint.read_safetensors(run / lora.BASE / "model.safetensors"), **tensors}
+        tensors = {**base_tensors(run)[0], **tensors}
         settings = config["config"]["model"]
         tensors = lora.merged(tensors, settings["lora_alpha"] / settings["lora_rank"])
-    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"))
+    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"), int8)
+
+
+def _compressed(run: Path, record: Any) -> tuple[dict[str, Tensor], Held | None]:
+    """The float tensors of a folder that `fastlm compress` wrote, and its int8 layers."""
+    checkpoint.verify(run)
+    tensors = checkpoint.read_safetensors(run / "model.safetensors")
+    try:
+        facts = record.get("int8")
+        int8 = Held.of(tensors, facts) if facts else None
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{run} cannot be read: {error}") from None
+    return (tensors if int8 is None else int8.floats(tensors)), int8
+
+
+def base_tensors(run: Path) -> tuple[dict[str, Tensor], Held | None]:
+    """The float tensors of the frozen base beside a run's adapters, and its int8 layers where it has some."""
+    checkpoint.verify(run / lora.BASE)
+    tensors = checkpoint.read_safetensors(run / lora.BASE / "model.safetensors")
+    if not (run / lora.BASE / lora.INT8).is_file():
+        return tensors, None
+    try:
+        int8 = Held.of(tensors, _json(run / lora.BASE / lora.INT8))
+    except ValueError as error:
+        raise InputError(f"{run / lora.BASE} cannot be read: {error}") from None
+    return int8.floats(tensors), int8
 
 
 def _chosen(run: Path) -> dict[str, Tensor]:

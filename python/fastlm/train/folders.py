@@ -91,6 +91,16 @@ def find_init(name: str, out: str) -> Path:
     return Path(name) if Path(name).exists() else find_run(name, out)
 
 
+def has_data(folder: Path) -> bool:
+    """Whether a folder is a run's, or made of one: its config.json names a corpus. A checkpoint's or exported one is not."""
+    if (folder / "state.json").is_file():
+        return False
+    try:
+        return "corpus" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -219,11 +219,13 @@ class Job:
         model = GPT(self.shape)
         if given is not None:
             state.load_model(model, given.tensors, config.model.init)
+        self.int8 = None if given is None else given.int8
         if config.model.lora_rank:
             if origin is not None:
-                checkpoint.verify(origin / lora.BASE)
-                base = checkpoint.read_safetensors(origin / lora.BASE / "model.safetensors")
-                state.load_model(model, base, origin / lora.BASE)
+                floats, self.int8 = export.base_tensors(origin)
+                state.load_model(model, floats, origin / lora.BASE)
+            if self.int8 is not None:
+                self.int8.into(model)
             base = state.model_tensors(model)
             lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
 
@@ -264,9 +266,13 @@ class Job:
         if not self.ranks.first:
             return
         if self.new:
-            checkpoint.write_base(self.folder / lora.BASE, base)
+            self._write_base(base)
         else:
             self.base = {name: t.detach().clone() for name, t in base.items()}
+
+    def _write_base(self, tensors: dict[str, torch.Tensor]) -> None:
+        texts = {lora.INT8: self.int8.facts()} if self.int8 is not None else {}
+        checkpoint.write_base(self.folder / lora.BASE, tensors, texts)
 
     def begin(self) -> None:
         """Write what the run is into its folder. `fit` calls it when nothing can refuse the run any more."""
@@ -280,7 +286,7 @@ class Job:
 
     def _write_folder(self) -> None:
         if self.base is not None:
-            checkpoint.write_base(self.folder / lora.BASE, self.base)
+            self._write_base(self.base)
             self.base = None
         checkpoint.clean(self.folder)
         report.write_facts(self.folder, self.facts())
@@ -357,6 +363,11 @@ class Job:
 
     def _announce(self, say: Callable[[str], None]) -> None:
         d, c = self.data[0].manifest, self.costs
+        if self.int8 is not None:
+            how = "its int8 layers stay as they are" if self.config.model.lora_rank else (
+                "training starts at its dequantised weights, in float (--lora-rank keeps them in int8)"
+            )
+            say(f"--init is an int8 model: {how}")
         say(
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
             f"tokens (split by {d['split']})"
@@ -536,4 +547,6 @@ def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]
         raise InputError(f"{folder} holds no tokenizer.json, so there is no telling what its tokens mean")
     model = GPT(found.shape)
     state.load_model(model, found.tensors, folder)
+    if found.int8 is not None:
+        found.int8.into(model)
     return model.to(pick_device(device)).eval(), tokenizers.load(spec)

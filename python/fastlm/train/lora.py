@@ -1,20 +1,23 @@
 """LoRA (Hu et al. 2021): y = W x + (alpha / rank) B (A x), where W is frozen and only A [rank, in], B [out, rank] train.
 
-A Linear becomes a LoraLinear by its class alone, so names, hooks and swap stay as they are. B starts at zero: the model
-starts as the base, to the bit. The base's tensors are written once, into RUN/base; checkpoints hold the adapters.
+A Linear becomes a LoraLinear by its class alone, so names, hooks and swap stay as they are; an Int8Linear, a quarter of
+the memory, becomes a LoraInt8Linear. B starts at zero: the model starts as the base, to the bit. The base's tensors are written once, into RUN/base; checkpoints hold the adapters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.data.errors import InputError
+from fastlm.nn import Int8Linear
 
 BASE = "base"  # the folder of a run that holds what LoRA leaves as it was
+INT8 = "int8.json"  # in it, of an int8 base: what its tensors do not tell
 
 
 class LoraLinear(nn.Linear):
@@ -28,6 +31,20 @@ class LoraLinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
 
 
+class LoraInt8Linear(Int8Linear):
+    """A frozen Int8Linear and its two trained factors, which are float. Input [..., in], output [..., out]."""
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    lora_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
+
+
+ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, Int8Linear: LoraInt8Linear}
+
+
 def apply(model: nn.Module, rank: int, alpha: float, targets: Iterable[str]) -> list[str]:
     """Freeze `model` and give every Linear whose last name is among `targets` its factors; returns their paths.
 
@@ -35,7 +52,7 @@ def apply(model: nn.Module, rank: int, alpha: float, targets: Iterable[str]) -> 
     no Linear has; `head` is none, since the chunked loss reads its weight and not its output.
     """
     wanted = set(targets)
-    linear = {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path != "head"}
+    linear = {path: m for path, m in model.named_modules() if type(m) in ADAPTED and path != "head"}
     names = {path.rsplit(".", 1)[-1] for path in linear}
     if not wanted or wanted - names:
         unknown = ", ".join(sorted(wanted - names)) or "nothing"
@@ -44,12 +61,12 @@ def apply(model: nn.Module, rank: int, alpha: float, targets: Iterable[str]) -> 
     model.requires_grad_(False)
     chosen = [path for path in linear if path.rsplit(".", 1)[-1] in wanted]
     for path in chosen:
-        module = linear[path]
-        like = module.weight
-        module.__class__ = LoraLinear
-        assert isinstance(module, LoraLinear)
-        module.lora_a = nn.Parameter(like.new_empty(rank, like.shape[1]))
-        module.lora_b = nn.Parameter(like.new_zeros(like.shape[0], rank))
+        module: Any = linear[path]
+        dtype = module.float_dtype if isinstance(module, Int8Linear) else module.weight.dtype
+        like, (rows, columns) = module.weight.new_empty(0, dtype=dtype), module.weight.shape
+        module.__class__ = ADAPTED[type(module)]
+        module.lora_a = nn.Parameter(like.new_empty(rank, columns))
+        module.lora_b = nn.Parameter(like.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(module.lora_a, a=math.sqrt(5))
         module.lora_scale = alpha / rank
     return chosen

@@ -1,0 +1,75 @@
+"""`fastlm compress RUN --int8`: a trained model made smaller, with what that costs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import tyro
+
+from fastlm import console
+from fastlm.cli.data import reading
+from fastlm.train import compressing, job
+from fastlm.train.bounds import COUNT, SEED, Range, check
+
+
+def compress(
+    run: tyro.conf.Positional[str] = "",
+    text: tyro.conf.Positional[tuple[str, ...]] = (),
+    int8: bool = False,
+    weight_only: bool = False,
+    group: Literal[32, 64, 128] | None = None,
+    smooth: bool = False,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    only_faster: bool = False,
+    samples: int = 64,
+    seed: int = 1,
+    name: str = "",
+    device: str = "auto",
+    out: str = "runs",
+) -> int:
+    """Make a trained model smaller.
+
+    Prints size, speed and perplexity before and after, and writes a run's folder that generate, eval, export and
+    train --init take.
+
+    Args:
+        run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
+        text: Files, folders or globs to measure and calibrate on; without any, the run's own corpus.
+        int8: Linear layers in int8: weights by row, activations by token, as they come.
+        weight_only: With --int8: weights in int8, activations in float.
+        group: With --weight-only: weights that share a scale; without it a whole row does.
+        smooth: With --int8: SmoothQuant; outliers of activations move into weights, folded into the norms.
+        include: Layers to take, by path, glob or last name; without it all but the output head.
+        exclude: Layers to leave.
+        only_faster: Leave layers in float that int8 would make slower on this machine.
+        samples: Contexts of the training split to calibrate on.
+        seed: Chooses them.
+        name: Name of the new folder; without it RUN-int8.
+        device: auto, cpu, cuda or mps.
+        out: Folder of runs.
+    """
+    check("samples", samples, Range(1, COUNT))
+    check("seed", seed, Range(*SEED))
+    if not int8:
+        needs = [flag for flag, on in (("--weight-only", weight_only), ("--group", group), ("--smooth", smooth)) if on]
+        if needs:
+            raise job.InputError(f"{needs[0]} needs --int8")
+        raise job.InputError("fastlm compress needs a method: --int8")
+    methods: list[compressing.Method] = [
+        compressing.Int8(weight_only, group, smooth, include, exclude, only_faster)
+    ]
+    with reading() as note:
+        made = compressing.run(
+            job.find_run(run, out), methods, text=text, name=name, out=out, device=device, samples=samples, seed=seed,
+            note=note,
+        )  # fmt: skip
+    for line in made.lines:
+        console.say(line)
+    console.say(made.table())
+    console.say(f"run folder: {made.folder}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return tyro.cli(compress, prog="fastlm compress", args=argv)

@@ -1,0 +1,76 @@
+"""The int8 layers of a model as plain tensors, and back: what a file of a compressed model holds beside its float tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.nn import Int8Linear
+from fastlm.nn import int8 as layers
+
+
+@dataclass(frozen=True)
+class Held:
+    """Int8 layers by path: weight int8 [N, K] and scales float32 [N] or [N, groups]. ``mode``: as of ``Int8Linear``."""
+
+    mode: str
+    group: int | None
+    layers: dict[str, tuple[Tensor, Tensor]] = field(repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        """What tensors do not tell, for a file beside them; ``of`` reads it."""
+        return {"mode": self.mode, "group": self.group}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Held:
+        """The int8 layers among named tensors. Raises ValueError where scales lack, or facts are no mode and group."""
+        mode, group = facts.get("mode"), facts.get("group")
+        layers.check_mode(str(mode), group)
+        found = {}
+        for name, t in tensors.items():
+            if name.endswith(".weight") and t.dtype == torch.int8:
+                scale = tensors.get(f"{name}_scale")
+                if scale is None or scale.dtype != torch.float32:
+                    raise ValueError(f"{name} is int8 and has no float32 {name}_scale beside it")
+                found[name.removesuffix(".weight")] = (t, scale)
+        return cls(str(mode), group, found)
+
+    def into(self, model: nn.Module) -> None:
+        """Makes the linear layers at these paths Int8Linear with these values; they need not be quantised again.
+
+        Raises ValueError for a path that is no linear layer of this shape.
+        """
+        named = dict(model.named_modules())
+        for path, (weight, scale) in self.layers.items():
+            module = named.get(path)
+            if type(module) is not nn.Linear or module.weight.shape != weight.shape:
+                raise ValueError(f"{path} is int8 {list(weight.shape)}, and no linear layer of that shape in the model")
+        for path, values in self.layers.items():
+            layers.convert_(named[path], self.mode, self.group, values)
+
+    def floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``tensors`` as those of the float model: each int8 weight times its scales."""
+        out = {}
+        for name, t in tensors.items():
+            path = name.removesuffix(".weight")
+            if path in self.layers and name != path:
+                out[name] = layers.dequantize(*self.layers[path])
+            elif name.removesuffix(".weight_scale") not in self.layers:
+                out[name] = t
+        return out
+
+
+def held(model: nn.Module) -> Held | None:
+    """The int8 layers of a model; None where it has none. Raises ValueError where they are not of one mode and group."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, Int8Linear)}
+    kinds = {(m.mode, m.group) for m in found.values()}
+    if not found:
+        return None
+    if len(kinds) > 1:
+        raise ValueError(f"the model's int8 layers are of {len(kinds)} kinds, {sorted(map(str, kinds))}; one is needed")
+    ((mode, group),) = kinds
+    return Held(mode, group, {path: (m.weight, m.weight_scale) for path, m in found.items()})
