@@ -160,10 +160,10 @@ def test_changes_of_dtype_and_device_leave_integers_and_scales() -> None:
 
 
 def test_float_weights_are_refused_not_cut_to_integers() -> None:
-    with pytest.raises(RuntimeError, match="weight is torch.float32; an Int8Linear holds torch.int8"):
+    with pytest.raises(RuntimeError, match=r"weight is torch\.float32; an Int8Linear holds torch\.int8"):
         layer().load_state_dict({**nn.Linear(72, 40).state_dict(), "weight_scale": torch.ones(40)})
     state = layer().state_dict()
-    with pytest.raises(RuntimeError, match="weight_scale is torch.float16"):
+    with pytest.raises(RuntimeError, match=r"weight_scale is torch\.float16"):
         layer().load_state_dict({**state, "weight_scale": state["weight_scale"].half()})
 
 
@@ -173,7 +173,7 @@ def test_one_copy_is_held_and_nothing_of_the_weight_s_size_is_made_by_forward(mo
     from torch.utils._python_dispatch import TorchDispatchMode
 
     made = layer(mode, group, k, 512, bias=False)
-    held = [t for t in [*made.parameters(), *made.buffers()]] + [v for v in vars(made).values() if type(v) is Tensor]
+    held = [*made.parameters(), *made.buffers()] + [v for v in vars(made).values() if type(v) is Tensor]
     size = sum(t.untyped_storage().nbytes() for t in held)
     assert size <= 1.02 * (512 * k + 4 * 512)
 

@@ -56,9 +56,7 @@ def compress(
         if needs:
             raise job.InputError(f"{needs[0]} needs --int8")
         raise job.InputError("fastlm compress needs a method: --int8")
-    methods: list[compressing.Method] = [
-        compressing.Int8(weight_only, group, smooth, include, exclude, only_faster)
-    ]
+    methods: list[compressing.Method] = [compressing.Int8(weight_only, group, smooth, include, exclude, only_faster)]
     with reading() as note:
         made = compressing.run(
             job.find_run(run, out), methods, text=text, name=name, out=out, device=device, samples=samples, seed=seed,

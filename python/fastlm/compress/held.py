@@ -45,7 +45,7 @@ class Held:
         Raises ValueError for a path that is no linear layer of this shape.
         """
         named = dict(model.named_modules())
-        for path, (weight, scale) in self.layers.items():
+        for path, (weight, _) in self.layers.items():
             module = named.get(path)
             if type(module) is not nn.Linear or module.weight.shape != weight.shape:
                 raise ValueError(f"{path} is int8 {list(weight.shape)}, and no linear layer of that shape in the model")

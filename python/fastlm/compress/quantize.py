@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from fastlm.compress import timing
@@ -173,7 +172,7 @@ def _objection(
             return "int8 training takes nn.Linear alone"
     elif owners[id(module._parameters["weight"])] > 1:
         return "its weight is shared with another module (tied), so it stays in float for both"
-    elif "DTensor" in type(module._parameters["weight"].data).__name__:
+    elif type(module.weight.data).__name__ == "DTensor":
         return "its weight is sharded: convert the model before fully_shard"
     if reader := _reader(named, path):
         return f"{reader} reads its weight itself, so it stays in float"
@@ -210,7 +209,7 @@ def _reader(named: dict[str, nn.Module], path: str) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _weights_read(cls: type) -> dict[str, str]:
     """Names of children whose weight the methods of a class read, and the method. Those that make or initialise it aside."""
     try:
@@ -233,7 +232,9 @@ def _matched(linear: dict[str, nn.Module], patterns: Patterns, name: str) -> set
         hits = {path for path in linear if matches(path, pattern)}
         if not hits:
             known = ", ".join(sorted({path.rpartition(".")[2] for path in linear})) or "none"
-            raise ValueError(f"{name} holds {pattern!r}, which no linear layer's path matches; their last names: {known}")
+            raise ValueError(
+                f"{name} holds {pattern!r}, which no linear layer's path matches; their last names: {known}"
+            )
         found |= hits
     return found
 

@@ -120,7 +120,9 @@ class _Flow(TorchFunctionMode):
         self.model, self.wanted = model, wanted
         self.readers: dict[str, set[str]] = {}
         self.largest: dict[str, Tensor] = {}
-        self._from: dict[int, tuple[str, Tensor]] = {}  # by id: whose output, and the tensor, held so that no id is reused
+        self._from: dict[
+            int, tuple[str, Tensor]
+        ] = {}  # by id: whose output, and the tensor, held so that no id is reused
         self._weights = {id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def watch(self, batches: Sequence[Any]) -> list[Tensor]:

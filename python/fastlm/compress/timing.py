@@ -32,7 +32,7 @@ def seconds(
     return _seconds(shape, bias, dtype, device, mode, group, rows, threads, backend.forced())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _seconds(
     shape: tuple[int, int],
     bias: bool,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
@@ -140,13 +139,15 @@ class Int8Linear(nn.Module):
         """A float layer with the dequantised values, which are those of the layer before it was quantised only to 8 bits."""
         made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         made.weight = nn.Parameter(self.float_weight())
-        made.bias = self.bias
+        made.bias = self.bias  # type: ignore[assignment]
         return made.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Scales go where everything goes, as 32 bits that no change of dtype touches: a scale in 16 bits underflows."""
         if fn(torch.empty(0, dtype=torch.int8, device=self.weight.device)).dtype != torch.int8:
-            raise TypeError("Int8Linear: its int8 weight has no other type; restore a float layer first (fastlm.unswap)")
+            raise TypeError(
+                "Int8Linear: its int8 weight has no other type; restore a float layer first (fastlm.unswap)"
+            )
         scale = self._buffers.pop("weight_scale")
         assert scale is not None
         try:
@@ -172,8 +173,8 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
 
     def extra_repr(self) -> str:
-        group = f", group={self.group}" if self.group else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, mode={self.mode!r}{group}"  # noqa: E501
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, mode={self.mode!r}" + (f", group={self.group}" if self.group else "")
 
 
 def check_mode(mode: str, group: int | None) -> None:
@@ -268,9 +269,7 @@ class Int8TrainingLinear(nn.Linear):
 WAS = "_fastlm_was"
 
 
-def convert_(
-    linear: Any, mode: str, group: int | None = None, values: tuple[Tensor, Tensor] | None = None
-) -> None:
+def convert_(linear: Any, mode: str, group: int | None = None, values: tuple[Tensor, Tensor] | None = None) -> None:
     """Makes an ``nn.Linear`` (or transformers' Conv1D, whose weight is [K, N]) an Int8Linear in place.
 
     The module stays the same object, with its hooks, name and bias; its weight is quantised once, here, or is what

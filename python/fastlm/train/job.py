@@ -364,8 +364,10 @@ class Job:
     def _announce(self, say: Callable[[str], None]) -> None:
         d, c = self.data[0].manifest, self.costs
         if self.int8 is not None:
-            how = "its int8 layers stay as they are" if self.config.model.lora_rank else (
-                "training starts at its dequantised weights, in float (--lora-rank keeps them in int8)"
+            how = (
+                "its int8 layers stay as they are"
+                if self.config.model.lora_rank
+                else ("training starts at its dequantised weights, in float (--lora-rank keeps them in int8)")
             )
             say(f"--init is an int8 model: {how}")
         say(

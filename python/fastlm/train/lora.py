@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021): y = W x + (alpha / rank) B (A x), where W is frozen and only A [rank, in], B [out, rank] train.
 
 A Linear becomes a LoraLinear by its class alone, so names, hooks and swap stay as they are; an Int8Linear, a quarter of
-the memory, becomes a LoraInt8Linear. B starts at zero: the model starts as the base, to the bit. The base's tensors are written once, into RUN/base; checkpoints hold the adapters.
+the memory, becomes a LoraInt8Linear. B starts at zero: the model starts as the base, to the bit. The base's tensors are
+written once, into RUN/base; checkpoints hold the adapters.
 """
 
 from __future__ import annotations
