@@ -7,7 +7,7 @@ import importlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -22,6 +22,12 @@ from fastlm.train.config import DataConfig
 
 Data = Annotated[DataConfig, tyro.conf.arg(name="")]
 DEFAULT = DataConfig()
+SpecialTokens = Literal["run", "text", "read"]
+
+
+def special_tokens_of(flag: SpecialTokens) -> str:
+    """The flag as `job.load` takes it."""
+    return "" if flag == "run" else flag
 
 
 @contextlib.contextmanager

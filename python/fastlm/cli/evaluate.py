@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from fastlm.cli.data import reading
+from fastlm.cli.data import SpecialTokens, reading, special_tokens_of
 from fastlm.data import prepare
 from fastlm.train import job
 from fastlm.train.config import Config
@@ -24,6 +24,7 @@ from fastlm.train.machine import autocast
 def evaluate(
     run: tyro.conf.Positional[str] = "",
     text: tyro.conf.Positional[tuple[str, ...]] = (),
+    special_tokens: SpecialTokens = "run",
     device: str = "auto",
     out: str = "runs",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -33,12 +34,14 @@ def evaluate(
     Args:
         run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         text: Files, folders or globs; without any, the run's own validation split.
+        special_tokens: text: what looks like a special token in a TEXT is text. read: it becomes that token. run: as the run
+            was trained.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
         as_json: Print one JSON object.
     """
     folder = job.find_run(run, out)
-    model, tokenizer = job.load(folder, device)
+    model, tokenizer = job.load(folder, device, special_tokens_of(special_tokens))
     place = next(model.parameters()).device
     own = not has_data(folder)
     if own and not text:

@@ -8,6 +8,7 @@ import sys
 import torch
 import tyro
 
+from fastlm.cli.data import SpecialTokens, special_tokens_of
 from fastlm.train import job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.generation import TextStream
@@ -23,6 +24,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 1,
+    special_tokens: SpecialTokens = "run",
     device: str = "auto",
     out: str = "runs",
 ) -> int:
@@ -38,6 +40,8 @@ def generate(
         top_p: Sample from the likeliest tokens that hold this probability together.
         min_p: Leave out tokens less likely than this part of the likeliest.
         seed: Seed of the sampling.
+        special_tokens: text: what looks like a special token in the prompt is text. read: it becomes that token, and those
+            generated are shown. run: as the run was trained.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
@@ -55,14 +59,14 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:
         raise job.InputError(f"--prompt must be UTF-8; it is {os.fsencode(prompt)!r}") from None
-    model, tokenizer = job.load(job.find_run(run, out), device)
+    model, tokenizer = job.load(job.find_run(run, out), device, special_tokens_of(special_tokens))
     ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
     start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
     choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
     for number in range(num):
         if num > 1:
             print(f"--- {number + 1} of {num}")
-        text = TextStream(tokenizer)
+        text = TextStream(tokenizer, ids if prompt else ())
 
         def stream(logits: torch.Tensor, text: TextStream = text) -> torch.Tensor:
             token = choose(logits)

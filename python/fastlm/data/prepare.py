@@ -57,6 +57,7 @@ class Options:
 
     tokenizer: str = "bytes"
     vocab: int = 8192
+    special_tokens: str = "text"
     field: str = "text"
     separator: str = ""
     val_fraction: float = 0.05
@@ -496,7 +497,9 @@ def prepare(
         split = Split(0, 2.0) if whole else dataclasses.replace(found.split(), without=without)
         if least > split.limit:
             split = dataclasses.replace(split, limit=least)
-        own = tokenizer or tokenizers.make(options.tokenizer, options.vocab, lambda: found.train_texts(split))
+        own = tokenizer or tokenizers.make(
+            options.tokenizer, options.vocab, lambda: found.train_texts(split), options.special_tokens
+        )
         _write(found, split, own, draft)
 
     return Prepared(_made(folders / key, make))
@@ -517,7 +520,7 @@ def joint_tokenizer(
             for part, split in zip(parts, splits):
                 yield from part.train_texts(split)
 
-        spec = tokenizers.make(options.tokenizer, options.vocab, texts).spec()
+        spec = tokenizers.make(options.tokenizer, options.vocab, texts, options.special_tokens).spec()
         (draft / "manifest.json").write_text(json.dumps(spec))
 
     folder = _made((cache or cache_folder()) / "tokenizers" / key, make)

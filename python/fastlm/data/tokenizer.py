@@ -2,12 +2,16 @@
 
 Each has `vocab`, `eot` (the token that ends a document), `encode(bytes) -> array`, `decode(tokens) -> bytes`, `spec()`
 (plain JSON from which `load` makes it again) and `hash`, which names it in shards and checkpoints.
+
+Text is text: what a document holds never becomes a special token, and decodes to what was written. Special tokens come from
+the trainer, and decoding leaves those out. `special_tokens="read"` reads them in text, on purpose.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,28 +106,75 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-level BPE; any text round-trips. From a `tokenizer.json`, its end-of-text token ends documents."""
+def without_specials(content: str) -> str:
+    """A tokenizer.json whose special tokens have names that no text holds; every token keeps its number.
 
-    def __init__(self, content: str) -> None:
-        self.content = content
+    `encode_special_tokens` of the package would not do. A model's own vocabulary may hold the token as well, and Unigram and
+    WordLevel find it there; and the setting is lost when the tokenizer is saved or sent to another process.
+    """
+    body = json.loads(content)
+    model = body["model"]
+    pieces, byte = model["vocab"], re.compile(r"<0x[0-9A-F]{2}>")
+    listed = isinstance(pieces, list)  # Unigram: pairs of piece and score
+    known = {piece for piece, _ in pieces} if listed else pieces.keys()
+    names: dict[str, str] = {}
+    added = []
+    for number, token in enumerate(body.get("added_tokens", [])):
+        name = token["content"]
+        if token["special"] and name in known and (len(name) == 1 or byte.fullmatch(name)):
+            continue  # text has no other way to say this: the model's own vocabulary goes on to
+        if token["special"]:
+            names[name] = f"\0{number}\0"
+            token |= {"content": names[name], "normalized": False}
+        added.append(token)
+    if listed:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in pieces]
+    else:
+        model["vocab"] = {names.get(piece, piece): number for piece, number in pieces.items()}
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        split = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
+        model["merges"] = [
+            merge for merge, pair in zip(model["merges"], split) if not {*pair, "".join(pair)} & names.keys()
+        ]
+    return json.dumps({**body, "added_tokens": added, "post_processor": None}, ensure_ascii=False)
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE, or any `tokenizer.json`, whose end-of-text token ends documents. What it can spell round-trips.
+
+    `special_tokens` is `text` or `read`: what of a text looks like a special token stays text, or becomes it. Decoding leaves
+    special tokens out; with `read`, where they may come from the text, only the one that ends documents.
+    """
+
+    def __init__(self, content: str, special_tokens: str = "text") -> None:
+        self.content, self.special_tokens = content, special_tokens
+        lib = _tokenizers()
         try:
-            self._bpe = _tokenizers().Tokenizer.from_str(content)
-        except InputError:
-            raise
+            self._bpe = lib.Tokenizer.from_str(content)
+            names = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+            ids = [i for i in map(self._bpe.token_to_id, names) if i is not None]
+            self.vocab = max(self._bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            if special_tokens == "text":
+                self._bpe = lib.Tokenizer.from_str(without_specials(content))
         except Exception as error:  # the package raises Exception itself
             raise InputError(f"the tokenizer.json cannot be read: {error}") from error
         self._bpe.no_truncation()
         self._bpe.no_padding()
-        self.vocab = max(self._bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-        ids = [i for i in map(self._bpe.token_to_id, names) if i is not None]
         if not ids:
             raise InputError(f"the tokenizer has none of the end-of-text tokens {' '.join(names)}")
         self.eot = ids[0]
+        # written as bytes by mistake: the package takes their letters for those that stand for bytes
+        added = {i: token.content for i, token in self._bpe.get_added_tokens_decoder().items()}
+        self._letters = (
+            {i: text for i, text in added.items() if not text.isascii()}
+            if "ByteLevel" in repr(self._bpe.decoder)
+            else {}
+        )
 
     @classmethod
-    def train(cls, texts: Iterator[bytes], vocab: int) -> BPETokenizer:
+    def train(cls, texts: Iterator[bytes], vocab: int, special_tokens: str = "text") -> BPETokenizer:
         lib = _tokenizers()
         if vocab < SMALLEST_BPE:
             raise InputError(
@@ -139,7 +190,7 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
         )
         bpe.train_from_iterator((t.decode("utf-8", "replace") for t in texts), trainer)
-        return cls(bpe.to_str())
+        return cls(bpe.to_str(), special_tokens)
 
     def encode(self, text: bytes) -> np.ndarray:
         parts = [text] if len(text) <= 1 << 20 else cut(text)  # what encodes a text holds 100 bytes a token
@@ -147,18 +198,33 @@ class BPETokenizer(Tokenizer):
         return np.concatenate([np.array(e.ids, dtype=self.dtype) for e in found])
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        return self._bpe.decode([int(t) for t in tokens], skip_special_tokens=True).encode()
+        ids = [int(t) for t in tokens]
+        if self.special_tokens == "read":
+            ids = [i for i in ids if i != self.eot]
+        if not self._letters.keys() & set(ids):
+            return self._decode(ids)
+        out, start = [], 0
+        for at, i in enumerate(ids):
+            if i in self._letters:
+                out += [self._decode(ids[start:at]), self._letters[i].encode()]
+                start = at + 1
+        return b"".join([*out, self._decode(ids[start:])])
+
+    def _decode(self, ids: list[int]) -> bytes:
+        return self._bpe.decode(ids, skip_special_tokens=self.special_tokens == "text").encode()
 
     def spec(self) -> dict[str, Any]:
-        return {"kind": "bpe", "content": self.content}
+        read = {} if self.special_tokens == "text" else {"special_tokens": self.special_tokens}
+        return {"kind": "bpe", "content": self.content, **read}
 
 
-def load(spec: dict[str, Any]) -> Tokenizer:
+def load(spec: dict[str, Any], special_tokens: str = "") -> Tokenizer:
+    """The tokenizer of a specification; `special_tokens` (text or read) takes the place of what that says."""
     if spec["kind"] == "bytes":
         return ByteTokenizer()
     if spec["kind"] == "chars":
         return CharTokenizer(spec["characters"])
-    return BPETokenizer(spec["content"])
+    return BPETokenizer(spec["content"], special_tokens or spec.get("special_tokens", "text"))
 
 
 def known(name: str) -> None:
@@ -169,22 +235,22 @@ def known(name: str) -> None:
         _read(name)
 
 
-def _read(name: str) -> BPETokenizer:
+def _read(name: str, special_tokens: str = "text") -> BPETokenizer:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(f"the tokenizer {name} is not bytes, chars, bpe or the path of a tokenizer.json")
     try:
-        return BPETokenizer(path.read_text(encoding="utf-8"))
+        return BPETokenizer(path.read_text(encoding="utf-8"), special_tokens)
     except UnicodeDecodeError as error:
         raise InputError(f"the tokenizer {name} is no tokenizer.json: it is not UTF-8 ({error.reason})") from None
 
 
-def make(name: str, vocab: int, texts: Callable[[], Iterator[bytes]]) -> Tokenizer:
+def make(name: str, vocab: int, texts: Callable[[], Iterator[bytes]], special_tokens: str = "text") -> Tokenizer:
     """`name` is bytes, chars, bpe (trained on `texts` to `vocab` tokens), or the path of a tokenizer.json."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "chars":
         return CharTokenizer.train(texts())
     if name == "bpe":
-        return BPETokenizer.train(texts(), vocab)
-    return _read(name)
+        return BPETokenizer.train(texts(), vocab, special_tokens)
+    return _read(name, special_tokens)

@@ -100,6 +100,8 @@ class DataConfig:
     """bytes, chars, bpe (trained on the corpus), or the path of a tokenizer.json."""
     vocab: int = bounded(8192, 1)
     """Tokens of a BPE trained on the corpus."""
+    special_tokens: Literal["text", "read"] = "text"
+    """text: what looks like a special token, such as <|endoftext|>, is text. read: it becomes that token."""
     field: str = "text"
     """Which field of rows (.jsonl, .json, .csv, .parquet) holds the text."""
     separator: str = ""

@@ -32,6 +32,9 @@ from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.files import sync_folder, write_text
 
 END = "<|endoftext|>"
+SPECIAL = (
+    "fastlm_special_tokens"  # in transformers' config.json: how the run's tokenizer read text, where that is not `text`
+)
 ATTEMPTS = 20  # at a checkpoint of a run that is training
 TOP = {
     "gpt2": {
@@ -175,7 +178,8 @@ def read_tokenizer(path: Path) -> dict[str, Any] | None:
     spec: dict[str, Any] | None = config.get("tokenizer") or config.get("fastlm_tokenizer")
     content = run / "tokenizer.json"
     if spec is None and "model_type" in config and content.is_file():
-        return {"kind": "bpe", "content": content.read_text(encoding="utf-8")}
+        how = {"special_tokens": config[SPECIAL]} if SPECIAL in config else {}
+        return {"kind": "bpe", "content": content.read_text(encoding="utf-8"), **how}
     return _older_tokenizer(run) if spec is None and "model_type" in config else spec
 
 
@@ -391,6 +395,8 @@ def to_hf(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     if source.tokenizer and source.tokenizer["kind"] != "bpe":
         both["fastlm_tokenizer"] = source.tokenizer
+    elif source.tokenizer and "special_tokens" in source.tokenizer:
+        both[SPECIAL] = source.tokenizer["special_tokens"]
     if style == "gpt2":
         return {
             "model_type": "gpt2",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -58,11 +58,19 @@ def generate(
     return tokenizer.decode(out if prompt else out[1:]).decode("utf-8", "replace")
 
 
-class TextStream:
-    """Token numbers to text as they come; what is not yet whole UTF-8 waits for the tokens that complete it."""
+REACH = 16  # tokens that may decide how the next one is written
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+
+class TextStream:
+    """Token numbers to text as they come, after the tokens `before`; what is not yet whole UTF-8 waits for the tokens that
+    complete it.
+
+    What a token is as text may depend on those before it: sentencepiece leaves out the space before the first word.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, before: Iterable[int] = ()) -> None:
         self.tokenizer, self.held = tokenizer, list[int]()
+        self.before = [int(t) for t in before][-REACH:]
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self.whole = isinstance(tokenizer, tokenizers.BPETokenizer)  # decodes to text alone, not to bytes
 
@@ -70,13 +78,17 @@ class TextStream:
         if not self.whole:
             return self.bytes.decode(self.tokenizer.decode([token]))
         self.held.append(token)
-        text = self.tokenizer.decode(self.held).decode()
+        text = self._new()
         if text.endswith("\ufffd") and len(self.held) < 8:  # an unfinished character: at most four bytes, one a token
             return ""
-        self.held.clear()
+        self.before, self.held = [*self.before, *self.held][-REACH:], []
         return text
 
+    def _new(self) -> str:
+        shown = self.tokenizer.decode(self.before).decode()
+        return self.tokenizer.decode([*self.before, *self.held]).decode()[len(shown) :]
+
     def end(self) -> str:
-        text = self.tokenizer.decode(self.held).decode() if self.held else ""
+        text = self._new() if self.held else ""
         self.held.clear()
         return text + self.bytes.decode(b"", True)

@@ -44,7 +44,7 @@ from fastlm.train.ranks import Ranks, SingleProcess
 def options_of(config: DataConfig, context: int) -> Options:
     pack = context if config.packing == "documents" else 0
     c = config
-    return Options(c.tokenizer, c.vocab, c.field, c.separator, c.val_fraction, pack, c.workers)
+    return Options(c.tokenizer, c.vocab, c.special_tokens, c.field, c.separator, c.val_fraction, pack, c.workers)
 
 
 def read_data(
@@ -533,16 +533,20 @@ def tokenizer_of(init: Path) -> str:
 
 
 def own_tokenizer(folder: Path, config: Config) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a run that goes on or is forked; None where the configuration asks for another than the run has."""
+    """The tokenizer of a run that goes on or is forked, which reads text as the configuration says; None where that asks for
+    another than the run has."""
     was, now = read_config(folder)[0].data, config.data
     if (was.tokenizer, was.vocab) != (now.tokenizer, now.vocab):
         return None
     spec = export.read_tokenizer(folder)
-    return None if spec is None else tokenizers.load(spec)
+    return None if spec is None else tokenizers.load(spec, now.special_tokens)
 
 
-def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]:
-    """Model (of a run its best weights, in eval mode) and tokenizer of a run, checkpoint or exported folder."""
+def load(folder: Path, device: str = "auto", special_tokens: str = "") -> tuple[GPT, tokenizers.Tokenizer]:
+    """Model (of a run its best weights, in eval mode) and tokenizer of a run, checkpoint or exported folder.
+
+    `special_tokens`: whether text holds any (text or read), where it is not what the run was trained with.
+    """
     found = export.read_model(folder)
     spec = found.tokenizer or export.read_tokenizer(folder)
     if spec is None:
@@ -551,4 +555,4 @@ def load(folder: Path, device: str = "auto") -> tuple[GPT, tokenizers.Tokenizer]
     state.load_model(model, found.tensors, folder)
     if found.int8 is not None:
         found.int8.into(model)
-    return model.to(pick_device(device)).eval(), tokenizers.load(spec)
+    return model.to(pick_device(device)).eval(), tokenizers.load(spec, special_tokens)
