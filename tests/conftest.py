@@ -74,13 +74,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests marked ``grid`` that the seed does not draw."""
+    """Deselects the tests marked ``grid`` that the seed does not draw.
+
+    Of those marked ``grid(of=share)`` that share of the part runs, to the test: each of them is long.
+    """
     part, seed = config.getoption("--grid-part"), config.getoption("--grid-seed")
-    left = [
-        item
-        for item in items
-        if item.get_closest_marker("grid") and random.Random(f"{seed} {item.nodeid}").random() >= part
-    ]
+    left: list[pytest.Item] = []
+    long: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if marker := item.get_closest_marker("grid"):
+            if "of" in marker.kwargs:
+                long.setdefault(item.nodeid.split("[")[0], []).append(item)
+            elif random.Random(f"{seed} {item.nodeid}").random() >= part:
+                left.append(item)
+    for name, cases in long.items():
+        marker = cases[0].get_closest_marker("grid")
+        assert marker is not None
+        count = max(round(len(cases) * part * marker.kwargs["of"]), 1)
+        left += random.Random(f"{seed} {name}").sample(cases, len(cases) - count)
     config.hook.pytest_deselected(items=left)
     gone = set(left)
     items[:] = [item for item in items if item not in gone]

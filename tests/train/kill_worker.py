@@ -1,7 +1,8 @@
 """The processes of tests/train/test_kill.py: `fastlm train`, which on demand kills itself at its n-th file operation.
 
-Run as a program this is a fork server: for each line of JSON on its input, the arguments of `train`, it forks a child with
-fastlm and torch imported already, writes the child's number, waits for it, and writes its exit status (-9: killed).
+Run as a program this is a fork server: for each line of JSON on its input, the arguments of `train` for each rank, it forks
+children with fastlm and torch imported already, writes their numbers, waits for all, and writes their exit statuses (-9:
+killed).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir")
 
 
-def train(folder: str, words: list[str], log: str, kill_at: int) -> None:
+def train(folder: str, words: list[str], log: str, kill_at: int, env: dict[str, str]) -> None:
     """`fastlm train WORDS` in `folder`; SIGKILL before file operation `kill_at`, or never with 0.
 
-    The number of file operations done is the last line of the log.
+    `env` tells a rank of its peers. The number of file operations done is the last line of the log.
     """
+    os.environ.update(env)
     os.chdir(folder)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -73,8 +75,12 @@ if __name__ == "__main__":
     for module in ("fastlm.cli.train", "fastlm.train.job", "fastlm.swap", "matplotlib.pyplot"):
         importlib.import_module(module)
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            train(**json.loads(line))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        for asked in json.loads(line):
+            if child := os.fork():
+                children.append(child)
+            else:
+                train(**asked)
+        print(json.dumps(children), flush=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), flush=True)
