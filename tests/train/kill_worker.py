@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# what a run imports on its way; torch._dynamo alone is half of a short run's time
+USED = ("fastlm.cli.train", "fastlm.train.job", "fastlm.swap", "matplotlib.pyplot", "torch._dynamo")
+USED += ("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining")
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir")
 
 
@@ -72,7 +75,7 @@ def operations(log: Path) -> int:
 
 
 if __name__ == "__main__":
-    for module in ("fastlm.cli.train", "fastlm.train.job", "fastlm.swap", "matplotlib.pyplot"):
+    for module in USED:
         importlib.import_module(module)
     for line in sys.stdin:
         children = []
