@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlm._torch import in_backward
+
 __all__ = ["batch", "checkpoint_context", "rows", "set", "unset"]
 
 # The attribute through which a module finds its places; classes that draw define it as None: its absence is cheap.
@@ -259,7 +261,7 @@ def _draw(module: nn.Module, place: int) -> tuple[Tensor, Place] | None:
         call, seed = here.calls, here.seed
         here.calls = call + 1
         return _of_call(seed, call), here
-    if torch._C._current_graph_task_id() != -1 and not here.state.replays:  # within a backward: a recomputation
+    if in_backward() and not here.state.replays:  # within a backward: a recomputation
         if here.calls != 1:
             raise RuntimeError(
                 f"fastlm.rng: {type(module).__name__} was called {here.calls} times since rng.set, and one of them "

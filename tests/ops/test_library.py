@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import threading
 
 import fastlm
 import pytest
 import torch
+from fastlm import _torch
 from fastlm.ops import _library
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -55,11 +58,15 @@ class Seen(TorchDispatchMode):
 def test_the_same_bits_with_and_without_the_dispatcher(op, monkeypatch):
     inputs, call = calls()[op]
     direct = []
-    monkeypatch.setattr(_library, "_unseen", lambda args, of=_library._unseen: direct.append(of(args)) or direct[-1])
+    monkeypatch.setattr(
+        _library,
+        "can_skip_dispatcher",
+        lambda args, of=_library.can_skip_dispatcher: direct.append(of(args)) or direct[-1],
+    )
     plain = whole(call, inputs)
     assert direct
     assert all(direct)
-    monkeypatch.setattr(_library, "_unseen", lambda args: False)
+    monkeypatch.setattr(_library, "can_skip_dispatcher", lambda args: False)
     for ours, theirs in zip(plain, whole(call, inputs), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -211,7 +218,78 @@ def test_threads_do_not_share_what_they_know():
 def test_double_backward_is_refused_on_both_ways(op, monkeypatch):
     inputs, call = calls()[op]
     for unseen in (True, False):
-        monkeypatch.setattr(_library, "_unseen", lambda args, unseen=unseen: unseen)
+        monkeypatch.setattr(_library, "can_skip_dispatcher", lambda args, unseen=unseen: unseen)
         out = call(*inputs)
         with pytest.raises(RuntimeError, match="no double backward"):
             torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+
+
+def without(monkeypatch, owner: object, name: str):
+    """`fastlm._torch` as it is imported with a torch that lacks a private name."""
+    spec = importlib.util.spec_from_file_location("fence", _torch.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, name)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [
+    "_dispatch_keys", "_dispatch_tls_local_include_set", "_len_torch_function_stack", "_autograd", "DispatchKeySet",
+    "DispatchKey", "_get_tracing_state",
+])  # fmt: skip
+def test_without_a_private_name_of_torch_calls_go_through_the_dispatcher(name, monkeypatch):
+    args = (torch.ones(3),)
+    assert _torch.can_skip_dispatcher(args)
+    assert not without(monkeypatch, torch._C, name).can_skip_dispatcher(args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_without_the_guard_below_autograd(op, monkeypatch):
+    fence = without(monkeypatch, torch._C, "_AutoDispatchBelowAutograd")
+    inputs, call = calls()[op]
+    expected = whole(call, inputs)
+    monkeypatch.setattr(_library, "below_autograd", fence.below_autograd)
+    monkeypatch.setattr(_library, "HAS_BELOW_AUTOGRAD", fence.HAS_BELOW_AUTOGRAD)
+    for skip in (True, False):
+        monkeypatch.setattr(_library, "can_skip_dispatcher", lambda args, skip=skip: skip)
+        assert all(torch.equal(a, b) for a, b in zip(expected, whole(call, inputs), strict=True))
+
+
+def test_without_the_names_of_transforms_nothing_is_differentiated_wrongly(monkeypatch):
+    fence = without(monkeypatch, torch._C, "_are_functorch_transforms_active")
+    assert not fence.functorch_active()
+    monkeypatch.setattr(_library, "functorch_active", fence.functorch_active)
+    inputs, call = calls()["dropout_add_norm"]
+    with pytest.raises(RuntimeError):  # torch's own refusal
+        torch.func.grad(lambda x: call(x, *inputs[1:]).sum())(inputs[0])
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    assert fence.may_have_tangents()
+
+
+def test_without_the_other_private_names_the_same_is_done_or_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"no torch.*_current_graph_task_id"):
+        without(monkeypatch, torch._C, "_current_graph_task_id").in_backward()
+    assert not _torch.in_backward()
+    with without(monkeypatch, torch._C, "DisableTorchFunction").unseen_by_modes():
+        pass
+    with without(monkeypatch, torch._C, "_set_tracing_state").untraced():
+        pass
+    for owner, name, mine in (
+        (torch._C, "_set_grad_enabled", "SET_GRAD_ENABLED"),
+        (torch.autograd.grad_mode, "_enter_inference_mode", "ENTER_INFERENCE"),
+        (torch.autograd.grad_mode, "_exit_inference_mode", "EXIT_INFERENCE"),
+    ):
+        assert getattr(without(monkeypatch, owner, name), mine) not in (getattr(_torch, mine), None)
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "_assert_async")
+        patch.delattr(torch, "_foreach_mul_")
+        _torch.assert_async(torch.tensor(True), "fits")
+        with pytest.raises(RuntimeError, match="does not fit"):
+            _torch.assert_async(torch.tensor(False), "does not fit")
+        tensors = [torch.ones(2), torch.full((3,), 2.0)]
+        _torch.multiply_all(tensors, torch.tensor(3.0))
+    assert [t.tolist() for t in tensors] == [[3.0] * 2, [6.0] * 3]
+    monkeypatch.delattr(importlib.import_module("torch._inductor"), "list_mode_options")
+    with pytest.raises(RuntimeError, match="needs another torch"):
+        _torch.inductor(torch.fx.symbolic_trace(torch.nn.Identity()), [], None, {})

@@ -16,38 +16,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastlm import _processor
 from fastlm.bench import ceilings, harness, memory, peers, results, sources
-
-
-def suites(root: Path) -> dict[str, Path]:
-    """The bench files by the name that the command line knows them by: the ops, then what is built of them."""
-    found = {p.stem.removeprefix("bench_"): p for p in sorted((root / "bench").glob("bench_*.py"))}
-    last = [n for n in sources.COMPOSED if n in found]
-    return {n: p for n, p in found.items() if n not in last} | {n: found[n] for n in last}
-
-
-def load_suite(path: Path) -> ModuleType:
-    """Imports a bench file by its path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+from fastlm.bench.clock import DTYPES
+from fastlm.bench.suites import load_suite, suites
 
 
 def run(
@@ -124,7 +106,7 @@ def _hopeless(case: harness.Case) -> str:
     """Why a case tells nothing here: PyTorch's matmuls around an op, in a dtype without instructions, take minutes."""
     if torch.device(case.device).type != "cpu" or case.setting == "alone":
         return ""
-    return _processor.slow(harness.DTYPES[case.dtype])
+    return _processor.slow(DTYPES[case.dtype])
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:

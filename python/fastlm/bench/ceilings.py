@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastlm import _native, _processor
-from fastlm.bench.harness import DTYPES, Clock
+from fastlm.bench.clock import DTYPES, Clock
 
 
 def _median(function: Any, device: str, rounds: int) -> float:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from fastlm import backend
-
-Prepared = Callable[[], Any]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from fastlm.bench.ceilings import for_case
+from fastlm.bench.clock import DTYPES as DTYPES  # bench files import all from here
+from fastlm.bench.clock import Clock
+from fastlm.bench.clock import Prepared as Prepared
 
 
 class Missing(Exception):
@@ -132,33 +132,6 @@ def raise_malloc_thresholds() -> str:
     return "the system's default" if given is None else f"the environment's MALLOC_MMAP_THRESHOLD_={given}"
 
 
-class Clock:
-    """Times one call: events on a GPU, with the L2 cache flushed before each call; the wall clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = torch.device(device).type == "cuda"
-        if self.cuda:
-            l2 = torch.cuda.get_device_properties(device).L2_cache_size
-            self.flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
-
-    def __call__(self, function: Prepared, repeat: int) -> float:
-        if self.cuda:
-            total = 0.0
-            for _ in range(repeat):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                self.flush.zero_()
-                start.record()
-                function()
-                end.record()
-                end.synchronize()
-                total += start.elapsed_time(end) / 1e3
-            return total / repeat
-        begin = time.perf_counter()
-        for _ in range(repeat):
-            function()
-        return (time.perf_counter() - begin) / repeat
-
-
 def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]:
     """Prepares every contender and checks its result; those that cannot or must not run get their reason.
 
@@ -166,7 +139,7 @@ def prepare(case: Case, seed: int) -> tuple[list[Timing], list[Prepared | None]]
     call, and after eight of them run uncompiled.
     """
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     timings, functions = [], []
     for contender in case.contenders:
         timing = Timing(contender.name, contender.kind)
@@ -330,14 +303,12 @@ def pytest_cases(cases: Callable[[str], Iterable[Case]]) -> Callable[..., None]:
     @pytest.mark.benchmark(timer=REPLAY)
     @pytest.mark.parametrize("case,name", parameters)
     def test_bench(case: Case, name: str, benchmark: Any, request: Any) -> None:
-        from fastlm.bench import ceilings
-
         if case.name not in taken:
             taken.clear()
             allocator = raise_malloc_thresholds()
             seconds = 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
             timings = measure(case, seconds=seconds * case.longer)
-            limits = ceilings.for_case(case.bytes, case.flops, case.dtype, case.device) if seconds else {}
+            limits = for_case(case.bytes, case.flops, case.dtype, case.device) if seconds else {}
             taken[case.name] = timings, row(case, timings, limits) | {"allocator": allocator}
         timings, entry = taken[case.name]
         timing = next(t for t in timings if t.name == name)

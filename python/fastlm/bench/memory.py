@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastlm.bench.harness import Case, Missing
+from fastlm.bench.suites import load_suite
 
 
 def _status(field: str) -> int:
@@ -73,8 +74,6 @@ def of_case(suite: Path, case: Case, device: str, ran: Collection[str]) -> dict[
 
 
 def _child(suite: str, case_name: str, contender_name: str) -> int:
-    from fastlm.bench.__main__ import load_suite
-
     case = next(c for c in load_suite(Path(suite)).cases("cpu") if c.name == case_name)
     contender = next(c for c in case.contenders if c.name == contender_name)
     inputs = case.inputs(0)

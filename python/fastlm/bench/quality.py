@@ -20,14 +20,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlm.bench import ceilings, results, sources
-
-SCHEMA = 1
-
-
-def source_hash(names: Iterable[str], root: Path) -> str:
-    """Sixteen digits that change when one of the named files of the checkout changes in more than comments."""
-    return sources._digest([root / name for name in sorted(set(names))], root)
+from fastlm.bench import ceilings, remedies, results, sources
+from fastlm.bench.quality_results import SCHEMA, load, source_hash
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -84,8 +78,6 @@ class Quality:
             command: The user's command that applies the remedy, where it is not that of ``remedies.ROWS``.
             note: A sentence beside the figures, such as "no gain here".
         """
-        from fastlm.bench import remedies
-
         if remedy not in remedies.known():
             raise ValueError(f"remedy must be one of {', '.join(sorted(remedies.known()))}; it is {remedy!r}")
         for name, value in (("measured", measured), ("before", before), ("after", after)):
@@ -109,8 +101,6 @@ class Quality:
 
         Raises ValueError if nothing was measured, and where a part is of other sources than the rest.
         """
-        from fastlm.bench import remedies
-
         if part:
             self._into_the_rest()
         if not self.data["rows"]:
@@ -137,25 +127,3 @@ class Quality:
 def _shown(words: Sequence[str]) -> list[str]:
     """Arguments of a command as others may repeat it: of a path outside the checkout only its last name."""
     return [os.path.basename(w.rstrip("/")) if os.path.isabs(w) else w for w in words]
-
-
-def load(root: Path) -> dict[str, dict[str, Any]]:
-    """All quality results by name. Raises ValueError that names a file which is none."""
-    found = {}
-    for path in sorted((root / "bench/results").glob("quality-*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a quality result: {error}") from error
-        lacking = [k for k in ("command", "date", "machine", "files", "sources", "rows") if k not in data]
-        if data.get("schema") != SCHEMA or lacking:
-            raise ValueError(
-                f"{path} is not a quality result of schema {SCHEMA}: it lacks {', '.join(lacking) or 'it'}"
-            )
-        found[path.stem] = data
-    return found
-
-
-def changed(data: dict[str, Any], root: Path) -> bool:
-    """Whether the sources that a result is of have changed since, or are gone."""
-    return not all((root / f).is_file() for f in data["files"]) or source_hash(data["files"], root) != data["sources"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.bench import quality, results, sources
+from fastlm.bench import quality_results, results, sources
 
 PAGE = "docs/remedies.md"
 PLANNED = "Not built yet (planned)."
@@ -172,7 +172,7 @@ def known() -> set[str]:
 def lines(root: Path) -> Iterator[tuple[Remedy, list[Line]]]:
     """Each remedy with its measured lines: those of quality scripts, else those of the committed benchmarks, else none."""
     found: dict[str, list[Line]] = {}
-    for name, data in quality.load(root).items():
+    for name, data in quality_results.load(root).items():
         for row in data["rows"]:
             if row["remedy"] not in known():
                 raise ValueError(f"{name}.json has a row of {row['remedy']!r}, which is no remedy of bench/remedies.py")
@@ -216,7 +216,7 @@ def page(root: Path) -> str:
             )
         rows: list[Line | None] = [*own] or [None]
         out += [_row(remedy, line, i == 0) for i, line in enumerate(rows)]
-    every = quality.load(root)
+    every = quality_results.load(root)
     out.append("\n# How the figures were made")
     file = root / "bench/results" / f"{COMMITTED}.json"
     if file.is_file():
@@ -256,8 +256,8 @@ def write(root: Path) -> Path:
 
 def status(root: Path) -> Iterator[tuple[str, str]]:
     """(result, whether its sources have changed since)."""
-    for name, data in quality.load(root).items():
-        old = quality.changed(data, root)
+    for name, data in quality_results.load(root).items():
+        old = quality_results.changed(data, root)
         yield (
             name,
             f"the sources have changed since {data['date'][:10]}; {data['command']}" if old else "of these sources",

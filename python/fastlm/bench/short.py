@@ -16,7 +16,7 @@ import torch
 
 from fastlm import backend
 from fastlm.bench import sources
-from fastlm.bench.__main__ import load_suite, suites
+from fastlm.bench.suites import load_suite, suites
 
 
 def main() -> int:

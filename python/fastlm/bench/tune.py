@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from fastlm.bench import ceilings, results
-from fastlm.bench.harness import Clock, ratio_error
+from fastlm.bench.clock import Clock
+from fastlm.bench.harness import ratio_error
 from fastlm.kernels import table
 
 TOLERANCE = {"f32": 1e-4, "bf16": 3e-2, "f16": 5e-3}

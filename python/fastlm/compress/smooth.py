@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from fastlm._torch import tree_leaves, unseen_by_modes
 
 # Calls whose result is the same rows, and those that read no value.
 _SAME = ("view", "reshape", "flatten", "unflatten", "contiguous", "unsqueeze", "detach", "clone")
@@ -156,7 +157,7 @@ class _Flow(TorchFunctionMode):
 
     def _measures(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            with torch._C.DisableTorchFunction():
+            with unseen_by_modes():
                 most = args[0].abs().flatten(0, -2).amax(0)
                 self.largest[path] = torch.maximum(self.largest[path], most) if path in self.largest else most
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops, rng
+from fastlm._torch import assert_async
 from fastlm.ops._library import autocast_dtype, check_p
 
 Rope = tuple[Tensor, Tensor]
@@ -44,7 +45,7 @@ class KVCache:
         length = k.shape[2]
         if self.seqlens.device.type == "cpu" and torch.compiler.is_compiling():
             fits = (self.seqlens <= self.size - length).all()
-            torch._assert_async(fits, "KVCache: what is read does not fit; make it larger or reset() it")
+            assert_async(fits, "KVCache: what is read does not fit; make it larger or reset() it")
         elif self.seqlens.device.type == "cpu":
             longest = int(self.seqlens.max()) if self.seqlens.numel() else 0
             if longest + length > self.size:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from fastlm.ops._attention_arguments import Offset, bias_4d, check_shapes, offset_parts, slopes_float32
 from fastlm.ops._library import check_tensor, seed_tensor
-from fastlm.ops.attention import Offset, _bias_4d, _check_shapes, _offset, _slopes
-from fastlm.ops.dropout_add_norm import _offset_tensor
+from fastlm.ops._norm_arguments import offset_tensor
 
 
 def _placed(tensor: Any) -> str:
@@ -151,7 +151,7 @@ def dropout_add_norm(
             numbers = numbers + own.view(-1, *(1,) * (len(rows) - 1 - axis))
             step *= x.shape[axis]
         given = layout.whole("offset", offset) if isinstance(offset, Tensor) else offset
-        placed = _offset_tensor(given, x, device)
+        placed = offset_tensor(given, x, device)
         numbers = numbers.reshape(-1)
         offset = numbers if placed is None else placed[numbers] if placed.dim() else placed + numbers
     found = run(
@@ -194,7 +194,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastlm.ops.attention`, which is `run`, of DTensors sharded by batch and heads; packed ones by heads."""
     packed, device = cu_seqlens_q is not None or cu_seqlens_k is not None, q.device
-    _check_shapes(q, k, v, packed)
+    check_shapes(q, k, v, packed)
     layout = _Layout("attention", "q", q, {1: "heads"} if packed else {0: "batch", 1: "heads"})
     if k.shape[1] % layout.shards[1]:
         raise ValueError(
@@ -206,10 +206,10 @@ def attention(
     bias, alibi_slopes = layout.whole("bias", bias), layout.whole("alibi_slopes", alibi_slopes)
     seqlens_k, sinks = layout.whole("seqlens_k", seqlens_k), layout.whole("sinks", sinks)
     if bias is not None and not packed:
-        bias = _bias_4d(bias, q, k, device)
+        bias = bias_4d(bias, q, k, device)
         bias = layout.cut(layout.cut(bias, 0, 0), 1, 1)
     if alibi_slopes is not None:
-        alibi_slopes = _slopes(alibi_slopes, sequences, q.shape[1], device)
+        alibi_slopes = slopes_float32(alibi_slopes, sequences, q.shape[1], device)
         alibi_slopes = alibi_slopes.narrow(-1, *layout.parts[1])
         if alibi_slopes.dim() == 2 and not packed:
             alibi_slopes = alibi_slopes.narrow(0, *layout.parts[0])
@@ -224,7 +224,7 @@ def attention(
     if dropout_p > 0 or offset is not None:
         if isinstance(offset, (tuple, list)) and len(offset) == 4:
             offset = (layout.whole("offset's batch_ids", offset[0]), *offset[1:])
-        ids, head0, q0, k0 = _offset(offset, sequences, device)
+        ids, head0, q0, k0 = offset_parts(offset, sequences, device)
         if not packed:
             ids = torch.arange(sequences, device=device) if ids is None else ids
             ids = ids.narrow(0, *layout.parts[0])

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastlm import backend
+from fastlm._torch import HAS_BELOW_AUTOGRAD, below_autograd, can_skip_dispatcher, functorch_active, may_have_tangents
 
 LIBRARY = torch.library.Library("fastlm", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,9 +33,9 @@ class Op:
     ``prepare(direction, args)``, where given, sees the real tensors of a call (never fake ones) and returns what a
     backend gets: the place for checks of values and for views that must not show in a graph.
 
-    The methods call the operators through PyTorch's dispatcher, or what it would call directly where nothing could tell
-    (``_unseen``): a dispatch into Python is dear, more so behind a large op that has taken the cache, and there are four
-    of them in a forward and backward.
+    The methods call the operators through PyTorch's dispatcher. Where nothing could tell (``can_skip_dispatcher``), they call
+    what it would call: a dispatch into Python is slow, more so after a large op has filled the cache, and a forward with its
+    backward has four.
     """
 
     def __init__(
@@ -68,27 +69,27 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """The op with autograd. RuntimeError under forward-mode differentiation and torch.func's transforms but vmap."""
-        return self._with_autograd(*args) if _unseen(args) else self._whole(*args)
+        return self._with_autograd(*args) if can_skip_dispatcher(args) else self._whole(*args)
 
     def forward(self, *args: Any) -> Any:
         """The op below autograd."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._run_forward(*args) if _unseen(args) else self._below["forward"](*args)
+        with below_autograd():
+            return self._run_forward(*args) if can_skip_dispatcher(args) else self._below["forward"](*args)
 
     def backward(self, *args: Any) -> Any:
         """The op's gradients; RuntimeError where these were to have gradients themselves."""
-        if not _unseen(args):
+        if not can_skip_dispatcher(args):
             return self._below["backward"](*args)
         self._refuse_tangents(args)
         self._refuse_second(args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return self._run_backward(*args)
 
     def _with_autograd(self, *args: Any) -> Any:
         self._refuse_tangents(args)
         if self._apply is None or not _differentiable(args):
             return self.forward(*args)
-        if _transformed():
+        if functorch_active():
             raise RuntimeError(
                 f"fastlm.{self.name} is not differentiated by torch.func (grad, vjp, jacrev, hessian, ...): use "
                 f"torch.autograd.grad, or PyTorch's own ops, for example after fastlm.unswap(model)"
@@ -98,11 +99,11 @@ class Op:
     def _first_backward(self, *args: Any) -> Any:
         self._refuse_tangents(args)
         self._refuse_second(args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._below["backward"](*args)
+        with below_autograd():
+            return self._below["backward"](*args) if HAS_BELOW_AUTOGRAD else self._run_backward(*args)
 
     def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
-        if forward_ad._current_level < 0:
+        if not may_have_tangents():
             return
         if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
             raise RuntimeError(
@@ -134,53 +135,13 @@ def _differentiable(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-_transformed = torch._C._are_functorch_transforms_active
-_keys, _thread_keys = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
-_function_modes, _traced = torch._C._len_torch_function_stack, torch._C._get_tracing_state
-_profiled = torch._C._autograd._profiler_enabled
-
-
-# What a thread adds to the keys of every call when no mode, trace or transform is on, and in inference mode.
-_inference = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_gradients = _inference | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_ORDINARY = (_gradients.raw_repr(), _inference.raw_repr())
-
-
-def _unseen(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do nothing with a call but make it: no mode, trace, transform or profiler looks on,
-    and every tensor is a plain one (no subclass, no fake, no pending negation)."""
-    if torch.compiler.is_compiling() or _function_modes() or _profiled() or _traced():
-        return False
-    if _thread_keys().raw_repr() not in _ORDINARY:
-        return False
-    for a in args:
-        if type(a) is Tensor or type(a) is Parameter:
-            keys = _keys(a).raw_repr()
-            if not (_plain[keys] if keys in _plain else _is_plain(keys, a.device)):
-                return False
-        elif isinstance(a, Tensor):
-            return False
-    return True
-
-
-_plain: dict[int, bool] = {}  # by sets of dispatch keys
-
-
-def _is_plain(keys: int, device: torch.device) -> bool:
-    """Whether these are the dispatch keys of a plain strided tensor on ``device``, or of one made in inference mode."""
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            _plain[_keys(torch.empty(0, device=device)).raw_repr()] = device.type != "meta"
-    return _plain.setdefault(keys, False)
-
-
-_PLAIN = (Tensor, Parameter, type(None))
+_ORDINARY_TYPES = (Tensor, Parameter, type(None))
 
 
 def sharded(*tensors: Any) -> bool:
     """Whether one of them is a DTensor; there is none before torch.distributed.tensor is imported, and it is not here."""
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in _ORDINARY_TYPES:
             module = sys.modules.get("torch.distributed.tensor")
             if module is not None and isinstance(tensor, module.DTensor):
                 return True

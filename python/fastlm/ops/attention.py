@@ -13,11 +13,19 @@ from torch import Tensor
 
 from fastlm import backend
 from fastlm.ops import _flops
+from fastlm.ops._attention_arguments import (
+    OP,
+    Offset,
+    bias_4d,
+    check_packing,
+    check_shapes,
+    check_values,
+    offset_parts,
+    slopes_float32,
+    window_sides,
+)
 from fastlm.ops._library import Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
 from fastlm.reference.attention import Options, empty_out
-
-OP = "attention"
-Offset = tuple[Tensor | None, int, int | None, int | None]
 
 _OPTIONS = (
     "Tensor? bias, Tensor? alibi_slopes, Tensor? seed, Tensor? batch_ids, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -55,7 +63,7 @@ def _prepare(direction: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     q, k, v = args[first - 3 : first] if direction == "forward" else args[2:5]
     given, rest = Options.of(args[first:]), args[first + _N_OPTIONS :]
     if direction == "forward" and (rest[1] or q.device.type == "cpu"):
-        _check_values(q, k, given)
+        check_values(q, k, given)
     options = given._replace(
         bias=None if given.bias is None else given.bias.expand(*q.shape[:3], k.shape[2]),
         scale=1 / math.sqrt(q.shape[-1]) if given.scale is None else given.scale,
@@ -75,38 +83,6 @@ def _int32(lengths: Tensor | None) -> Tensor | None:
     if lengths.dtype == torch.int64:
         lengths = lengths.clamp(-(2**31), 2**31 - 1)
     return lengths.to(torch.int32).contiguous()
-
-
-def _check_values(q: Tensor, k: Tensor, options: Options) -> None:
-    """Raises ValueError where lengths lead outside the tensors."""
-    seqlens_k = options.seqlens_k
-    for name, cu, tokens, longest in (
-        ("q", options.cu_seqlens_q, q.shape[0], options.max_seqlen_q),
-        ("k", options.cu_seqlens_k, k.shape[0], options.max_seqlen_k),
-    ):
-        if cu is None:
-            continue
-        lengths = cu.diff()
-        if int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((lengths < 0).any()):
-            raise ValueError(
-                f"{OP}: cu_seqlens_{name} runs from {int(cu[0])} to {int(cu[-1])} with lengths {_few(lengths)}; it "
-                f"must start at 0, never fall and end at the number of packed tokens, {tokens}"
-            )
-        if int(lengths.max()) > longest:
-            raise ValueError(
-                f"{OP}: max_seqlen_{name} is {longest}, and cu_seqlens_{name} has a sequence of {int(lengths.max())}"
-            )
-    if (
-        seqlens_k is not None
-        and seqlens_k.numel()
-        and not 0 <= int(seqlens_k.min()) <= int(seqlens_k.max()) <= k.shape[2]
-    ):
-        raise ValueError(f"{OP}: seqlens_k is {_few(seqlens_k)}; each must be between 0 and the {k.shape[2]} keys of k")
-
-
-def _few(values: Tensor) -> str:
-    listed = ", ".join(str(v) for v in values[:8].tolist())
-    return f"[{listed}{', ...' if len(values) > 8 else ''}]"
 
 
 class _Attention(torch.autograd.Function):
@@ -172,8 +148,8 @@ def _arguments(
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_shapes(q, k, v, packed)
-    sequences = _check_packing(
+    check_shapes(q, k, v, packed)
+    sequences = check_packing(
         q, k, packed, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_k, device
     )
     longest_q = longest_k = 0
@@ -182,9 +158,9 @@ def _arguments(
         longest_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
         longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     if bias is not None:
-        bias = _bias_4d(bias, q, k, device)
+        bias = bias_4d(bias, q, k, device)
     if alibi_slopes is not None:
-        alibi_slopes = _slopes(alibi_slopes, sequences, q.shape[1], device)
+        alibi_slopes = slopes_float32(alibi_slopes, sequences, q.shape[1], device)
     if sinks is not None:
         check_tensor(sinks, "sinks", OP, shape=(q.shape[1],), device=device)
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
@@ -193,7 +169,7 @@ def _arguments(
     kind = kinds.get(causal) if isinstance(causal, (int, str)) else None
     if kind is None:
         raise ValueError(f'{OP}: causal is {causal!r}; it must be False, True or "upper_left"')
-    left, right = _window(window)
+    left, right = window_sides(window)
     if kind != _NONE:
         right = -1  # causality is the tighter bound
     for name, value, low in (("softcap", softcap, 0.0), ("scale", scale, -_LARGEST)):
@@ -204,7 +180,7 @@ def _arguments(
             raise ValueError(f"{OP}: {name} is {value}; it must be finite in float32{limit}")
     check_p(dropout_p, OP, "dropout_p")
     p = float(dropout_p) if dropout_p * 65536 > 0.5 else 0.0  # below that nothing would be dropped
-    batch_ids, head0, q0, k0 = _offset(offset, sequences, device)
+    batch_ids, head0, q0, k0 = offset_parts(offset, sequences, device)
     if q0 is not None:  # positions are given: nothing is left to align
         kind = {_NONE: _NONE_UPPER_LEFT, _LOWER_RIGHT: _UPPER_LEFT}.get(kind, kind)
     if p == 0:
@@ -217,119 +193,6 @@ def _arguments(
         longest_q, longest_k, kind, left, right, float(softcap), None if scale is None else float(scale), p, head0, q0 or 0,
         k0 or 0, q.dtype, check,
     )  # fmt: skip
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    layout = "[T, heads, head size] with cu_seqlens" if packed else "[batch, heads, length, head size]"
-    dims = 3 if packed else 4
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != dims:
-            raise ValueError(f"{OP}: {name} has shape {list(tensor.shape)}; it must be {layout}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{OP}: {name} is {tensor.dtype} and q is {q.dtype}; q, k and v must have one dtype")
-    if q.shape[-1] == 0:
-        raise ValueError(f"{OP}: q has shape {list(q.shape)}; the head size must be at least 1")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"{OP}: v has shape {list(v.shape)}; it must be {list(k.shape)} like k, but for the last axis")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{OP}: k has shape {list(k.shape)}; its last axis must be q's head size, {q.shape[-1]}")
-    if v.shape[-1] == 0:
-        raise ValueError(f"{OP}: v has shape {list(v.shape)}; its head size must be at least 1")
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"{OP}: k has shape {list(k.shape)}; its batch must be q's, {q.shape[0]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"{OP}: k has {k.shape[1]} heads (shape {list(k.shape)}); q's {q.shape[1]} must be a multiple")
-
-
-def _check_packing(
-    q, k, packed, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_k, device
-) -> int:
-    """Returns the number of sequences: the batch, or those that are packed."""
-    integers = (torch.int32, torch.int64)
-    if not packed:
-        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            if longest is not None:
-                raise ValueError(f"{OP}: {name} is {longest} without cu_seqlens_q; it belongs to packed sequences")
-        check_tensor(seqlens_k, "seqlens_k", OP, shape=(q.shape[0],), device=device, dtypes=integers)
-        return q.shape[0]
-    if cu_seqlens_q is None:
-        raise ValueError(f"{OP}: cu_seqlens_k was given without cu_seqlens_q; packed sequences need both")
-    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"{OP}: cu_seqlens_k is None, which means cu_seqlens_q, but k packs {k.shape[0]} tokens and q {q.shape[0]}"
-        )
-    check_tensor(cu_seqlens_q, "cu_seqlens_q", OP, device=device, dtypes=integers)
-    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 2:
-        raise ValueError(f"{OP}: cu_seqlens_q has shape {list(cu_seqlens_q.shape)}; it must be [sequences + 1]")
-    check_tensor(cu_seqlens_k, "cu_seqlens_k", OP, shape=cu_seqlens_q.shape, device=device, dtypes=integers)
-    if bias is not None:
-        raise ValueError(f"{OP}: bias was given with cu_seqlens; packed sequences take alibi_slopes, window and causal")
-    if seqlens_k is not None:
-        raise ValueError(f"{OP}: seqlens_k was given with cu_seqlens, which says the lengths already")
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt))):
-            raise TypeError(f"{OP}: {name} is a {type(longest).__name__}; it must be None or an int")
-        if longest is not None and longest < 0:
-            raise ValueError(f"{OP}: {name} is {longest}; it must not be negative")
-    sequences: int = cu_seqlens_q.shape[0] - 1
-    return sequences
-
-
-def _bias_4d(bias: Tensor, q: Tensor, k: Tensor, device: torch.device) -> Tensor:
-    floats = (torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    check_tensor(bias, "bias", OP, device=device, dtypes=floats)
-    whole = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    given = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if len(given) != 4 or any(have != 1 and have != need for have, need in zip(given, whole)):
-        raise ValueError(f"{OP}: bias has shape {list(bias.shape)}; it must be broadcastable to {list(whole)}")
-    return bias.reshape(given)  # a view: axes of size 1 fit any strides
-
-
-def _slopes(slopes: Tensor, sequences: int, heads: int, device: torch.device) -> Tensor:
-    check_tensor(slopes, "alibi_slopes", OP, device=device)
-    if slopes.shape not in ((heads,), (sequences, heads)):
-        raise ValueError(
-            f"{OP}: alibi_slopes has shape {list(slopes.shape)}; it must be [{heads}] or [{sequences}, {heads}]"
-        )
-    if slopes.requires_grad:
-        raise ValueError(f"{OP}: alibi_slopes requires a gradient, which is not computed; pass alibi_slopes.detach()")
-    return slopes.to(torch.float32).contiguous()
-
-
-def _window(window: tuple[int, int] | None) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"{OP}: window is {window!r}; it must be None or (left, right)")
-    for side in window:
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise TypeError(f"{OP}: window is {window!r}; it must hold two ints")
-        if side < -1:
-            raise ValueError(f"{OP}: window is {tuple(window)}; each side must be at least 0, or -1 for unlimited")
-    return window[0], window[1]
-
-
-def _offset(
-    offset: Offset | None, sequences: int, device: torch.device
-) -> tuple[Tensor | None, int, int | None, int | None]:
-    if offset is None:
-        return None, 0, None, None
-    if not isinstance(offset, (tuple, list)) or len(offset) != 4:
-        raise TypeError(f"{OP}: offset is {offset!r}; it must be None or (batch_ids, head0, q0, k0)")
-    batch_ids, head0, q0, k0 = offset
-    check_tensor(
-        batch_ids, "offset's batch_ids", OP, shape=(sequences,), device=device, dtypes=(torch.int64, torch.int32)
-    )
-    if (q0 is None) != (k0 is None):
-        raise ValueError(f"{OP}: offset has q0 {q0} and k0 {k0}; both or none must be None")
-    for name, value in (("head0", head0), ("q0", q0), ("k0", k0)):
-        if value is None and name != "head0":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{OP}: offset's {name} is a {type(value).__name__}; it must be an int")
-        if not 0 <= value < 2**31:
-            raise ValueError(f"{OP}: offset's {name} is {value}; it must be at least 0 and below 2**31")
-    return None if batch_ids is None else batch_ids.long().contiguous(), head0, q0, k0
 
 
 def attention(

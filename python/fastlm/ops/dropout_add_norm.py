@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastlm import backend
 from fastlm.ops._library import FLOATS, Op, autocast_dtype, check_p, check_tensor, seed_tensor, sharded
+from fastlm.ops._norm_arguments import OP, offset_tensor
 
-OP = "dropout_add_norm"
 NORMS = ("layer", "rms", "none")
 _DX, _DRESIDUAL, _DWEIGHT, _DBIAS, _DLAYERSCALE = 1, 2, 4, 8, 16
 
@@ -179,7 +179,7 @@ def _arguments(
         seed = offset = None
     else:
         seed = seed_tensor(seed, device, OP)
-        offset = _offset_tensor(offset, x, device)
+        offset = offset_tensor(offset, x, device)
     plain = p == 0 and residual is None and layerscale is None and rowscale is None and z_dtype == x.dtype
     need_z = not plain and (
         norm is None
@@ -195,24 +195,6 @@ def _arguments(
         x, residual, weight, bias, layerscale, rowscale, seed, offset, float(p), float(eps), float(weight_offset),
         norm or "none", y_dtype, z_dtype, need_z,
     )  # fmt: skip
-
-
-def _offset_tensor(offset: int | Tensor | None, x: Tensor, device: torch.device) -> Tensor | None:
-    if offset is None:
-        return None
-    if isinstance(offset, int) and not isinstance(offset, bool):
-        if not 0 <= offset < 2**63:
-            raise ValueError(f"{OP}: offset is {offset}; it must be a row number, 0 to 2**63 - 1")
-        return torch.full((), offset, dtype=torch.int64, device=device)
-    rows = math.prod(x.shape[:-1])
-    if not isinstance(offset, Tensor):
-        raise TypeError(f"{OP}: offset is a {type(offset).__name__}; it must be None, an int or an int64 tensor")
-    if offset.dtype != torch.int64 or offset.device != device or (offset.dim() != 0 and offset.shape != (rows,)):
-        raise ValueError(
-            f"{OP}: offset is a {offset.dtype} tensor of shape {list(offset.shape)} on {offset.device}; it must be "
-            f"int64 on {device}, a scalar (the first global row) or [{rows}] (a global row number for each row of x)"
-        )
-    return offset
 
 
 def dropout_add_norm(

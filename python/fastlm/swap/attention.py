@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import backend, ops, rng
+from fastlm._torch import untraced
 from fastlm.ops._library import autocast_dtype
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.seen import ran, stepped_back
 from fastlm.swap.source import Methods, Unreadable
-from fastlm.swap.tensors import plain, untraced
+from fastlm.swap.tensors import plain
 
 _NAME = "scaled_dot_product_attention"
 TORCHS = F.scaled_dot_product_attention  # PyTorch's own, whatever is put in its place later

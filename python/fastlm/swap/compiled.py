@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 import fastlm.ops  # noqa: F401  (defines the operators)
+from fastlm._torch import inductor
 from fastlm.swap.graph import Event, rewrite
 from fastlm.swap.graph.nodes import quiet, value
 
@@ -45,15 +46,9 @@ def compile_backend(
 
     ``fastlm.explain`` shows what the rewrites find; here it is logged ("fastlm", level INFO).
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
     fired = Counter(event.pattern for event in rewrite_all(gm) if not event.why)
     log.info("fastlm.compile: %s", ", ".join(f"{n} x {what}" for what, n in fired.items()) or "nothing to rewrite")
-    patches = {**(list_mode_options(mode) if mode is not None else {}), **(options or {})}
-    if patches:
-        more["config_patches"] = {name.replace("-", "_"): setting for name, setting in patches.items()}
-    return compile_fx(gm, example_inputs, **more)  # type: ignore[no-any-return,arg-type,return-value]
+    return inductor(gm, example_inputs, mode, options or {}, **more)  # type: ignore[no-any-return]
 
 
 def rewrite_all(gm: fx.GraphModule) -> list[Event]:

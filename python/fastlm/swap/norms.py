@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm._torch import untraced
 from fastlm.ops._library import autocast_dtype
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
 from fastlm.swap.seen import ran, stepped_back
-from fastlm.swap.tensors import plain, untraced
+from fastlm.swap.tensors import plain
 
 _SCALES = (1.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 30.0)
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0, float(torch.finfo(torch.float32).eps))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,17 +24,6 @@ def plain(*tensors: Tensor | None) -> bool:
         if tensor.dtype not in _FLOATS or tensor.is_nested:
             return False
     return True
-
-
-@contextlib.contextmanager
-def untraced() -> Iterator[None]:
-    """What runs within is no part of a graph that torch.jit.trace is making."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def tell(what: str) -> None:

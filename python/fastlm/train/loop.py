@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import _processor
+from fastlm._torch import multiply_all
 from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
@@ -186,7 +187,7 @@ class Trainer:
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
         if cfg.clip:
             factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor)
+        multiply_all(grads, factor)
         self.optimizer.set_found_inf(found)
         self.optimizer.step()
         self.layout.zero_grad()

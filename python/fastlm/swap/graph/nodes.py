@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fastlm._torch import ENTER_INFERENCE, EXIT_INFERENCE, SET_GRAD_ENABLED
+
 # Canonical name: its parameters, as those of the function and of the method (whose first one is self).
 _SIGNATURES = {
     "add": ("input", "other"),
@@ -70,8 +72,6 @@ NAMES: dict[Any, str] = {
     if spelled not in ("float", "half", "double", "bfloat16", "to", "type", "view", "contiguous", "type_as")
     and callable(getattr(module, spelled, None))
 }
-_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
-_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 _IN_PLACE = {operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div"}
 
 
@@ -263,11 +263,11 @@ def without_in_place(graph: fx.Graph) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     modes = [True]  # whether gradients are on, with the inference modes entered
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             modes[-1] = node.args[0] is True
-        elif node.target is _ENTER_INFERENCE:
+        elif node.target is ENTER_INFERENCE:
             modes.append(modes[-1] and node.args[:1] == (False,))
-        elif node.target is _EXIT_INFERENCE and len(modes) > 1:
+        elif node.target is EXIT_INFERENCE and len(modes) > 1:
             modes.pop()
         if not modes[-1]:
             continue
@@ -298,7 +298,7 @@ def _keeps(target: fx.Node, other: fx.Node, name: str) -> bool:
 
 
 def switches_gradients(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (torch._C._set_grad_enabled, _ENTER_INFERENCE, _EXIT_INFERENCE)
+    return node.op == "call_function" and node.target in (SET_GRAD_ENABLED, ENTER_INFERENCE, EXIT_INFERENCE)
 
 
 def quiet(first: fx.Node, last: fx.Node, involved: Iterable[Any]) -> bool:
