@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.pop("FASTLM_BACKEND", None)
@@ -107,3 +108,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _seeded() -> None:
     """A test's own randomness is fixed; accuracy.assert_as_exact_as_torch draws fresh inputs and prints their seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_autocast_left_open() -> Iterator[None]:
+    """An autocast that a test leaves open keeps the casts of later tests' weights, which then are not what they train."""
+    yield
+    open_ones = torch.autocast_increment_nesting() - 1
+    while torch.autocast_decrement_nesting():
+        pass
+    torch.clear_autocast_cache()
+    assert open_ones == 0, f"{open_ones} autocasts are left open"

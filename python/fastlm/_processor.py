@@ -41,7 +41,9 @@ def slowdown(dtype: torch.dtype) -> float:
 def sentence(dtype: torch.dtype) -> str:
     """``slowdown`` in words."""
     name = str(dtype).removeprefix("torch.")
-    return f"{name} matrix products take {slowdown(dtype):.2g} times as long as float32's on this processor"
+    return (
+        f"{name} matrix products take {float(f'{slowdown(dtype):.2g}'):g} times as long as float32's on this processor"
+    )
 
 
 def slow(dtype: torch.dtype) -> str:

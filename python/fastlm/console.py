@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from typing import Any, ClassVar
@@ -24,9 +25,34 @@ def degrade() -> None:
                 os.close(nowhere)
             if getattr(sys, name) is None:
                 setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # another program's stream may be of any kind
-            stream.reconfigure(errors="replace")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):  # another program's stream may be of any kind
+            continue
+        stream.reconfigure(errors="replace")
+        if isinstance(stream.buffer, io.BufferedWriter) and isinstance(stream.buffer.raw, io.FileIO):
+            stream.flush()
+            body = io.BufferedWriter(_Named(number, "w", closefd=False))
+            lines = stream.line_buffering
+            setattr(sys, name, io.TextIOWrapper(body, stream.encoding, "replace", line_buffering=lines))
+
+
+class _Named(io.FileIO):
+    """Stdout or stderr, whose errors say which of them they are of."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, NAMES[self.fileno()]) from None
+
+
+NAMES = {1: "<stdout>", 2: "<stderr>"}
+
+
+def refused_by(error: OSError) -> str | None:
+    """ "stdout" or "stderr" for an error in writing to it; None for every other one."""
+    return error.filename[1:-1] if error.filename in NAMES.values() else None
 
 
 class Lasting:

@@ -80,7 +80,7 @@ def test_train_generate_eval_resume(capfd: pytest.CaptureFixture[str]) -> None:
         (["train", "book.txt", "--context", "10000000"], "GiB and the machine has"),
         (["train", "book.txt", "--dropout", "1.5"], "--dropout must be at least 0 and below 1"),
         (["train", "book.txt", "--steps", "0"], "--steps must be at least 1"),
-        (["train", "book.txt", "--heads", "3"], "multiple of heads"),
+        (["train", "book.txt", "--heads", "3"], "--heads 3; it is 128 (--size nano gives what"),
         (["train", "book.txt", "--lr", "0"], "--lr must be above 0"),
         (["train", "book.txt", "--device", "tpu"], "--device must be"),
         (["train", "book.txt", "--tokenizer", "words"], "not bytes, chars, bpe"),

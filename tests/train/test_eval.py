@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fastlm.cli import main as cli
 from fastlm.train import job, mesh
+from fastlm.train.files import read_metrics
 from test_train import _own_place, book, tiny  # noqa: F401
 
 
@@ -94,3 +96,14 @@ def test_eval_of_a_packed_run_keeps_the_documents_of_a_text_apart(capsys: pytest
     assert found["tokens"] == tokens
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(total / sum(map(len, texts)) / math.log(2), rel=1e-5)
+
+
+def test_casts_that_an_open_autocast_keeps_are_not_what_a_run_computes_with(book: str) -> None:  # noqa: F811
+    """Within an outer autocast PyTorch keeps the casts of the first step's weights: each step is to make its own."""
+    losses = []
+    for outer in (False, True):
+        made = job.start(tiny(name=f"run{outer}", dtype="bfloat16", lr=1e-2, steps=4), (book,))
+        with torch.autocast("cpu", dtype=torch.bfloat16) if outer else contextlib.nullcontext():
+            made.run(str)
+        losses.append([row["loss"] for row in read_metrics(made.folder)] + [made.trainer.latest["val_loss"]])
+    assert losses[0] == losses[1]

@@ -69,9 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.warn(f"fastlm {argv[0]}: interrupted")
         return 130
-    except BrokenPipeError:
-        return 1
     except OSError as error:  # what the file system refuses, wherever that was
+        if (stream := console.refused_by(error)) is not None:
+            if not isinstance(error, BrokenPipeError):
+                console.warn(f"fastlm {argv[0]}: {stream}: {error.strerror}")
+            return 1 if stream == "stdout" else 2  # on stderr a command says what it refuses
         where = f"{error.filename}: " if error.filename else ""
         console.warn(f"fastlm {argv[0]}: {where}{error.strerror or error}")
         return 2

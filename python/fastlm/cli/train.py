@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     config.check()
     if options["resume"] and options["fork"]:
         raise job.InputError("--resume and --fork exclude each other")
+    if options["other_data"] and not (options["resume"] or options["fork"]):
+        raise job.InputError("--other-data is for a run that goes on: give --resume or --fork, or leave it out")
     count = launch.processes(config.run)
     if count > 1:
         return launch.run([sys.executable, "-m", "fastlm", "train", *argv], count, config.run.threads)
@@ -84,13 +86,27 @@ def main(argv: list[str]) -> int:
         ranks.close()
 
 
+def check_place(folder: Path, was: Config, now: Config) -> None:
+    """InputError where a run that goes on in its folder is asked for under another name, or elsewhere."""
+    if now.run.name not in (was.run.name, folder.resolve().name):
+        raise job.InputError(
+            f"--name is {now.run.name}, and {folder} goes on under its own: leave it out, or --fork it"
+        )
+    if now.run.out != was.run.out and Path(now.run.out).resolve() != folder.resolve().parent:
+        raise job.InputError(f"--out is {now.run.out}, and {folder} goes on where it is: leave it out, or --fork it")
+
+
 def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ranks: mesh.Ranks) -> int:
     folder = options["origin"]
     if ranks.restarts and ranks.folder:  # torchrun started all ranks again: the run goes on
         options["resume"], folder = ranks.folder, Path(ranks.folder)
+        config, corpus = job.read_config(folder)  # --init has filled in its shape
     say = console.say if ranks.first else lambda text: None
     if folder is not None:
-        for line in job.read_config(folder)[0].differences(config):
+        was = job.read_config(folder)[0]
+        if options["resume"]:
+            check_place(folder, was, config)
+        for line in was.differences(config):
             say(f"changed: {line}")
         go = job.resume if options["resume"] else job.fork
         with reading() as note:

@@ -112,7 +112,10 @@ def merge(labels: list[tuple[str, str, str]], data: dict[str, dict[str, Any]]) -
     paired = counts[counts.sum(1) > 1]
     varied = len(paired) and (paired.sum(0) > 0).sum() > 1
     alpha = krippendorff.alpha(value_counts=paired, level_of_measurement="nominal") if varied else float("nan")
-    model = DawidSkene(n_iter=100).fit(pd.DataFrame(labels, columns=["task", "worker", "label"]))
+    # by number: pandas takes no name that is not UTF-8 throughout, and a file's may be any bytes
+    who, kinds = sorted({row[1] for row in labels}), sorted(kinds)
+    numbered = [(key, who.index(name), kinds.index(label)) for key, name, label in labels]
+    model = DawidSkene(n_iter=100).fit(pd.DataFrame(numbered, columns=["task", "worker", "label"]))
     sure: Any = model.probas_
-    merged = {key: (str(sure.loc[key].idxmax()), float(sure.loc[key].max())) for key in keys}
+    merged = {key: (kinds[int(sure.loc[key].idxmax())], float(sure.loc[key].max())) for key in keys}
     return Merged(labels, data, merged, float(alpha))

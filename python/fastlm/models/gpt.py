@@ -38,12 +38,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         kv = self.kv_heads or self.heads
-        if self.width % self.heads or self.heads % kv:
-            raise ValueError(
-                f"width {self.width} must be a multiple of heads {self.heads}, and heads of kv_heads {self.kv_heads}"
-            )
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads {self.heads}; it is {self.width}")
+        if self.heads % kv:
+            raise ValueError(f"heads must be a multiple of kv_heads {kv}; it is {self.heads}")
         if self.position == "rotary" and (self.width // self.heads) % 2:
-            raise ValueError(f"rotary positions need an even head size; width {self.width} / heads {self.heads} is odd")
+            size = self.width // self.heads
+            raise ValueError(f"width {self.width} / heads {self.heads} must be even for rotary positions; it is {size}")
 
     @property
     def mlp_width(self) -> int:

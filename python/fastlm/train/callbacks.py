@@ -18,7 +18,7 @@ import numpy as np
 from fastlm import console
 from fastlm.data.errors import InputError
 from fastlm.train.config import Config, RunConfig
-from fastlm.train.files import keep_until, read_metrics
+from fastlm.train.files import keep_until, read_metrics, shown
 from fastlm.train.ranks import Ranks
 
 
@@ -207,7 +207,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Any, form: str = "png") ->
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, rows in runs.items():
-        prefix = f"{name}: " if len(runs) > 1 else ""
+        prefix = f"{shown(name)}: " if len(runs) > 1 else ""
         train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
         if train:
             smooth = smoothed([loss for _, loss in train])

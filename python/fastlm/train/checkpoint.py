@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, KeysView, Mapping
+from collections.abc import Callable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastlm.console import warn
 from fastlm.data.errors import InputError
-from fastlm.train.files import sync_folder
+from fastlm.train.files import sync_folder, utf8
 from fastlm.train.pieces import Groups, Piece, plain_name
 from fastlm.train.ranks import Ranks, SingleProcess
 
@@ -110,7 +110,18 @@ def write_safetensors(file: Any, tensors: Mapping[str, Tensor], meta: Mapping[st
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(str(path))
+    with _in_utf8(path) as name:
+        return load_file(name)
+
+
+@contextlib.contextmanager
+def _in_utf8(path: Path) -> Iterator[str]:
+    """A name that leads to an existing file; the package safetensors takes none that is not UTF-8."""
+    if utf8(path):
+        yield str(path)
+        return
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 class Stored:
@@ -131,7 +142,8 @@ class Stored:
             raise CheckpointError(f"{folder} holds no {kind}.safetensors")
         for path in paths:
             try:
-                file = safe_open(str(path), framework="pt")
+                with _in_utf8(path) as name:
+                    file = safe_open(name, framework="pt")
                 boxes = json.loads((file.metadata() or {}).get("boxes", "{}"))
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -6,12 +6,15 @@ Field names are unique over all groups, since on the command line each is a flag
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
-from fastlm.train.bounds import SEED, bounded, check_fields, optional
+from fastlm.train.bounds import SEED, bounded, check_fields, flag, optional
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
@@ -66,15 +69,25 @@ class ModelConfig:
             raise InputError(f"--rows must be at least the tokenizer's vocabulary of {vocab}; it is {self.rows}")
         try:
             return named(self.size, self.style, vocab=self.rows or vocab, dropout=self.dropout, **changes)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        except ValueError as error:  # it names fields
+            said = re.sub(r"\b(width|heads|kv_heads)\b", lambda found: flag(found[0]), str(error))
+            some = [name for name in ("width", "heads", "kv_heads") if flag(name) in said and name not in changes]
+            raise InputError(said + f" (--size {self.size} gives what is left out)" * bool(some)) from None
 
     def length(self) -> int:
         """The context, which no vocabulary changes."""
         return self.resolve(self.rows or 256).context
 
     def take_shape(self, shape: GPTConfig) -> None:
-        """The shape of --init into the fields; InputError for a flag that says otherwise."""
+        """The shape of --init into the fields; InputError for a flag that says otherwise (a default says nothing)."""
+        size, default = SIZES[self.size], ModelConfig()
+        if self.size != default.size and (size.layers, size.width) != (shape.layers, shape.width):
+            given = f"{shape.layers} layers of width {shape.width}"
+            raise InputError(f"--size is {self.size}, but the model of --init {self.init} has {given}: leave it out")
+        if self.rows not in (0, shape.vocab):
+            raise InputError(
+                f"--rows is {self.rows}, but the model of --init {self.init} has {shape.vocab}: leave it out"
+            )
         for name in SHAPE:
             mine, given = getattr(self, name), getattr(shape, name)
             given = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width}.get(name, given)
@@ -89,6 +102,10 @@ class ModelConfig:
         styles = [name for name, style in STYLES.items() if kinds.items() <= style.items()]
         if not styles:
             raise InputError(f"--init {self.init}: a model of {kinds} is of no style that fastlm trains")
+        if self.style != default.style and self.style not in styles:
+            raise InputError(
+                f"--style is {self.style}, but the model of --init {self.init} is of style {styles[0]}: leave it out"
+            )
         self.style, self.rows = styles[0], shape.vocab  # type: ignore[assignment]
 
 
@@ -283,7 +300,31 @@ class Config:
                 f"--warmup {o.rise} and --cooldown {o.cooldown:g} take more than the {o.steps} steps: the cooldown has the "
                 f"last {o.fall}"
             )
-        return out
+        return out + list(self._idle())
+
+    def _idle(self) -> Iterator[str]:
+        """A sentence for each flag that is given and that the others leave without effect."""
+        m, d, o, r = self.model, self.data, self.optim, self.run
+        for group, name, heeded, by in (
+            (m, "rope_base", m.style == "llama" or bool(m.init), "--style llama"),
+            (m, "lora_alpha", m.lora_rank > 0, "--lora-rank"),
+            (m, "lora_targets", m.lora_rank > 0, "--lora-rank"),
+            (d, "vocab", d.tokenizer == "bpe", "--tokenizer bpe"),
+            (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
+            (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
+            (o, "min_lr", o.schedule != "constant", "a --schedule that falls, and it is constant"),
+            (r, "eval_tokens", 0 < r.eval_every < o.steps, "an evaluation before the last (--eval-every)"),
+        ):
+            if not heeded and getattr(group, name) != getattr(type(group)(), name):
+                yield f"{flag(name)} is of no effect here: it needs {by}"
+        saves = [every for every in (r.save_every, r.eval_every) if every]
+        if r.keep_every and o.steps % r.keep_every and not any(math.lcm(e, r.keep_every) <= o.steps for e in saves):
+            yield (
+                f"--keep-every {r.keep_every} keeps no checkpoint of this run: of those that --save-every {r.save_every} "
+                f"makes in {o.steps} steps, none is at a multiple of it"
+            )
+        if r.spike and not any(every < o.steps for every in saves):
+            yield f"--spike {r.spike:g} finds no checkpoint of this run to go back to: none is saved before its last step"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

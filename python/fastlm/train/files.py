@@ -21,6 +21,20 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def utf8(path: Path | str) -> bool:
+    """Whether a name is UTF-8; one of other bytes has lone surrogates in their place."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(text: str) -> str:
+    """The text with `?` for bytes that are no UTF-8, for what takes UTF-8 alone."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8: beside its place, synced, and renamed. Raises InputError where it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # ranks may write alike at once

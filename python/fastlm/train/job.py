@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import shutil
@@ -26,6 +27,7 @@ from fastlm.data.baselines import baselines
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
+from fastlm.train.bounds import flag
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs
@@ -187,6 +189,8 @@ class Job:
         self.config, self.corpus, self.ranks = config, corpus, ranks or SingleProcess()
         first = self.ranks.first
         parallel.check(config, self.ranks.sizes)
+        if origin is not None:
+            check_model(config, origin, new=folder is None)
         self.device = self.ranks.device or pick_device(config.run.device)
         if config.run.kernels == "fused" and backend.forced():  # said before data are prepared and a folder is made
             for op in ("attention", "dropout_add_norm"):
@@ -490,6 +494,31 @@ def check_memory(costs: Costs, device: torch.device, ranks: Ranks) -> None:
             f"training this model takes about {costs.memory * sharing / 2**30:.1f} GiB{each} and the machine has "
             f"{limit / 2**30:.1f}: choose a smaller --size, --micro, fewer processes, or --recompute full"
         )
+
+
+def check_model(config: Config, origin: Path, *, new: bool) -> None:
+    """InputError, naming the flag, where the run of `origin` has another model; `new` where it is forked.
+
+    A run that goes on compares its losses with those before, so what its model computes stays; a fork may change it.
+    """
+    was, now = read_config(origin)[0].model, config.model
+    free = {"dropout", "lora_alpha"} | ({"eps", "rope_base"} if new else set())
+    shape = was.resolve(was.rows or 256)
+    if shape.position == "rotary":  # what is read with another context is other data
+        free.add("context")
+    told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "rows": was.rows}
+    for one in dataclasses.fields(now):
+        mine, given = getattr(was, one.name), getattr(now, one.name)
+        if mine == given or one.name in free:
+            continue
+        if one.name == "init":
+            raise InputError(f"--init gives a new run its weights, and {origin} has weights: leave it out")
+        alone = dataclasses.replace(was, **{one.name: given})
+        if one.name.startswith("lora") or alone.resolve(alone.rows or 256) != shape:
+            has = told.get(one.name, getattr(shape, one.name, mine))
+            raise InputError(
+                f"{flag(one.name)} is {given}, and the model of {origin} has {has}: leave it out, or train a new run"
+            )
 
 
 def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: export.Source) -> None:

@@ -25,6 +25,7 @@ from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
 from fastlm.train import callbacks as events
 from fastlm.train import checkpoint, lock, optim, parallel, signals, state
+from fastlm.train.bounds import flag
 from fastlm.train.config import Config
 from fastlm.train.guards import Guard, Verdict
 from fastlm.train.kernels import Kernels
@@ -402,8 +403,7 @@ class Trainer:
         saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if saved["data"] != self.data.content and not other_data:
             raise InputError(
-                f"the data of {folder} are not these (they or their tokenizer, context or weights changed); "
-                f"--other-data goes on with them all the same"
+                f"the data of {folder} are not these ({self._moved(saved)}); --other-data goes on with them all the same"
             )
         if (moved := state.moved(saved, self.ranks)) and self.ranks.first:
             warn(f"going on from {folder}, but not bit for bit: {', '.join(moved)}")
@@ -415,12 +415,21 @@ class Trainer:
         self.step, self.consumed = saved["step"], saved["consumed"]
         self.skipped = [(a, b) for a, b in saved["skipped"]]
         self.best, self.waited = saved["best"], saved["waited"]
+        if saved["data"] != self.data.content:  # losses on other data are no measure of these
+            self.best, self.waited = {}, 0
         for name in ("bad_in_row", "bad_steps", "mean_loss"):
             setattr(self.guard, name, saved[name])
         self.scale.fill_(saved["scale"])
         self.good.fill_(saved["good"])
         self.last_saved = self.step
         return saved
+
+    def _moved(self, saved: dict[str, Any]) -> str:
+        """Which flags tell other data than a checkpoint's."""
+        was, now = saved["config"], self.config.to_dict()
+        names = [("data", name) for name in now["data"] if name != "workers"] + [("model", "context"), ("run", "seed")]
+        moved = [flag(n) for group, n in names if json.loads(json.dumps(now[group][n])) != was[group].get(n)]
+        return f"{', '.join(moved)} changed" if moved else "the texts changed"
 
     def begin_own(self) -> None:
         """After another run's checkpoint: from here on what this folder holds counts, so that it holds this step."""

@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import sys
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
@@ -37,11 +37,19 @@ def apply(run: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """What a forward runs under, in training and in evaluation, with --dtype."""
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: str) -> Iterator[None]:
+    """What a forward runs under, in training and in evaluation, with --dtype.
+
+    PyTorch keeps the weights' casts until the outermost autocast is left. Where the caller's own code has one open, or has
+    left one open, each step would compute with the weights of the first: so the casts are made anew.
+    """
     if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+        yield
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device.type, dtype=getattr(torch, dtype)):
+        yield
 
 
 def spare_page_faults() -> bool:

@@ -22,7 +22,7 @@ from fastlm.data.pages import table
 from fastlm.train import lock
 from fastlm.train.callbacks import clock, draw, set_name
 from fastlm.train.config import Config
-from fastlm.train.files import read_metrics, write_text
+from fastlm.train.files import read_metrics, shown, write_text
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -284,5 +284,5 @@ def page(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """report.html in the run's folder."""
     path = folder / "report.html"
-    write_text(path, page(folder))
+    write_text(path, shown(page(folder)))
     return path
