@@ -57,6 +57,7 @@ COMMAND_LINES = {
     "eval": ["eval", "a"],
     "eval json": ["eval", "a", "--json"],
     "export": ["export", "a"],
+    "compress": ["compress", "a", "--int8", "--name", "small"],
     "runs": ["runs"],
     "compare": ["compare", "a", "b"],
     "plan": ["plan", *SMALL],
@@ -65,6 +66,7 @@ COMMAND_LINES = {
     "data prepare": ["data", "prepare", "book.txt"],
     "data show": ["data", "show", "1", "book.txt"],
     "data clean": ["data", "clean", "book.txt", "--out", "cleaned", "--quality", "off", "--repetition", "off"],
+    "data card": ["data", "card", "book.txt", "--out", "carded"],
     "data tasks": ["data", "tasks", "book.txt", "--out", "tasks.json"],
     "data labels": ["data", "labels", "labels.json", "--out", "labelled.jsonl"],
     "data augment": ["data", "augment", "book.txt", "--out", "more.jsonl", "--shuffle", "1"],
@@ -96,7 +98,7 @@ def test_a_command_survives_what_it_prints_to(run: Run, which: str, out: str) ->
     if which == "train":
         words += ["--name", f"new-{out}"]
     place = run("--version")["place"]
-    for made in ("cleaned", "runs/a/export-safetensors"):
+    for made in ("cleaned", "carded", "runs/small", "runs/a/export-safetensors"):
         shutil.rmtree(place / made, ignore_errors=True)
     for made in ("more.jsonl", "tasks.json", "labelled.jsonl"):
         (place / made).unlink(missing_ok=True)
