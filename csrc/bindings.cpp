@@ -18,6 +18,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_forward_cpu", &fastlm::attention_forward_cpu, nogil());
   m.def("attention_backward_cpu", &fastlm::attention_backward_cpu, nogil());
   m.def("reduce_in_order_cpu", &fastlm::reduce_in_order_cpu, nogil());
+  m.def("int8_matmul_cpu", &fastlm::int8_matmul_cpu, nogil());
+  m.def("quantize_int8_cpu", &fastlm::quantize_int8_cpu, nogil());
   m.def("rotary_cpu", &fastlm::rotary_cpu, nogil());
   m.def("philox4x32", &fastlm::philox4x32);
   m.def("dropout_add_norm_forward_cpu", &fastlm::dropout_add_norm_forward_cpu, nogil());

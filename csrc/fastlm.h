@@ -74,4 +74,16 @@ void reduce_in_order_cpu(std::array<int64_t, 4> sizes, Tensor from, Tensor to);
 void rotary_cpu(Sizes sizes, Tensor x, Tensor cos, Tensor sin, Tensor positions, bool each, int64_t table, int64_t half,
                 bool interleaved, bool inverse, Tensor out, int threads);
 
+// --- quantize_int8: lines over three leading axes of sizes {n0, n1, n2}, elements of a line last; group 0: one scale a
+// line. x and q carry those strides (q's are any), scale float32 {.., line, .., group} {n0, n1, n2, group}. seed
+// absent: to nearest. given: the one scale of all. most, float32 [lines], absent or where to put max |x| of each line,
+// and then nothing else is written. ---
+void quantize_int8_cpu(Sizes sizes, Tensor x, int64_t group, Tensor seed, Tensor given, Tensor q, Tensor scale,
+                       Tensor most, int threads);
+
+// --- int8_matmul: sizes {M, N, K}; strides of a {M, K}, of b {K, N}, of a_scale {M}, of b_scale {group, N} and of
+// bias {.., N} the last; out contiguous. A floating a: weight-only. ---
+void int8_matmul_cpu(std::array<int64_t, 3> sizes, Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, int64_t group,
+                     Tensor bias, int activation, Tensor out, int threads);
+
 }  // namespace fastlm

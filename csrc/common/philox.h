@@ -21,6 +21,7 @@ constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 // XORed into the seed, so that two ops given the same seed draw unrelated masks.
 constexpr uint64_t kKeyDropoutAddNorm = 0x9E3779B97F4A7C15ull;
 constexpr uint64_t kKeyAttention = 0xD1B54A32D192ED03ull;
+constexpr uint64_t kKeyQuantizeInt8 = 0x8CB92BA72F3D8DD7ull;
 
 struct Words {
   uint32_t w[4];

@@ -87,6 +87,29 @@ def rotary_cpu(
     out: Tensor,
     threads: int,
 ) -> None: ...
+def int8_matmul_cpu(
+    sizes: tuple[int, int, int],
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    group: int,
+    bias: Tensor,
+    activation: int,
+    out: Tensor,
+    threads: int,
+) -> None: ...
+def quantize_int8_cpu(
+    sizes: Sizes,
+    x: Tensor,
+    group: int,
+    seed: Tensor,
+    given: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    most: Tensor,
+    threads: int,
+) -> None: ...
 def dropout_add_norm_forward_cpu(
     sizes: Sizes,
     x: Tensor,

@@ -6,10 +6,14 @@ import fastlm
 import numpy as np
 import pytest
 import torch
+from fastlm import _native
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-BACKENDS = ["reference"]
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(_native.missing()), reason="no compiled core")),
+]
 op = fastlm.ops.quantize_int8
 
 

@@ -79,7 +79,8 @@ def forward(
     q.copy_(values.mT if transpose else values)
     if dim is None:
         return q, scale
-    return q, scale.movedim(-1, dim).contiguous() if group else scale.squeeze(-1)
+    shaped = x.new_empty(scale_shape(x.shape, dim, group), dtype=torch.float32)
+    return q, shaped.copy_(scale.movedim(-1, dim) if group else scale.squeeze(-1))
 
 
 def scale_shape(shape: torch.Size, dim: int | None, group: int) -> list[int]:

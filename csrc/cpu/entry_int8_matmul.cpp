@@ -1,0 +1,97 @@
+// int8_matmul on the CPU: checks the arguments, cuts the call into tasks and picks the instruction set.
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "cpu/int8_matmul.h"
+#include "fastlm.h"
+
+namespace fastlm {
+using int8_matmul_call::Call;
+using int8_matmul_call::Tiles;
+FASTLM_DECLARE(void, int8_product, (const Call&, const Tiles&, char*))
+FASTLM_DECLARE(void, int8_weight_only, (const Call&, const Tiles&, char*))
+
+namespace {
+constexpr int64_t kParallelProducts = 1 << 20;  // below, a second thread costs more than it saves
+constexpr int64_t kFirstCache = 24 * 1024;      // bytes of a panel of weights
+
+void run(const Call& call, const Tiles& tiles, char* scratch) {
+  if (call.a_dtype == kInt8) {
+    FASTLM_DISPATCH(int8_product, call, tiles, scratch);
+  } else {
+    FASTLM_DISPATCH(int8_weight_only, call, tiles, scratch);
+  }
+}
+
+bool is_float(int64_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
+
+void check(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("int8_matmul: ") + what);
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Tasks of as many rows as pay for a panel, and of as many columns as leave each thread a few tasks.
+Tiles cut(const Call& call) {
+  Tiles t;
+  const bool floats = call.a_dtype != kInt8;
+  t.gather_a = call.a_stride[1] != 1 && call.k > 1;
+  t.gather_b = call.b_stride[0] != 1 && call.k > 1;
+  t.panel = floats ? 16 : std::clamp<int64_t>(kFirstCache / std::max<int64_t>(call.k, 1) / 16 * 16, 16, 64);
+  t.rows = std::min<int64_t>(call.m, floats ? 96 : t.gather_b || t.gather_a ? 256 : 128);
+  const int64_t down = (call.m + t.rows - 1) / t.rows, wanted = std::max<int64_t>(1, 8 * call.threads / down);
+  const int64_t share = std::max<int64_t>((call.n + wanted - 1) / wanted, t.gather_a || floats ? 256 : 1);
+  t.columns = (share + t.panel - 1) / t.panel * t.panel;
+  if (floats) {
+    t.scratch = 4 * (t.rows * ((call.k + 15) / 16 * 16) + t.rows * t.panel + 1024 * t.panel);
+  } else {
+    t.scratch = 8 * t.rows + (t.gather_a ? t.rows * call.k : 0) + (t.gather_b ? t.panel * call.k : 0);
+  }
+  t.scratch = aligned(t.scratch + 64);
+  return t;
+}
+}  // namespace
+
+void int8_matmul_cpu(std::array<int64_t, 3> sizes, Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, int64_t group,
+                     Tensor bias, int activation, Tensor out, int threads) {
+  Call call;
+  call.m = sizes[0], call.n = sizes[1], call.k = sizes[2];
+  check(call.m >= 0 && call.n >= 0 && call.k >= 0, "sizes must not be negative");
+  if (call.m == 0 || call.n == 0) return;
+  check(out[0] != 0, "out is missing");
+  check(call.k == 0 || (a[0] != 0 && b[0] != 0), "a or b is missing");
+  check(a[1] == kInt8 || is_float(a[1]), "a must be int8, float32, bfloat16 or float16");
+  check(b[1] == kInt8, "b must be int8");
+  check(is_float(out[1]) || (out[1] == kInt32 && a[1] == kInt8 && a_scale[0] == 0 && b_scale[0] == 0 && bias[0] == 0 &&
+                             activation == 0),
+        "out must be float32, bfloat16 or float16, or int32 of the bare product");
+  check(a[1] != kInt8 || call.k <= 131071, "K must be at most 131,071");
+  check((a_scale[0] == 0 || a_scale[1] == kFloat32) && (b_scale[0] == 0 || b_scale[1] == kFloat32),
+        "scales must be float32");
+  check(group == 0 || (b_scale[0] != 0 && a[1] != kInt8 && (group == 32 || group == 64 || group == 128)),
+        "group must be 0, or 32, 64 or 128 with b_scale and a floating a");
+  check(bias[0] == 0 || is_float(bias[1]), "bias must be float32, bfloat16 or float16");
+  check(activation >= 0 && activation <= 3, "activation must be 0 to 3");
+  call.a = reinterpret_cast<const char*>(a[0]);
+  call.a_dtype = a[1], call.a_stride[0] = a[2], call.a_stride[1] = a[3];
+  call.b = reinterpret_cast<const int8_t*>(b[0]);
+  call.b_stride[0] = b[2], call.b_stride[1] = b[3];
+  call.a_scale = reinterpret_cast<const float*>(a_scale[0]);
+  call.a_scale_stride = a_scale[2];
+  call.b_scale = reinterpret_cast<const float*>(b_scale[0]);
+  call.b_group_stride = b_scale[2], call.b_scale_stride = b_scale[3], call.group = group;
+  call.bias = reinterpret_cast<const char*>(bias[0]);
+  call.bias_dtype = bias[1], call.bias_stride = bias[5];
+  call.activation = activation;
+  call.out = reinterpret_cast<char*>(out[0]);
+  call.out_dtype = out[1];
+  const bool small = call.m * call.n * call.k < kParallelProducts;
+  call.threads = small || threads < 1 ? 1 : threads;
+  const Tiles tiles = cut(call);
+  const std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(tiles.scratch * call.threads + 64)]);
+  const uintptr_t at = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
+  run(call, tiles, reinterpret_cast<char*>(at));
+}
+}  // namespace fastlm
