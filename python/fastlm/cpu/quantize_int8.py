@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm import _native
-from fastlm._native import ABSENT, DTYPE, FLOATS
+from fastlm._native import ABSENT, DTYPE, FLOATS, Packed
 from fastlm.backend import YES, Support
 from fastlm.reference.quantize_int8 import LEAST, scale_shape
 
@@ -78,12 +78,12 @@ def _run(x: Tensor, q: Tensor, scale: Tensor, group: int, seed: Tensor | None, g
         return
     axes = [(1, (0, 0, 0))] * (3 - len(axes)) + axes
     sizes = (axes[0][0], axes[1][0], axes[2][0], x.shape[-1])
-    strides = [tuple(axis[1][i] for axis in axes) for i in range(3)]
-    packed = [
-        (t.data_ptr(), DTYPE[t.dtype], *s, t.stride(-1) if t.dim() else 0)
-        for t, s in zip((x, q, scale), strides, strict=True)
-    ]
+
+    def packed(t: Tensor, number: int) -> Packed:
+        n0, n1, n2 = (axis[1][number] for axis in axes)
+        return (t.data_ptr(), DTYPE[t.dtype], n0, n1, n2, t.stride(-1) if t.dim() else 0)
+
     _native._C.quantize_int8_cpu(
-        sizes, packed[0], group, _native.scalar(seed), _native.scalar(given), packed[1], packed[2], ABSENT,
+        sizes, packed(x, 0), group, _native.scalar(seed), _native.scalar(given), packed(q, 1), packed(scale, 2), ABSENT,
         torch.get_num_threads(),
     )  # fmt: skip
