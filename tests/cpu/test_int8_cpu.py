@@ -100,7 +100,7 @@ def digest() -> str:
 
     def take(*tensors: Tensor) -> None:
         for t in tensors:
-            total.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
 
     generator = torch.Generator().manual_seed(3)
     for m, n, k in ((1, 5, 33), (17, 70, 257), (2, 64, 100), (130, 33, 64), (4, 9, 4097)):
