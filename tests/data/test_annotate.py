@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -87,3 +88,27 @@ def test_a_number_out_of_range_is_one_sentence(
     assert main(["data", words[0], one, *words[1:], "--out", str(tmp_path / "out")]) == 2
     assert f"{words[1]} must be at least" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    assert main(["data", "tasks", str(path), "--out", str(tmp_path / "t.json")]) == 2
+    assert f"{path}, line 2" in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = export(tmp_path / "one.json", 1, ["yes", "no"]), tmp_path / "out.jsonl"
+    out.write_text("before\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["data", "labels", one, "--out", str(out)]) == 2
+    assert f"cannot write {out}: No space left on device" in capsys.readouterr().err
+    assert out.read_text() == "before\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.json", "out.jsonl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -334,17 +335,18 @@ def test_bad_input_is_one_sentence(corpus: Path, tmp_path: Path, capsys: pytest.
     broken.write_text(corpus.read_text() + "{broken\n")
     assert f"{broken}, line 31" in said(str(broken), *out)
 
-    def stopped(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    monkeypatch.setattr(command.scan, "scan", fails(OSError(errno.ENOSPC, "No space left on device")))
+    assert "No space left on device; what is counted is kept" in said(str(corpus), *out)
+    monkeypatch.setattr(command.scan, "scan", fails(KeyboardInterrupt()))
+    assert main(["data", "card", str(corpus), *out]) == 130
+    assert "interrupted; what is counted is kept" in capsys.readouterr().err
 
-    monkeypatch.setattr(command.scan, "scan", stopped)
-    assert "the same command goes on" in said(str(corpus), *out)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "out/.card/00000.jsonl"))
+def fails(with_: BaseException) -> Any:
+    def scan_(*_: Any, **__: Any) -> None:
+        raise with_
 
-    monkeypatch.setattr(command.scan, "scan", full)
-    assert "00000.jsonl: No space left on device" in said(str(corpus), *out)
+    return scan_
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -133,32 +134,56 @@ def test_the_rules_are_datatrove_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(verdicts) > 8
 
 
-def test_the_same_bytes_for_any_number_of_workers_and_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "TASK", 100_000)
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A corpus of several tasks, with copies across them."""
+    monkeypatch.setattr(run, "TASK", 30_000)
     folder = tmp_path / "in"
     folder.mkdir()
-    for n in range(6):
-        texts = [prose(n * 50 + i, 200) for i in range(50)] + [prose(3, 200), edited(prose(n * 50, 200), n)]
+    for n in range(5):
+        texts = [prose(n * 50 + i, 200) for i in range(15)] + [prose(3, 200), edited(prose(n * 50, 200), n)]
         write(folder / f"{n}.jsonl", texts)
-    clean(folder, tmp_path / "one")
-    found = run.clean((str(folder),), tmp_path / "two", CleanOptions(workers=2), note=lambda _: None)
-    assert found is not None
-    assert found["dropped"]["near_duplicate"]["documents"] == 6
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    files = [{p.name: p.read_bytes() for p in folder.glob("*.jsonl")} for folder in (one, other)]
+    assert len(files[0]) > 3
+    return files[0] == files[1]
+
+
+def test_the_same_bytes_in_any_order_of_tasks_and_after_a_kill(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = clean(several, tmp_path / "one")
+    assert found["dropped"]["near_duplicate"]["documents"] == 5
+    options = CleanOptions(workers=1)
+    plan = run.Plan(tmp_path / "backwards")
+    count = plan.begin((str(several),), options)
+    for stage, blocks in run.pipeline(plan, options).items():
+        for rank in reversed(range(1 if stage == "link" else count)):
+            data = None
+            for block in blocks:
+                data = block.run(data, rank, count)
+            list(data)
+    assert plan.finish(count) == found
+    assert same(tmp_path / "one", tmp_path / "backwards")
 
     real = near.Write.run
     monkeypatch.setattr(near.Write, "run", lambda self, data, rank=0, world_size=1: _die(real, self, data, rank))
     with pytest.raises(KeyboardInterrupt):
-        clean(folder, tmp_path / "killed")
+        clean(several, tmp_path / "killed")
     monkeypatch.setattr(near.Write, "run", real)
     monkeypatch.setattr(near.Link, "run", lambda *_: pytest.fail("a finished stage ran again"))
-    assert clean(folder, tmp_path / "killed") == found
-    names = sorted(p.name for p in (tmp_path / "one").glob("*.jsonl"))
-    assert len(names) > 3
-    for other in ("two", "killed"):
-        assert sorted(p.name for p in (tmp_path / other).glob("*.jsonl")) == names
-        assert all((tmp_path / other / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in names)
+    assert clean(several, tmp_path / "killed") == found
+    assert same(tmp_path / "one", tmp_path / "killed")
+
+
+@pytest.mark.slow  # processes take seconds to import
+def test_the_same_bytes_for_any_number_of_workers(several: Path, tmp_path: Path) -> None:
+    found = run.clean((str(several),), tmp_path / "two", CleanOptions(workers=2), note=lambda _: None)
+    assert clean(several, tmp_path / "one") == found
+    assert same(tmp_path / "one", tmp_path / "two")
 
 
 def _die(real: Any, self: Any, data: Any, rank: int) -> Any:
@@ -169,13 +194,14 @@ def _die(real: Any, self: Any, data: Any, rank: int) -> Any:
 
 def test_memory_of_linking_is_bounded_by_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many passes over the keys give the clusters of one."""
-    texts = [prose(n, 200) for n in range(60)] + [edited(prose(n, 200), n) for n in range(30)]
+    texts = [prose(n, 200) for n in range(24)] + [edited(prose(n, 200), n) for n in range(12)]
     path = write(tmp_path / "in.jsonl", texts)
-    first = clean(path, tmp_path / "one")
+    off: Any = {"quality": "off", "repetition": "off", "c4": "off", "pii": "off"}
+    first = clean(path, tmp_path / "one", **off)
     monkeypatch.setattr(near, "PASS", 7)
     monkeypatch.setattr(near, "HELD", 3)
-    assert clean(path, tmp_path / "many") == first
-    assert first["dropped"]["near_duplicate"]["documents"] == 30
+    assert clean(path, tmp_path / "many", **off) == first
+    assert first["dropped"]["near_duplicate"]["documents"] == 12
 
 
 @pytest.mark.parametrize(
@@ -309,3 +335,49 @@ def test_a_task_watches_its_parent_whatever_sigint_is(how: Any) -> None:
 def test_jaccard_is_that_of_sets() -> None:
     a, b = np.array([1, 2, 3], np.uint64), np.array([2, 3, 4, 5], np.uint64)
     assert words.jaccard(a, b) == 2 / 5
+
+
+def _fails(with_: BaseException) -> Any:
+    def run_(*_: Any) -> Any:
+        raise with_
+
+    return run_
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write(tmp_path / "in.jsonl", [prose(n) for n in range(4)]), tmp_path / "out"
+    command = ["data", "clean", str(path), "--out", str(out), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(near.Write, "run", _fails(OSError(errno.ENOSPC, "No space left on device")))
+        assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(
+        "No space left on device; the tasks that are done are kept, make room and the same command goes on"
+    )
+    assert "\n" not in said
+    monkeypatch.setattr(near.Keep, "run", _fails(AssertionError("a finished stage ran again")))
+    assert main(command) == 0
+    assert len(rows(out)) == 4
+
+
+def test_ctrl_c_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "in.jsonl", [prose(1)])
+    monkeypatch.setattr(near.Write, "run", _fails(KeyboardInterrupt()))
+    assert main(["data", "clean", str(path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 130
+    assert "interrupted; what is done is kept, and the same command goes on" in capsys.readouterr().err
+
+
+def test_an_array_on_disk_takes_its_room_when_it_is_made(tmp_path: Path) -> None:
+    """A sparse file that is mapped would end the process with SIGBUS on a full disk, page by page."""
+    array = near.mapped(tmp_path / "x", np.int64, 100_000)
+    assert array.shape == (100_000,)
+    assert (tmp_path / "x").stat().st_blocks * 512 >= 800_000
+    array[7] = 1
+    array.flush()
+    assert np.fromfile(tmp_path / "x", np.int64).sum() == 1
+    with pytest.raises(OSError, match="No space left on device"):
+        near.mapped(Path("/dev/full"), np.int64, 10)

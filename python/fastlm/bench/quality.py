@@ -97,7 +97,7 @@ class Quality:
         self.data["examples"].append({"title": title, "pairs": [list(pair) for pair in pairs]})
 
     def save(self, part: bool = False) -> Path:
-        """Writes the result and makes docs/remedies.md anew; of a part, its tables take the place of those of the same titles.
+        """Writes the result and makes docs/remedies.md anew; of a part, what is there of other parts stays.
 
         Raises ValueError if nothing was measured, and where a part is of other sources than the rest.
         """
@@ -112,16 +112,23 @@ class Quality:
         return self.path
 
     def _into_the_rest(self) -> None:
-        """The result on disk with the tables measured here, each with the day on which it was."""
+        """The result on disk with what was measured here in the place of what has the same names."""
         rest = load(self.root).get(self.path.stem)
-        if rest is None or rest["sources"] != self.data["sources"]:
-            raise ValueError(f"{self.path.name} is not of these sources: run the whole script first")
-        new = {table["title"]: table for table in self.data["tables"]}
-        for table in new.values():
-            table["note"] = f"{table['note']} Measured alone, {self.data['date'][:10]}.".strip()
-        old = [new.pop(table["title"], table) for table in rest["tables"]]
+        when = ", ".join(filter(None, [f"Measured {self.data['date'][:10]}", self.data["provisional"]]))
+        for table in self.data["tables"]:
+            table["note"] = f"{table['note']} {when}.".strip()
+        self.data["command"] = shlex.join(self.data["command"].split()[:2])  # of which this was a part
+        if rest is None:
+            return
+        if rest["sources"] != self.data["sources"]:
+            raise ValueError(f"{self.path.name} is of other sources: delete it, or run the whole script")
+        names = {"rows": ("remedy", "measured"), "tables": ("title",), "examples": ("title",)}
+        for kind, by in names.items():
+            new = {tuple(one[k] for k in by): one for one in self.data[kind]}
+            old = [new.pop(tuple(one[k] for k in by), one) for one in rest[kind]]
+            rest[kind] = [*old, *new.values()]
         self.begin -= rest["seconds"]
-        self.data = rest | {"tables": [*old, *new.values()]}
+        self.data = rest
 
 
 def _shown(words: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+import sys
 from pathlib import Path
 
 import tyro
@@ -14,7 +15,7 @@ from fastlm.data.card import bias, markdown, page, scan
 from fastlm.data.card.card import Card
 from fastlm.data.clean import CleanOptions
 from fastlm.data.clean.run import needed
-from fastlm.data.errors import InputError
+from fastlm.data.errors import FULL, InputError
 from fastlm.train import job, report
 from fastlm.train.files import write_text
 
@@ -64,7 +65,12 @@ def card(
         with reading() as note:
             facts, copies = scan.scan(corpus, work, options, max(workers, 1), note)
     except KeyboardInterrupt:
-        raise InputError(f"interrupted; what is counted is kept in {work}, and the same command goes on") from None
+        print(f"fastlm data card: interrupted; {_kept(work)}, and the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(f"{error.strerror}; {_kept(work)}: make room and the same command goes on") from error
     title = name or ", ".join(Path(n).name for n in corpus) or "The source of Python's standard library"
     made = Card(title, corpus, datetime.date.today().isoformat(), facts, copies)
     if run is not None:
@@ -81,6 +87,10 @@ def card(
     _say(made)
     print(f"{folder / 'card.html'}, {folder / 'card.md'}")
     return 0
+
+
+def _kept(work: Path) -> str:
+    return f"what is counted is kept in {work}"
 
 
 def _say(made: Card) -> None:

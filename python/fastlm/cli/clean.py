@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import tyro
@@ -47,4 +48,5 @@ def main(argv: list[str]) -> int:
     try:
         return int(tyro.cli(clean, prog="fastlm data clean", args=argv))
     except KeyboardInterrupt:
-        raise InputError("interrupted; what is done is kept, and the same command goes on") from None
+        print("fastlm data clean: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130

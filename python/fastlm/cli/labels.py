@@ -9,6 +9,7 @@ import tyro
 from fastlm.data import annotate
 from fastlm.data.rows import dumps
 from fastlm.train.bounds import COUNT, SEED, Range, check
+from fastlm.train.files import write_text
 
 
 def tasks(
@@ -26,7 +27,7 @@ def tasks(
     check("n", n, Range(1, COUNT))
     check("seed", seed, Range(*SEED))
     found = annotate.tasks(corpus, n, seed, field)
-    Path(out).write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(Path(out), dumps(found, indent=1) + "\n")
     print(f"{len(found):,} tasks; {out}")
     return 0
 
@@ -43,9 +44,9 @@ def labels(exports: tyro.conf.Positional[tuple[str, ...]], out: str, below: floa
     check("below", below, Range(0, 2))
     found = annotate.merge(*annotate.read(map(Path, exports)))
     again = found.disputed(below)
-    Path(out).write_text("".join(dumps(row) + "\n" for row in found.rows()), encoding="utf-8")
+    write_text(Path(out), "".join(dumps(row) + "\n" for row in found.rows()))
     if disputed:
-        Path(disputed).write_text(dumps(again, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(disputed), dumps(again, indent=1) + "\n")
     print(f"{len(found.merged):,} items, {len(found.labels):,} labels; Krippendorff's alpha {found.alpha:.3f}; {out}")
     for who, (right, count) in found.accuracy().items():
         print(f"  {who}: agrees with the merged label in {right:.1%} of {count:,}")

@@ -16,7 +16,7 @@ from datatrove.utils import logging as theirs
 def _to_file(folder: Any, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
     theirs.logger.remove()
     logfile = folder.open(f"logs/task_{rank:05d}.log", "w")
-    theirs.logger.add(logfile, level="DEBUG", colorize=False)
+    theirs.logger.add(logfile, level="DEBUG", colorize=False, catch=False)
     return logfile
 
 

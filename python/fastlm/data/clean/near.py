@@ -117,11 +117,20 @@ class Store:
                     yield part
 
 
+def mapped(path: Path, kind: Any, count: int) -> np.ndarray:
+    """An array of zeros on disk. Its room is taken now: a full disk is an OSError here, and a fatal signal at a page later."""
+    size = max(count, 1) * np.dtype(kind).itemsize
+    with open(path, "wb") as file:
+        for start in range(0, size, PASS):
+            file.write(bytes(min(PASS, size - start)))
+    return np.memmap(path, kind, "r+", shape=(max(count, 1),))
+
+
 class Forest:
     """Clusters, each named by its first document; on disk, so that memory holds what is touched."""
 
     def __init__(self, path: Path, total: int) -> None:
-        self.up = np.memmap(path, np.int64, "w+", shape=(max(total, 1),))
+        self.up: Any = mapped(path, np.int64, total)
         for start in range(0, total, PASS):
             self.up[start : start + PASS] = np.arange(start, min(start + PASS, total))
 
@@ -151,10 +160,7 @@ class Link(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         store = Store(self.folder, self.count)
         near, grouped = (Forest(self.folder / f"{name}.forest", store.total) for name in ("near", "group"))
-        found = np.memmap(
-            self.folder / "links", [("why", "u1"), ("of", "<i8"), ("similarity", "<f4")], "w+",
-            shape=(max(store.total, 1),),
-        )  # fmt: skip
+        found: Any = mapped(self.folder / "links", [("why", "u1"), ("of", "<i8"), ("similarity", "<f4")], store.total)
         if self.exact:
             for same in store.equal("exact"):
                 first = store.row(int(same[0]))["text"]

@@ -18,7 +18,7 @@ from typing import Any
 from fastlm.data import corpus as corpora
 from fastlm.data.clean.options import CleanOptions, bands
 from fastlm.data.cutting import WHOLE, Part, parts
-from fastlm.data.errors import InputError
+from fastlm.data.errors import FULL, InputError
 
 TASK = 16 << 20  # bytes on disk of a task
 TASK_FILES = 256
@@ -226,7 +226,14 @@ def clean(names: tuple[str, ...], out: Path, options: CleanOptions, note: Any = 
                 note(f"the tasks are with slurm; the same command shows the table when they are done ({plan.folder})")
                 return None
             note(f"{stage}: {here} task(s)")
-            executor.run()
+            try:
+                executor.run()
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise InputError(
+                    f"{out}: {error.strerror}; the tasks that are done are kept, make room and the same command goes on"
+                ) from error
         plan.finish(count)
     shutil.rmtree(plan.rows, ignore_errors=True)  # what only the tasks needed; here too after a kill beside the table
     table: dict[str, Any] = json.loads((plan.folder / "table.json").read_text())
