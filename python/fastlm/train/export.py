@@ -27,7 +27,7 @@ from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPTConfig
-from fastlm.train import checkpoint, lora
+from fastlm.train import checkpoint, compressed_tensors, lora
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.files import sync_folder, write_text
 
@@ -103,6 +103,8 @@ def read_model(path: Path) -> Source:
     else:
         run, own = path, None
     config = _json(run / "config.json") if (run / "config.json").is_file() else {}
+    if "quantization_config" in config:
+        raise InputError(f"{path} holds quantized weights; fastlm reads float ones, or what `fastlm compress` wrote")
     if "model_type" in config:
         tensors = {name: t.float() for name, t in _files(path).items()}
         try:
@@ -469,6 +471,12 @@ def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> lis
     texts: dict[str, Any] = {}
     if to == "hf":
         config, tensors = to_hf(source)
+        if source.int8 is not None:
+            style = style_of(source.shape)
+            if why := compressed_tensors.why_not(style, source.int8):
+                warn(f"the int8 layers are written as floats: {why}")
+            else:
+                compressed_tensors.overlay(source.int8, _names(source.shape, style), config, tensors)
         texts["config.json"] = config | {"dtype": dtype}
         texts["generation_config.json"] = {k: config[k] for k in ("bos_token_id", "eos_token_id")}
     else:
@@ -484,7 +492,8 @@ def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> lis
             settings |= {"eos_token": END, "bos_token": END}
         texts["tokenizer_config.json"] = settings | {"clean_up_tokenization_spaces": False}
     kind = getattr(torch, dtype)
-    tensors = {name: t.to(kind).contiguous() for name, t in tensors.items()}
+    plain = lambda name, t: t.to(kind) if t.is_floating_point() and not name.endswith("weight_scale") else t
+    tensors = {name: plain(name, t).contiguous() for name, t in tensors.items()}
     draft = folder.parent / f".draft-{folder.name}-{os.getpid()}"
     try:
         draft.mkdir(parents=True)
