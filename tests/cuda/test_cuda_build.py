@@ -58,7 +58,7 @@ def _readable(symbol: str) -> str:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [ARCHS[0], pytest.param(ARCHS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_a_spill(source, arch):
     kernels = figures(source, arch)

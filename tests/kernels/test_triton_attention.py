@@ -37,7 +37,9 @@ pytest.importorskip("triton")
 from fastlm.kernels import table
 from fastlm.reference.attention import dropout_mask
 from test_attention import (  # noqa: F401 - collected here, with the fixture ``backend`` of this file
-    test_agrees_with_sdpa,
+    SDPA_LENGTHS,
+    SDPA_OPTIONS,
+    check_sdpa,
     test_expanded_keys_and_gradients_are_right,
     test_huge_and_tiny_scores,
     test_large_negative_bias_does_not_hide_a_row,
@@ -100,6 +102,12 @@ def test_as_exact_as_torch(number):
 def test_as_exact_as_torch_in_every_dtype(number, dtype):
     case = replace(small(FEATURES[number]), dtype=dtype)
     assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+@pytest.mark.parametrize("option", SDPA_OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", SDPA_LENGTHS)
+def test_agrees_with_sdpa(option, lengths):
+    check_sdpa(Case(heads=2, kv_heads=1, queries=lengths[0], keys=lengths[1], **option))
 
 
 BROADCAST = ["".join(axes) for axes in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -235,12 +236,19 @@ def test_out_is_laid_out_like_q(backend):
     assert dq.stride() == q.stride()
 
 
-@pytest.mark.parametrize("option", [
+SDPA_OPTIONS = (
     dict(), dict(causal="upper_left"), dict(mask="qk"), dict(mask="bk", scale=0.1), dict(bias="bhqk"), dict(bias="hk"),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("lengths", [(64, 192), (192, 64), (65, 70)])
+)  # fmt: skip
+SDPA_LENGTHS = ((64, 192), (192, 64), (65, 70))
+
+
+@pytest.mark.parametrize("option", SDPA_OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", SDPA_LENGTHS)
 def test_agrees_with_sdpa(backend, option, lengths):
-    case = Case(queries=lengths[0], keys=lengths[1], kv_heads=2, **option)
+    check_sdpa(Case(queries=lengths[0], keys=lengths[1], kv_heads=2, **option))
+
+
+def check_sdpa(case):
     t = inputs(case, torch.Generator().manual_seed(0))
     results = []
     for ours in (True, False):
@@ -435,6 +443,7 @@ print(peak_memory(cpu) - before)
 """
 
 
+@functools.cache
 def _peak(dtype, bias, length):
     """Bytes that a forward and a backward add to what the caller holds."""
     command = [sys.executable, "-c", _MEMORY, dtype, bias, str(length)]
