@@ -310,7 +310,7 @@ UNSEEN = {
     "patience", "min_delta", "max_bad", "spike", "keep", "keep_every",  # need more steps, or worse ones
     "save_every",  # each evaluation finds a better model, and saves it
     "clip", "recompute", "micro", "kernels", "compile",  # equal to rounding, which may be none
-    "tokenizer", "field", "separator", "warmup", "bias", "tied", "kv_heads", "rows", "init",
+    "tokenizer", "special_tokens", "field", "separator", "warmup", "bias", "tied", "kv_heads", "rows", "init",
 }  # fmt: skip
 
 

@@ -57,6 +57,17 @@ def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:
         job.tokenizer_of(folder)
 
 
+def test_the_default_tokenizer_is_no_answer_in_python_either(folder: Path, book: str) -> None:  # noqa: F811
+    shape = {"layers": None, "heads": None, "width": None, "context": None, "style": "gpt2"}
+    with pytest.raises(InputError, match="--tokenizer"):
+        job.start(tiny(init=str(folder), **shape), (book,))
+    for name in ("merges.txt", "vocab.json"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match=r"holds no tokenizer.*--tokenizer"):
+        job.start(tiny(init=str(folder), **shape), (book,))
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("kind", ["chars", "bpe"])
 def test_a_fork_and_a_resume_keep_the_tokenizer_on_other_text(kind: str, book: str, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("tokenizers")

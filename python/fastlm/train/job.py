@@ -530,6 +530,9 @@ def check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer, given: expo
             f"{tokenizer.vocab}: give --tokenizer the tokenizer.json that belongs to the model"
         )
     known = given.tokenizer
+    if known is None and config.data.tokenizer == DataConfig().tokenizer and tokenizer.vocab != given.shape.vocab:
+        own_one = tokenizer_of(Path(init))  # nobody has asked for bytes, perhaps: what the folder tells, or its refusal
+        raise InputError(f"--init {init} has a tokenizer of its own: --tokenizer {own_one} takes it")
     if known is None or known == tokenizer.spec():
         return
     own = tokenizer.spec().get("content")
