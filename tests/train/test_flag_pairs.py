@@ -42,7 +42,7 @@ def check(walk: Walk, some: list[Pair]) -> None:
 
 
 def test_some_pairs_of_flags_train_or_are_refused_by_name(walk: Walk, pytestconfig: pytest.Config) -> None:
-    check(walk, [pair for pair in drawn(pytestconfig, 20) if ("compile", True) not in pair])
+    check(walk, [pair for pair in drawn(pytestconfig, 12) if ("compile", True) not in pair])
 
 
 @pytest.mark.slow
