@@ -1,12 +1,15 @@
 // int8_matmul on the CPU, compiled once for each instruction set.
 //
-//   y = activation((float(a @ b) * a_scale) * b_scale + bias)            a, b int8: int8_product
-//   y = activation(a @ (b * b_scale) + bias)                              a floating: int8_weight_only
+//   y = activation((float(a @ b) * a_scale) * b_scale + bias)            a, b
+//   int8: int8_product y = activation(a @ (b * b_scale) + bias) a floating:
+//   int8_weight_only
 //
-// A weight [N, K] lies in memory as it is saved; every sum is a dot product of a row of a and a row of the weight, so
-// nothing is packed. A task is a block of rows and columns. Within it a panel of columns stays in the first cache while
-// all rows pass by, two rows and four columns at a time: 4 (2 + 4) bytes loaded for each 8 products of four bytes.
-// Bytes of a call: M K + N K + 4 M N, operations 2 M N K. Integers are exact, and each float sum has one order,
+// A weight [N, K] lies in memory as it is saved; every sum is a dot product of
+// a row of a and a row of the weight, so nothing is packed. A task is a block
+// of rows and columns. Within it a panel of columns stays in the first cache
+// while all rows pass by, two rows and four columns at a time: 4 (2 + 4) bytes
+// loaded for each 8 products of four bytes. Bytes of a call: M K + N K + 4 M N,
+// operations 2 M N K. Integers are exact, and each float sum has one order,
 // whatever the task: the same bits at any thread count.
 #include "cpu/int8_matmul.h"
 
@@ -29,7 +32,8 @@ struct Rows {
   int64_t stride;
 };
 
-// count lines of length k, line_stride apart with elements step apart, as [count][k].
+// count lines of length k, line_stride apart with elements step apart, as
+// [count][k].
 FASTLM_NOINLINE void gather(const int8_t* from, int64_t line_stride, int64_t step, int64_t count, int64_t k,
                             int8_t* to) {
   if (line_stride == 1) {
@@ -43,9 +47,13 @@ FASTLM_NOINLINE void gather(const int8_t* from, int64_t line_stride, int64_t ste
   }
 }
 
-// sums[r][4] = a_r . b_c for kRows rows and four columns. Columns beyond the last repeat it.
-template <int kRows, bool kLow>
-FASTLM_INLINE void tile(const Rows& a, const int8_t* const* b, int64_t k, const RowInfo* info, int32_t (*sums)[4]) {
+// sums[r][4] = a_r . b_c for kRows rows and four columns. Columns beyond the
+// last repeat it. kAhead asks for the bytes `ahead` of each column, those of
+// the next four: processors do not look past the page in which a row of weights
+// may end.
+template <int kRows, bool kLow, bool kAhead>
+FASTLM_INLINE void tile(const Rows& a, const int8_t* const* b, int64_t ahead, int64_t k, const RowInfo* info,
+                        int32_t (*sums)[4]) {
   Sum s[kRows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -59,6 +67,7 @@ FASTLM_INLINE void tile(const Rows& a, const int8_t* const* b, int64_t k, const 
     for (int r = 0; r < kRows; ++r) x[r] = wide_load(a.at + r * a.stride + i);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
+      if (kAhead) prefetch(b[c] + ahead + i);
       const Right y = right_of(wide_load(b[c] + i));
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) s[r][c] = add_products<kLow>(s[r][c], x[r], y);
@@ -81,7 +90,7 @@ FASTLM_INLINE void tile(const Rows& a, const int8_t* const* b, int64_t k, const 
 }
 
 // kRows rows of a against a panel of columns, to the result.
-template <int kRows>
+template <int kRows, bool kAhead>
 FASTLM_NOINLINE void rows_by_panel(const Call& call, const Rows& a, const Rows& b, const RowInfo* info,
                                    const Columns& columns, int64_t row, int64_t column, int count) {
   int32_t all[kRows][kMostPanel];
@@ -92,9 +101,9 @@ FASTLM_NOINLINE void rows_by_panel(const Call& call, const Rows& a, const Rows& 
     for (int j = 0; j < 4; ++j) four[j] = b.at + (c + j < count ? c + j : count - 1) * b.stride;
     int32_t sums[kRows][4];
     if (low) {
-      tile<kRows, true>(a, four, call.k, info, sums);
+      tile<kRows, true, kAhead>(a, four, 4 * b.stride, call.k, info, sums);
     } else {
-      tile<kRows, false>(a, four, call.k, info, sums);
+      tile<kRows, false, kAhead>(a, four, 4 * b.stride, call.k, info, sums);
     }
     for (int r = 0; r < kRows; ++r) memcpy(all[r] + c, sums[r], sizeof sums[r]);
   }
@@ -124,11 +133,19 @@ void product_task(const Call& call, const Tiles& tiles, int64_t row, int64_t col
       b = {lines, call.k};
     }
     Columns::fill(columns, call, c, count);
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-      rows_by_panel<2>(call, {a.at + r * a.stride, a.stride}, b, info + r, columns, row + r, c, count);
+    // The first rows bring the panel from memory.
+    if (rows == 1) {
+      rows_by_panel<1, true>(call, a, b, info, columns, row, c, count);
+      continue;
     }
-    if (r < rows) rows_by_panel<1>(call, {a.at + r * a.stride, a.stride}, b, info + r, columns, row + r, c, count);
+    rows_by_panel<2, true>(call, a, b, info, columns, row, c, count);
+    int64_t r = 2;
+    for (; r + 2 <= rows; r += 2) {
+      rows_by_panel<2, false>(call, {a.at + r * a.stride, a.stride}, b, info + r, columns, row + r, c, count);
+    }
+    if (r < rows) {
+      rows_by_panel<1, false>(call, {a.at + r * a.stride, a.stride}, b, info + r, columns, row + r, c, count);
+    }
   }
 }
 

@@ -1,11 +1,14 @@
-// int8_matmul with a floating a (weight-only), compiled once for each instruction set.
+// int8_matmul with a floating a (weight-only), compiled once for each
+// instruction set.
 //
 //   y = activation(a @ (b * b_scale) + bias), sums in float32
 //
-// Few rows: weights become floats on their way from memory into the sum, which costs the memory's time alone. Many
-// rows: a panel of weights becomes floats once and stays in the cache while the rows of a task pass by. Either way a
-// sum adds the same products in the same lanes: blocks of kBlock along K, in each sixteen lanes folded by a fixed tree,
-// the blocks in order. A scale of a column multiplies the sum, that of a group the weight.
+// Few rows: weights become floats on their way from memory into the sum, which
+// costs the memory's time alone. Many rows: a panel of weights becomes floats
+// once and stays in the cache while the rows of a task pass by. Either way a
+// sum adds the same products in the same lanes: blocks of kBlock along K, in
+// each sixteen lanes folded by a fixed tree, the blocks in order. A scale of a
+// column multiplies the sum, that of a group the weight.
 #include "cpu/int8_epilogue.h"
 #include "cpu/int8_matmul.h"
 
@@ -21,7 +24,8 @@ constexpr int64_t kBlock = 1024;  // of K: eight rows of floats fit into the fir
 
 FASTLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// n elements of a line of a, `step` apart, as floats, with zeros up to a multiple of sixteen.
+// n elements of a line of a, `step` apart, as floats, with zeros up to a
+// multiple of sixteen.
 FASTLM_NOINLINE void to_floats(const char* from, int64_t dtype, int64_t step, int64_t n, float* to) {
   const int64_t size = size_of(dtype) * step;
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -29,7 +33,8 @@ FASTLM_NOINLINE void to_floats(const char* from, int64_t dtype, int64_t step, in
   }
 }
 
-// Sixteen weights of a column from k on as floats, times the scale of their group; beyond the last they are 0.
+// Sixteen weights of a column from k on as floats, times the scale of their
+// group; beyond the last they are 0.
 FASTLM_INLINE Vec weights(const Call& call, const int8_t* b, const float* scales, int64_t k) {
   Vec w;
   if (k + kLanes <= call.k) {
@@ -46,8 +51,9 @@ FASTLM_NOINLINE void gather_column(const Call& call, int64_t column, int64_t fro
   for (int64_t i = 0; i < count; ++i) to[i] = b[i * call.b_stride[0]];
 }
 
-// kRows rows by kColumns columns of weights as they lie: sums over [from, to) of K. More than one chain of sums where
-// there is but one row: the latency of a sum must not hold the memory up.
+// kRows rows by kColumns columns of weights as they lie: sums over [from, to)
+// of K. More than one chain of sums where there is but one row: the latency of
+// a sum must not hold the memory up.
 template <int kRows, int kColumns>
 FASTLM_INLINE void direct(const Call& call, const float* a, int64_t stride, const int8_t* b, const float* scales,
                           int64_t from, int64_t to, float* sums, int64_t step) {
@@ -60,6 +66,7 @@ FASTLM_INLINE void direct(const Call& call, const float* a, int64_t stride, cons
   for (int64_t k = from; k < to; k += kLanes) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
+      prefetch(b + (c + kColumns) * call.b_stride[1] + k);  // the next columns: a weight's row may end with its page
       const Vec w = weights(call, b + c * call.b_stride[1], scales ? scales + c * call.b_scale_stride : nullptr, k);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) s[r][c] = fma(load(a + r * stride + k), w, s[r][c]);
@@ -79,7 +86,8 @@ constexpr int kTileRows = 3, kTileColumns = 2;
 #else
 constexpr int kTileRows = 1, kTileColumns = 2;
 #endif
-// kRows rows by kColumns columns of floats: sums over k elements, a multiple of sixteen.
+// kRows rows by kColumns columns of floats: sums over k elements, a multiple of
+// sixteen.
 template <int kRows, int kColumns>
 FASTLM_INLINE void tile(const float* a, int64_t stride, const float* w, int64_t w_stride, int64_t k, float* sums,
                         int64_t step) {
@@ -118,22 +126,22 @@ FASTLM_NOINLINE void rows_by_panel(const float* a, int64_t stride, const float* 
 }
 
 template <int kRows, int kColumns>
+FASTLM_INLINE void all_blocks(const Call& call, const float* a, int64_t stride, int64_t column, float* sums,
+                              int64_t step) {
+  const float* scales = call.group ? call.b_scale + column * call.b_scale_stride : nullptr;
+  const int8_t* b = call.b + column * call.b_stride[1];
+  for (int64_t from = 0; from < call.k; from += kBlock) {
+    direct<kRows, kColumns>(call, a, stride, b, scales, from, lesser(call.k, from + kBlock), sums, step);
+  }
+}
+template <int kRows, int kColumns>
 FASTLM_NOINLINE void few_rows(const Call& call, const float* a, int64_t stride, int64_t column, int count, float* sums,
                               int64_t step) {
-  for (int64_t from = 0; from < call.k; from += kBlock) {
-    const int64_t to = lesser(call.k, from + kBlock);
-    int c = 0;
-    for (; c + kColumns <= count; c += kColumns) {
-      const float* scales = call.group ? call.b_scale + (column + c) * call.b_scale_stride : nullptr;
-      const int8_t* b = call.b + (column + c) * call.b_stride[1];
-      direct<kRows, kColumns>(call, a, stride, b, scales, from, to, sums + c, step);
-    }
-    for (; c < count; ++c) {
-      const float* scales = call.group ? call.b_scale + (column + c) * call.b_scale_stride : nullptr;
-      const int8_t* b = call.b + (column + c) * call.b_stride[1];
-      direct<kRows, 1>(call, a, stride, b, scales, from, to, sums + c, step);
-    }
+  int c = 0;
+  for (; c + kColumns <= count; c += kColumns) {
+    all_blocks<kRows, kColumns>(call, a, stride, column + c, sums + c, step);
   }
+  for (; c < count; ++c) all_blocks<kRows, 1>(call, a, stride, column + c, sums + c, step);
 }
 
 // Sums of a panel of columns for all rows of a task, [rows][panel].
