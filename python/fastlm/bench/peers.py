@@ -16,11 +16,8 @@ PEERS = {
     "liger-kernel": ("liger_kernel", "dropout_add_norm: its norms after PyTorch's dropout and add"),
     "flash-attn": ("flash_attn", "attention"),
     "xformers": ("xformers", "attention"),
-    "bitsandbytes": ("bitsandbytes", "nothing yet: its kernels are 8-bit, and int8_matmul is not built"),
-    "torchao": (
-        "torchao",
-        "nothing yet: its kernels are 8-bit and sparse, and int8_matmul and prune_mask are not built",
-    ),
+    "bitsandbytes": ("bitsandbytes", "nothing yet: its 8-bit linear is for a GPU"),
+    "torchao": ("torchao", "int8_matmul: its compiled linear with dynamic int8 activations"),
 }
 
 
