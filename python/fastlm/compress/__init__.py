@@ -1,7 +1,27 @@
-"""Smaller models out of trained ones: linear layers in int8 (``quantize``) and SmoothQuant before it (``smooth``)."""
+"""Smaller models out of trained ones: layers in int8 (``quantize``, ``smooth``), weights that stay zero (``prune``)."""
 
 from fastlm.compress.held import Held, held
+from fastlm.compress.masks import Masks, attach, hold, masked, masks, split
+from fastlm.compress.prune import Pruned, prune, unprune
 from fastlm.compress.quantize import Converted, convert, plan, restore
 from fastlm.compress.smooth import Smoothed, smooth
 
-__all__ = ["Converted", "Held", "Smoothed", "convert", "held", "plan", "restore", "smooth"]
+__all__ = [
+    "Converted",
+    "Held",
+    "Masks",
+    "Pruned",
+    "Smoothed",
+    "attach",
+    "convert",
+    "held",
+    "hold",
+    "masked",
+    "masks",
+    "plan",
+    "prune",
+    "restore",
+    "smooth",
+    "split",
+    "unprune",
+]

@@ -183,6 +183,16 @@ class OptimConfig:
     """Weight of the squared log-partition in the training loss."""
     ema: float = bounded(0.0, 0, below=1)
     """Decay of an exponential moving average of the weights, used for evaluation; 0: none."""
+    prune: str = ""
+    """Prune the linear layers while training, by magnitude: to a part of zeros such as 0.7, or a pattern such as 2:4."""
+    prune_method: Literal["gradual", "magnitude"] = "gradual"
+    """gradual: the zeros grow by a cubic schedule (Zhu and Gupta 2017). magnitude, and patterns: all at once, at the begin."""
+    prune_begin: float = bounded(0.2, 0, below=1)
+    """Part of the steps before the first weights go."""
+    prune_end: float = bounded(0.7, 0, 1)
+    """Part of the steps after which no more go; what follows heals."""
+    prune_every: int = bounded(20, 1)
+    """Steps between two growths of the masks."""
 
     @property
     def rise(self) -> int:
@@ -273,6 +283,12 @@ class Config:
             raise InputError(f"--spike must be above 1, a multiple of the mean loss, or 0; it is {r.spike}")
         if r.patience and not r.eval_every:
             raise InputError("--patience needs evaluations on the way: --eval-every is 0")
+        if self.optim.prune:
+            from fastlm.train import pruning
+
+            pruning.target(self.optim.prune)
+            if self.model.lora_rank:
+                raise InputError("--prune and --lora-rank exclude each other: LoRA leaves the weights frozen")
         if r.compile and r.recompute != "none":
             raise InputError(
                 f"--compile and --recompute {r.recompute} exclude each other: torch.compile cannot trace the "

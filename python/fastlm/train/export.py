@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm import compress
 from fastlm.compress import Held
 from fastlm.console import warn
 from fastlm.data import InputError
@@ -71,12 +72,14 @@ BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 class Source:
     """A model read from somewhere: its shape, its plain tensors in float32, and its tokenizer where that is known.
 
-    Of a model whose layers are int8 `tensors` has the dequantised values, and `int8` the integers."""
+    Of a model whose layers are int8 `tensors` has the dequantised values, and `int8` the integers. `masks` are a pruned
+    model's, by the keys of `compress.masks`."""
 
     shape: GPTConfig
     tensors: dict[str, Tensor]
     tokenizer: dict[str, Any] | None
     int8: Held | None = None
+    masks: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------------------------- in
@@ -129,7 +132,8 @@ def read_model(path: Path) -> Source:
         tensors = {**base_tensors(run)[0], **tensors}
         settings = config["config"]["model"]
         tensors = lora.merged(tensors, settings["lora_alpha"] / settings["lora_rank"])
-    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"), int8)
+    tensors, masks = compress.split(tensors)
+    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"), int8, masks)
 
 
 def _compressed(run: Path, record: Any) -> tuple[dict[str, Tensor], Held | None]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlm import backend
+from fastlm import backend, compress
 from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
@@ -223,11 +223,14 @@ class Job:
         model = GPT(self.shape)
         if given is not None:
             state.load_model(model, given.tensors, config.model.init)
+            compress.attach(model, given.masks)
         self.int8 = None if given is None else given.int8
         if config.model.lora_rank:
             if origin is not None:
                 floats, self.int8 = export.base_tensors(origin)
+                floats, masks = compress.split(floats)
                 state.load_model(model, floats, origin / lora.BASE)
+                compress.attach(model, masks)
             if self.int8 is not None:
                 self.int8.into(model)
             base = state.model_tensors(model)

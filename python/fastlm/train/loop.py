@@ -24,7 +24,7 @@ from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
 from fastlm.data.loader import Source
 from fastlm.train import callbacks as events
-from fastlm.train import checkpoint, lock, optim, parallel, signals, state
+from fastlm.train import checkpoint, lock, optim, parallel, pruning, signals, state
 from fastlm.train.bounds import flag
 from fastlm.train.config import Config
 from fastlm.train.guards import Guard, Verdict
@@ -81,6 +81,7 @@ class Trainer:
             for note in config.notes():
                 warn(note)
         self.plain = model.to(self.device)
+        pruning.begin(self.plain, config.optim)
         self.kernels = Kernels(self.plain, config.run.kernels)
         if hasattr(self.plain, "recompute"):
             self.plain.recompute = config.run.recompute  # type: ignore[assignment]
@@ -99,6 +100,7 @@ class Trainer:
         self.callbacks: list[Any] = [c for c in callbacks if self.ranks.first or getattr(c, "everywhere", False)]
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
         self.ema = self._averages() if config.optim.ema else {}
+        self.pruning = pruning.Pruning(self)
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
         self.step = self.consumed = 0
         self.best: dict[str, float] = {}
@@ -161,6 +163,7 @@ class Trainer:
         size = self.batch_size(self.step)
         part = optim.rate(cfg, self.step)
         self.optimizer.set_rate(part)
+        self.pruning.before(self.step)
         unit = 1.0 / self.nominal(size)  # keeps the summed gradients near their final size; corrected exactly below
         total = torch.zeros((), device=self.device)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -183,6 +186,7 @@ class Trainer:
                 count += tokens * (stage == 0)
         total, count = self.ranks.sum(total), self.ranks.sum(count)
         grads = self.layout.grads()
+        self.pruning.masks.gradients()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
         norm = self.layout.norm() * factor
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
@@ -191,6 +195,7 @@ class Trainer:
         multiply_all(grads, factor)
         self.optimizer.set_found_inf(found)
         self.optimizer.step()
+        self.pruning.masks.weights()
         self.layout.zero_grad()
         self._after(found)
         self.step += 1
@@ -407,7 +412,7 @@ class Trainer:
             )
         if (moved := state.moved(saved, self.ranks)) and self.ranks.first:
             warn(f"going on from {folder}, but not bit for bit: {', '.join(moved)}")
-        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
+        self._load_weights(folder)
         state.load_optimizer(self.layout, self.optimizer, checkpoint.Stored(folder, "optimizer"))
         if not state.load_random(checkpoint.Stored(folder, "random"), self.ranks.rank):
             state.seed_all(self.config.run.seed + saved["step"], self.ranks.rank)
@@ -449,8 +454,14 @@ class Trainer:
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint alone, such as the best."""
         self._verify(folder)
-        state.fill(state.model_pieces(self.layout), checkpoint.Stored(folder, "model"), self.layout.elsewhere)
+        self._load_weights(folder)
         self._load_average(folder)
+
+    def _load_weights(self, folder: Path) -> None:
+        stored = checkpoint.Stored(folder, "model")
+        pruning.expect(self.plain, stored)
+        state.fill(state.model_pieces(self.layout), stored, self.layout.elsewhere)
+        self.pruning.refresh()
 
     def _averages(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.layout.params.items() if p.requires_grad}

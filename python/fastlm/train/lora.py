@@ -14,8 +14,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm import ops
 from fastlm.data.errors import InputError
 from fastlm.nn import Int8Linear
+from fastlm.nn.masked import MASK, MaskedLinear
 
 BASE = "base"  # the folder of a run that holds what LoRA leaves as it was
 INT8 = "int8.json"  # in it, of an int8 base: what its tensors do not tell
@@ -29,6 +31,10 @@ class LoraLinear(nn.Linear):
     lora_scale: float
 
     def forward(self, x: Tensor) -> Tensor:
+        if MASK in self._buffers:  # of a pruned base: what is added keeps its zeros, as `merged` will
+            keep = ops.mask_to_bool(self._buffers[MASK], self.in_features)  # type: ignore[arg-type]
+            added = (self.lora_b @ self.lora_a) * self.lora_scale
+            return F.linear(x, self.weight + added * keep, self.bias)
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
 
 
@@ -43,7 +49,11 @@ class LoraInt8Linear(Int8Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
 
 
-ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, Int8Linear: LoraInt8Linear}
+ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: LoraLinear,
+    MaskedLinear: LoraLinear,
+    Int8Linear: LoraInt8Linear,
+}
 
 
 def apply(model: nn.Module, rank: int, alpha: float, targets: Iterable[str]) -> list[str]:
@@ -80,4 +90,6 @@ def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         if name.endswith(".lora_a"):
             path = name.removesuffix(".lora_a")
             out[f"{path}.weight"] = out[f"{path}.weight"] + scale * (tensors[f"{path}.lora_b"] @ a)
+            if f"{path}.{MASK}" in tensors:
+                ops.apply_mask_(out[f"{path}.weight"], tensors[f"{path}.{MASK}"])
     return out

@@ -1,0 +1,143 @@
+"""Pruning while training: masks that grow by a schedule, and that every optimizer holds.
+
+`--prune 0.7` prunes the blocks' linear layers layer by layer by magnitude. Gradual (Zhu and Gupta 2017): at every
+`prune_every`-th step t between begin b and end e the part s (1 - (1 - (t - b) / (e - b))^3) is zero. Magnitude, and patterns
+such as 2:4: all at once, at the begin. The masks are buffers of the model, so checkpoints hold them and a resume in the
+middle goes on to the bit. What is zero stays zero.
+
+Gradients are masked before they are clipped, so moments stay 0; weights after the step, since Muon's is not elementwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import compress, ops
+from fastlm.compress.masks import MASK, Masks
+from fastlm.data.errors import InputError
+from fastlm.nn import MaskedLinear
+from fastlm.reference.prune_mask import parse
+from fastlm.train.checkpoint import Stored
+from fastlm.train.config import OptimConfig
+
+if TYPE_CHECKING:
+    from fastlm.train.loop import Trainer
+
+
+def target(prune: str) -> tuple[float | None, str]:
+    """(sparsity, pattern) of --prune: "0.7" or "2:4". InputError for what is neither."""
+    try:
+        sparsity = float(prune)
+    except ValueError:
+        try:
+            kind = parse(prune)[0]
+        except ValueError:
+            kind = ""
+        if kind not in ("n:m", "2:4t"):
+            raise InputError(
+                f"--prune must be the part of the weights that goes, such as 0.7, or a pattern such as 2:4; it is {prune!r}"
+            ) from None
+        return None, prune
+    if not 0 < sparsity < 1:
+        raise InputError(f"--prune must be above 0 and below 1; it is {prune}")
+    return sparsity, "unstructured"
+
+
+def bounds(config: OptimConfig) -> tuple[int, int]:
+    """The first and the last step before which masks are made."""
+    begin = int(config.prune_begin * config.steps)
+    return begin, max(begin, int(config.prune_end * config.steps))
+
+
+def part(config: OptimConfig, step: int) -> float | None:
+    """What is to be zero before this step by the schedule; None where nothing changes before it."""
+    sparsity, _ = target(config.prune)
+    begin, end = bounds(config)
+    if sparsity is None or config.prune_method == "magnitude":
+        return (1.0 if sparsity is None else sparsity) if step == begin else None
+    if not begin <= step <= end or ((step - begin) % config.prune_every and step != end):
+        return None
+    return sparsity * (1 - (1 - (step - begin) / (end - begin)) ** 3) if end > begin else sparsity
+
+
+def begin(model: nn.Module, config: OptimConfig) -> None:
+    """Masks that keep everything, of the layers that will be pruned. InputError where the model has none."""
+    if config.prune and not compress.masks(model):
+        target(config.prune)
+        try:
+            compress.prune(model, 0.0)
+        except ValueError as error:
+            raise InputError(f"--prune {config.prune}: {error}") from None
+
+
+def expect(model: nn.Module, stored: Stored) -> None:
+    """Masks, to be filled, of the layers that have one in a checkpoint (of a run that began from a pruned model)."""
+    _, found = compress.split(dict.fromkeys(stored.names(), torch.empty(0)))
+    for name in found.keys() - compress.masks(model).keys():
+        module = model.get_submodule(name.removesuffix(MASK).rstrip("."))
+        device = next(model.parameters()).device
+        module.register_buffer(MASK, torch.full(stored.shape(name), 255, dtype=torch.uint8, device=device))
+        if type(module) is nn.Linear:
+            module.__class__ = MaskedLinear
+
+
+class Pruning:
+    """The masks of a trainer's model and the parts of them that this process holds."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.refresh()
+
+    def refresh(self) -> None:
+        """After the model's masks have changed or come."""
+        layout = self.trainer.layout
+        self.modules = {
+            f"{path}.weight" if path else "weight": m for path, m in compress.masked(self.trainer.plain).items()
+        }
+        sizes = self.trainer.ranks.sizes
+        for name in ("tp", "pp"):
+            if self.modules and sizes.get(name, 1) > 1:
+                raise InputError(f"pruned models with --mesh {name}=... are not built; use dp=... or fsdp=...")
+        self.local: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            mask: Tensor = module._buffers[MASK]  # type: ignore[assignment]
+            p = layout.params[name]
+            if p.shape != module.weight.shape or name in layout.cuts or p is not module.weight:
+                keep = ops.mask_to_bool(mask, layout.shape(name)[1])
+                mask = ops.bool_to_mask(layout.own(name, keep).contiguous())
+            self.local[name] = mask
+        self.masks = Masks((layout.params[n], m) for n, m in self.local.items() if layout.params[n].requires_grad)
+
+    def before(self, step: int) -> None:
+        """The masks that the schedule wants before this step, from the weights as they are."""
+        config = self.trainer.config.optim
+        if not config.prune or (now := part(config, step)) is None:
+            return
+        sparsity, pattern = target(config.prune)
+        layout = self.trainer.layout
+        for name, module in self.modules.items():
+            with torch.no_grad():
+                whole = layout.whole(name, layout.params[name].detach())
+            new = ops.prune_mask(whole, sparsity=None if sparsity is None else now, pattern=pattern, magnitude=True)
+            module._buffers[MASK] = ops.mask_and(module._buffers[MASK], new)  # type: ignore[arg-type]
+        self.refresh()
+        self.masks.weights()
+        self.masks.moments(self.trainer.optimizer.state)
+        self.average()
+
+    def average(self) -> None:
+        """The moving average of a pruned weight is 0 too."""
+        for name, average in self.trainer.ema.items():
+            if name in self.local:
+                ops.apply_mask_(average, self.local[name])
+
+    def sparsity(self) -> float | None:
+        """The part of the masked layers' weights that is zero; None without masks. Waits for the device."""
+        if not self.modules:
+            return None
+        kept = sum(int(ops.mask_count(m)) for m in compress.masks(self.trainer.plain).values())
+        count = sum(torch.Size(self.trainer.layout.shape(n)).numel() for n in self.modules)
+        return 1 - kept / count
