@@ -21,6 +21,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_matmul_cpu", &fastlm::int8_matmul_cpu, nogil());
   m.def("quantize_int8_cpu", &fastlm::quantize_int8_cpu, nogil());
   m.def("rotary_cpu", &fastlm::rotary_cpu, nogil());
+  py::class_<fastlm::PruneScores>(m, "PruneScores")
+      .def(py::init<fastlm::Sizes, fastlm::Tensor, fastlm::Tensor, fastlm::Tensor, bool>());
+  m.def("prune_select_cpu", &fastlm::prune_select_cpu, nogil());
+  m.def("prune_rows_cpu", &fastlm::prune_rows_cpu, nogil());
+  m.def("prune_groups_cpu", &fastlm::prune_groups_cpu, nogil());
+  m.def("prune_transposable_cpu", &fastlm::prune_transposable_cpu, nogil());
+  m.def("prune_blocks_cpu", &fastlm::prune_blocks_cpu, nogil());
+  m.def("apply_mask_cpu", &fastlm::apply_mask_cpu, nogil());
+  m.def("mask_count_cpu", &fastlm::mask_count_cpu, nogil());
+  m.def("mask_bits_cpu", &fastlm::mask_bits_cpu, nogil());
+  m.def("read_cpu", &fastlm::read_cpu, nogil());
   m.def("philox4x32", &fastlm::philox4x32);
   m.def("dropout_add_norm_forward_cpu", &fastlm::dropout_add_norm_forward_cpu, nogil());
   m.def("dropout_add_norm_backward_cpu", &fastlm::dropout_add_norm_backward_cpu, nogil());

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace fastlm {
 
@@ -85,5 +86,23 @@ void quantize_int8_cpu(Sizes sizes, Tensor x, int64_t group, Tensor seed, Tensor
 // bias {.., N} the last; out contiguous. A floating a: weight-only. ---
 void int8_matmul_cpu(std::array<int64_t, 3> sizes, Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, int64_t group,
                      Tensor bias, int activation, Tensor out, int threads);
+
+// --- prune_mask: scores of sizes {n0, n1, n2, columns} with those strides; mask uint8 [rows][ceil(columns/8)]
+// contiguous; scale float32 [columns] contiguous or absent. Each returns how many scores are NaN; then no mask counts.
+// ---
+struct PruneScores {
+  Sizes sizes;
+  Tensor score, scale, mask;
+  bool magnitude;
+};
+int64_t prune_select_cpu(const std::vector<PruneScores>& scores, int64_t gone, int threads);  // of all together
+int64_t prune_rows_cpu(const PruneScores& scores, int64_t gone, int threads);                 // of each row
+int64_t prune_groups_cpu(const PruneScores& scores, int keep, int m, int threads);
+int64_t prune_transposable_cpu(const PruneScores& scores, int threads);
+int64_t prune_blocks_cpu(const PruneScores& scores, int64_t high, int64_t wide, int64_t gone, int threads);
+void apply_mask_cpu(Sizes sizes, Tensor weight, Tensor mask, int threads);  // weight strides as of scores
+int64_t mask_count_cpu(Tensor mask, int64_t bytes, int threads);
+void mask_bits_cpu(Tensor from, Tensor to, int64_t rows, int64_t columns, bool packing, int threads);  // contiguous
+void read_cpu(uintptr_t from, int64_t bytes, int threads);  // what a read costs, for benchmarks
 
 }  // namespace fastlm
