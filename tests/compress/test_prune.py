@@ -174,7 +174,6 @@ OPTIMIZERS = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.3),
     "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.3, fused=True),
     "SGD": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2),
 }
 
 

@@ -49,6 +49,7 @@ def test_every_optimizer_holds_masks_for_two_hundred_steps(book: str, optimizer:
     assert not any(torch.equal(p, before[n]) for n, p in made.model.named_parameters())
 
 
+@pytest.mark.slow  # float16 on a CPU
 def test_a_loss_scale_and_bad_steps_change_no_mask(book: str) -> None:  # noqa: F811
     config = tiny(name="scaled", steps=12, prune="2:4", prune_begin=0.2, dtype="float16", layers=1, batch=1, max_bad=20)
     made = job.start(config, (book,))

@@ -1,4 +1,4 @@
-"""`fastlm compress RUN --int8`: a trained model made smaller, with what that costs."""
+"""`fastlm compress RUN --int8`, `--prune 2:4`: a trained model made smaller, with what that costs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from fastlm import console
 from fastlm.cli.data import reading
 from fastlm.train import compressing, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
+from fastlm.train.compress_pruning import Prune
 
 
 def compress(
     run: tyro.conf.Positional[str] = "",
     text: tyro.conf.Positional[tuple[str, ...]] = (),
+    prune: str = "",
+    prune_method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt",
     int8: bool = False,
     weight_only: bool = False,
     group: Literal[32, 64, 128] | None = None,
@@ -36,7 +39,9 @@ def compress(
     Args:
         run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         text: Files, folders or globs to measure and calibrate on; without any, the run's own corpus.
-        int8: Linear layers in int8: weights by row, activations by token, as they come.
+        prune: Make this part of the linear layers' weights zero, such as 0.5, or all but n of m, such as 2:4.
+        prune_method: sparsegpt and wanda calibrate on the training split; magnitude takes the smallest weights.
+        int8: Linear layers in int8: weights by row, activations by token, as they come. With --prune after it: zeros stay.
         weight_only: With --int8: weights in int8, activations in float.
         group: With --weight-only: weights that share a scale; without it a whole row does.
         smooth: With --int8: SmoothQuant; outliers of activations move into weights, folded into the norms.
@@ -45,7 +50,7 @@ def compress(
         only_faster: Leave layers in float that int8 would make slower on this machine.
         samples: Contexts of the training split to calibrate on.
         seed: Chooses them.
-        name: Name of the new folder; without it RUN-int8.
+        name: Name of the new folder; without it RUN-int8, or RUN-pruned.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
@@ -55,8 +60,11 @@ def compress(
         needs = [flag for flag, on in (("--weight-only", weight_only), ("--group", group), ("--smooth", smooth)) if on]
         if needs:
             raise job.InputError(f"{needs[0]} needs --int8")
-        raise job.InputError("fastlm compress needs a method: --int8")
-    methods: list[compressing.Method] = [compressing.Int8(weight_only, group, smooth, include, exclude, only_faster)]
+        if not prune:
+            raise job.InputError("fastlm compress needs a method: --int8 or --prune")
+    methods: list[compressing.Method] = [Prune(prune, prune_method, include, exclude)] if prune else []
+    if int8:
+        methods.append(compressing.Int8(weight_only, group, smooth, include, exclude, only_faster))
     with reading() as note:
         made = compressing.run(
             job.find_run(run, out), methods, text=text, name=name, out=out, device=device, samples=samples, seed=seed,

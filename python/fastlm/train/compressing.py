@@ -82,6 +82,7 @@ class Int8:
             )
 
     def apply(self, model: GPT, batches: Batches) -> list[str]:
+        compress.unprune(model)  # what is zero is zero in int8 too, and needs no mask
         try:
             made = quantize.plan(
                 model, self.mode, include=self.include or None, exclude=self.exclude or None, group=self.group,
@@ -184,6 +185,7 @@ def run(
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten: choose another --name, or remove it")
     model, tokenizer = job.load(origin, device)
+    compress.attach(model, source.masks)
     config, data = _data(base, body, text, tokenizer, model.config.context, note)
     before = _measure(model, config, data)
     plain = copy.deepcopy(model)
