@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from fastlm import compress
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT
-from fastlm.train import pruning
 from fastlm.train.compressing import Batches
+from fastlm.train.sparsity import target
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Prune:
     report: compress.Pruned | None = None
 
     def check(self) -> None:
-        pruning.target(self.prune)
+        target(self.prune)
 
     def apply(self, model: GPT, batches: Batches) -> list[str]:
-        sparsity, pattern = pruning.target(self.prune)
+        sparsity, pattern = target(self.prune)
         try:
             self.report = compress.prune(
                 model, sparsity, pattern, method=self.method, include=self.include or None, exclude=self.exclude or None,

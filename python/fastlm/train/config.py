@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
 from fastlm.train.bounds import SEED, bounded, check_fields, flag, optional
+from fastlm.train.sparsity import target
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
@@ -284,9 +285,7 @@ class Config:
         if r.patience and not r.eval_every:
             raise InputError("--patience needs evaluations on the way: --eval-every is 0")
         if self.optim.prune:
-            from fastlm.train import pruning
-
-            pruning.target(self.optim.prune)
+            target(self.optim.prune)
             if self.model.lora_rank:
                 raise InputError("--prune and --lora-rank exclude each other: LoRA leaves the weights frozen")
         if r.compile and r.recompute != "none":

@@ -10,7 +10,7 @@ Gradients are masked before they are clipped, so moments stay 0; weights after t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +19,9 @@ from fastlm import compress, ops
 from fastlm.compress.masks import MASK, Masks
 from fastlm.data.errors import InputError
 from fastlm.nn import MaskedLinear
-from fastlm.reference.prune_mask import parse
 from fastlm.train.checkpoint import Stored
 from fastlm.train.config import OptimConfig
-
-if TYPE_CHECKING:
-    from fastlm.train.loop import Trainer
-
-
-def target(prune: str) -> tuple[float | None, str]:
-    """(sparsity, pattern) of --prune: "0.7" or "2:4". InputError for what is neither."""
-    try:
-        sparsity = float(prune)
-    except ValueError:
-        try:
-            kind = parse(prune)[0]
-        except ValueError:
-            kind = ""
-        if kind not in ("n:m", "2:4t"):
-            raise InputError(
-                f"--prune must be the part of the weights that goes, such as 0.7, or a pattern such as 2:4; it is {prune!r}"
-            ) from None
-        return None, prune
-    if not 0 < sparsity < 1:
-        raise InputError(f"--prune must be above 0 and below 1; it is {prune}")
-    return sparsity, "unstructured"
+from fastlm.train.sparsity import target
 
 
 def bounds(config: OptimConfig) -> tuple[int, int]:
@@ -87,7 +65,7 @@ def expect(model: nn.Module, stored: Stored) -> None:
 class Pruning:
     """The masks of a trainer's model and the parts of them that this process holds."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.refresh()
 

@@ -1,0 +1,74 @@
+"""`fastlm compress RUN --prune`: what it writes is a run that everything takes; int8 after it keeps the zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fastlm import compress, ops
+from fastlm.cli.main import main
+from fastlm.data import InputError
+from fastlm.train import compressing, export, job
+from fastlm.train.compress_pruning import Prune
+from test_train import _own_place, book, tiny  # noqa: F401
+
+
+@pytest.fixture
+def base(book: str) -> str:  # noqa: F811
+    job.start(tiny(name="base", steps=30, lr=1e-2), (book,)).trainer.fit()
+    return book
+
+
+def test_a_pruned_run_and_its_int8(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--samples", "8"]
+    assert main(["compress", "base", base, "--prune", "2:4", *words]) == 0
+    said = capsys.readouterr().out
+    for word in ("sparsegpt, 2:4: 50.0000% of 8 layers' weights are zero", "do not make a dense matrix product faster",
+                 "128 tokens, damping 0.01", "left: it shares embed.weight", "perplexity"):  # fmt: skip
+        assert word in said, word
+    found = export.read_model(Path("runs/base-pruned"))
+    assert len(found.masks) == 8
+    zero = {}
+    for name, mask in found.masks.items():
+        weight = found.tensors[name.removesuffix("_mask")]
+        zero[name.removesuffix("_mask")] = weight == 0
+        assert not weight[~ops.mask_to_bool(mask, weight.shape[1])].any()
+        assert ((weight != 0).view(weight.shape[0], -1, 4).sum(-1) <= 2).all()
+    record = json.loads(Path("runs/base-pruned/config.json").read_text())["compressed"]["pruned"]
+    assert (record["prune"], record["method"], record["sparsity"]) == ("2:4", "sparsegpt", 0.5)
+    assert main(["eval", "runs/base-pruned", "--json", "--device", "cpu"]) == 0
+
+    assert main(["compress", "base-pruned", base, "--int8", "--name", "small", *words]) == 0
+    assert main(["compress", "base", base, "--prune", "2:4", "--int8", "--name", "both", *words]) == 0
+    for name in ("small", "both"):
+        made = export.read_model(Path("runs") / name)
+        assert made.int8 is not None
+        for key, gone in zero.items():
+            assert not made.tensors[key][gone].any(), key
+
+    healed = job.start(tiny(name="healed", init="runs/base-pruned"), (base,))  # and goes on with its zeros
+    healed.trainer.fit()
+    assert healed.trainer.pruning.sparsity() == 0.5
+    assert compress.masks(healed.model)
+
+
+def test_the_methods_differ_and_repeat(base: str) -> None:
+    made = {}
+    for name, method in (("m", "magnitude"), ("w", "wanda"), ("s", "sparsegpt"), ("t", "sparsegpt")):
+        compressing.run(Path("runs/base"), [Prune("0.7", method)], text=(base,), device="cpu", samples=8, name=name)
+        made[name] = export.read_model(Path("runs") / name).tensors
+    key = "blocks.0.mlp.down.weight"
+    assert not torch.equal(made["m"][key], made["w"][key])
+    assert not torch.equal(made["w"][key], made["s"][key])
+    assert all(torch.equal(made["s"][n], t) for n, t in made["t"].items())
+
+
+def test_what_cannot_be_is_refused(base: str) -> None:
+    for prune, text in (("3", "--prune must be above 0"), ("x", "--prune must be the part")):
+        with pytest.raises(InputError, match=text):
+            compressing.run(Path("runs/base"), [Prune(prune)], text=(base,), device="cpu")
+    with pytest.raises(InputError, match="include names 'query'"):
+        compressing.run(Path("runs/base"), [Prune("0.5", "magnitude", ("query",))], text=(base,), device="cpu")
+    assert not Path("runs/base-pruned").exists()
