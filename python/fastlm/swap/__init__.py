@@ -1,6 +1,6 @@
 """fastlm.swap: fused kernels in place of PyTorch's, by changing the class of modules and nothing else.
 
-``swap(model)`` asks every rule (``rules.RULES``) about every module. What a rule rewrites gives the module a class made
+``swap(model)`` asks every rule (``order.RULES``) about every module. What a rule rewrites gives the module a class made
 by ``classes.py``: a subclass of its own that can be imported, pickled and copied. Parameters, hooks, names and the
 module object itself stay. What looks replaceable and is not is listed with the reason.
 """
@@ -16,21 +16,11 @@ from torch import Tensor, nn
 
 from fastlm import backend, rng
 from fastlm.compress import quantize
-from fastlm.swap import (  # noqa: F401  (some register their rules)
-    attention,
-    blocks,
-    classes,
-    dropout,
-    instance,
-    interface,
-    multihead,
-    norms,
-    seen,
-    silent,
-)
+from fastlm.swap import attention, classes, instance, seen, silent
 from fastlm.swap.explain import Explanation, explain
+from fastlm.swap.order import RULES
 from fastlm.swap.report import Report, Row
-from fastlm.swap.rules import RULES, Reason, Rewrite
+from fastlm.swap.rules import Reason, Rewrite
 
 __all__ = ["Explanation", "Report", "Row", "explain", "swap", "unswap"]
 
@@ -51,7 +41,7 @@ def swap(
 
     Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, in blocks of
     any structure the chain dropout, residual add, norm, and attention: where F.scaled_dot_product_attention is called,
-    nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding,
+    where it is written out, nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding,
     and have PyTorch's dtypes, under autocast too; dropout draws other masks than ``nn.Dropout`` (see
     ``fastlm.rng.set``). Changes made to the model later (``p``, ``eval()``, hooks) hold.
 

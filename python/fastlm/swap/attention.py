@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastlm import backend, ops, rng
 from fastlm._torch import untraced
 from fastlm.ops._library import autocast_dtype
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import ran, stepped_back
-from fastlm.swap.source import Methods, Unreadable
+from fastlm.swap.source import CallSite, Methods, Unreadable
 from fastlm.swap.tensors import plain
 
 _NAME = "scaled_dot_product_attention"
@@ -166,8 +166,8 @@ def why_reference(choice: backend.Choice) -> str:
     return "no kernel serves it: " + "; ".join(f"not {name}, {why}" for name, why in choice.rejected)
 
 
-def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:
-    """(method, its name for self, call) of every call in forward and in the methods that forward reaches on self."""
+def reached(methods: Methods) -> Iterator[CallSite]:
+    """Every call in forward, in the methods that forward reaches on self, and in the helpers that those call."""
     names, at = ["forward"], 0
     while at < len(names):
         name = names[at]
@@ -178,20 +178,26 @@ def reached(methods: Methods) -> Iterator[tuple[str, str, ast.Call]]:
             if name == "forward":
                 raise
             continue
-        own = tree.args.args[0].arg if tree.args.args else ""
-        for node in ast.walk(tree):
+        arguments = [*tree.args.posonlyargs, *tree.args.args]
+        own = arguments[0].arg if arguments else ""
+        for node in list(ast.walk(tree)):
             if not isinstance(node, ast.Call):
                 continue
             target = node.func
             if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == own:
                 helper = target.attr
-                if helper not in names and not hasattr(nn.Module, helper) and callable(getattr(methods.cls, helper, 0)):
+                found = helper in methods.trees or callable(getattr(methods.cls, helper, None))
+                if found and helper not in names and not hasattr(nn.Module, helper):
                     names.append(helper)
-            yield name, own, node
+            site = CallSite(name, own, node)
+            followed = methods.follow(site)
+            if followed is not None and followed not in names:
+                names.append(followed)
+            yield site
 
 
-def _calls(methods: Methods) -> list[tuple[str, str, ast.Call]]:
-    return [c for c in reached(methods) if methods.resolve(c[0], c[2].func) is TORCHS]
+def _calls(methods: Methods) -> list[CallSite]:
+    return [site for site in reached(methods) if methods.resolve(site.method, site.call.func) is TORCHS]
 
 
 class AttentionRule(Rule):
@@ -219,6 +225,3 @@ class AttentionRule(Rule):
             call.args[:0] = [ast.Constant(methods.place()), call.func]
             call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_sdpa", ast.Load())
             methods.change(name)
-
-
-register(AttentionRule())

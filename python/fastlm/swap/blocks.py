@@ -27,7 +27,8 @@ from fastlm.swap import norms
 from fastlm.swap.chain import Chains
 from fastlm.swap.dropout import DropoutForward
 from fastlm.swap.flow import Flow, Value, between, changes_nothing, follows
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.functional import plain_norm
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.source import Methods, Unreadable
 
 _ADDS = (torch.add,)
@@ -275,7 +276,9 @@ class _Editor:
         ):
             return False
         path = _self_path(node.func, self.own)
-        return path is not None and f"{kind}={path}" in self.facts
+        if path is not None:
+            return f"{kind}={path}" in self.facts
+        return kind == "norm" and plain_norm(self.methods.resolve(self.name, node.func)) is not None
 
     def _functional_dropout(self, node: ast.expr) -> tuple[ast.expr, ast.Tuple] | None:
         """(input, (p, training)) of a call of ``F.dropout``."""
@@ -482,6 +485,3 @@ def _contains(statement: ast.stmt, node: ast.AST) -> bool:
 
 def _depends_on_self_alone(node: ast.expr, own: str) -> bool:
     return all(n.id == own for n in ast.walk(node) if isinstance(n, ast.Name))
-
-
-register(BlockRule())

@@ -6,18 +6,23 @@ back its class, ``p`` and ``training`` may have changed. Then the parts are call
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
 from fastlm.swap.dropout import DropoutForward, drop
-from fastlm.swap.norms import NormForward, norm_arguments
+from fastlm.swap.functional import plain_norm_arguments
+from fastlm.swap.norms import NormArguments, NormForward, norm_arguments
 from fastlm.swap.seen import idle, ran, stepped_back
 from fastlm.swap.tensors import plain
 
 # A dropout to be done: none, a module, or (p, training) of F.dropout.
 Drop = nn.Module | tuple[float, bool] | None
+# A module, or a function of the model's own.
+Norm = Callable[[Tensor], Tensor]
 
 
 def hooked(module: nn.Module) -> bool:
@@ -73,30 +78,40 @@ class Chains(nn.Module):
         assert isinstance(z, Tensor)
         return z
 
-    def _fastlm_norm(self, place: int, norm: nn.Module, dropout: Drop, *, x: Tensor, residual: Tensor) -> Tensor:
+    def _fastlm_norm(self, place: int, norm: Norm, dropout: Drop, *, x: Tensor, residual: Tensor) -> Tensor:
         """``norm(residual + dropout(x))``."""
         return self._fastlm_both(place, norm, dropout, x=x, residual=residual, both=False)[0]
 
     def _fastlm_both(
-        self, place: int, norm: nn.Module, dropout: Drop, *, x: Tensor, residual: Tensor, both: bool = True
+        self, place: int, norm: Norm, dropout: Drop, *, x: Tensor, residual: Tensor, both: bool = True
     ) -> tuple[Tensor, Tensor]:
         """``norm(z), z`` with ``z = residual + dropout(x)``."""
         x, p = _begin(dropout, x)
-        arguments = None
-        if isinstance(norm, NormForward) and not hooked(norm) and _fits(x, residual):
-            arguments = norm_arguments(norm, x, _sum_dtype(x, residual))
+        arguments = _arguments(norm, x, residual)
         if arguments is None:
             stepped_back(self, "runs dropout, add and norm apart: hooks, or shapes or classes that do not fit")
             z = residual + drop(self, place, x, p)
             return norm(z), z
         ran(self)
-        ran(norm)
+        if isinstance(norm, nn.Module):
+            ran(norm)
         seed, offset = rng.rows(self, place, x) if p > 0 else (None, None)
         out = ops.dropout_add_norm(
             x, residual, arguments.weight, arguments.bias, p=p, residual_dtype=_sum_dtype(x, residual),
             return_residual=both, seed=seed, offset=offset, **arguments.options(),
         )  # fmt: skip
         return out if isinstance(out, tuple) else (out, out)
+
+
+def _arguments(norm: Norm, x: Tensor, residual: Tensor) -> NormArguments | None:
+    """What the op gets of ``norm``; None: it must be called by itself."""
+    if not _fits(x, residual):
+        return None
+    if not isinstance(norm, nn.Module):
+        return plain_norm_arguments(norm, x, _sum_dtype(x, residual))
+    if not isinstance(norm, NormForward) or hooked(norm):
+        return None
+    return norm_arguments(norm, x, _sum_dtype(x, residual))
 
 
 def _fits(x: Tensor, residual: Tensor) -> bool:

@@ -13,14 +13,16 @@ import logging
 import re
 import sys
 import weakref
+from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from fastlm import rng
 from fastlm.swap import generated, instance, seen
-from fastlm.swap.rules import Facts, Rule, rule_named
+from fastlm.swap.order import rule_named
+from fastlm.swap.rules import Facts, Rule
 from fastlm.swap.source import Methods, Unreadable
 
 __all__ = ["Swapped", "Unreadable", "make", "original", "parts"]
@@ -39,6 +41,14 @@ class Swapped(nn.Module):
     _fastlm_parts: tuple[Part, ...]
     _fastlm_draws = 0
     _fastlm_places = None
+    _fastlm_helpers: ClassVar[dict[str, FunctionType]] = {}  # what stood at each call of a helper that was edited
+
+    def _fastlm_helper(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a call of ``function`` runs: the edited copy ``name``, unless another function stands there by now."""
+        if function is self._fastlm_helpers.get(name):
+            return getattr(self, name)  # type: ignore[no-any-return]
+        seen.stepped_back(self, f"calls another {name.split('_', 3)[3]} than swap has read, as it is")
+        return function
 
     def _get_name(self) -> str:
         return f"fastlm.{self._fastlm_original.__name__}"
@@ -141,6 +151,7 @@ def _build(cls: type[nn.Module], found: tuple[Part, ...]) -> type[nn.Module]:
         "_fastlm_original": cls,
         "_fastlm_parts": found,
         "_fastlm_draws": methods.draws,
+        "_fastlm_helpers": methods.helpers,
         **extra,
         **methods.compiled(),
     }

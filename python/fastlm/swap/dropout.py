@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import idle, ran, stepped_back
 from fastlm.swap.tensors import plain
 
@@ -54,6 +54,3 @@ class DropoutRule(Rule):
 
     def describe(self, module: nn.Module, facts: Facts) -> Rewrite:
         return Rewrite(self.name, facts, "dropout_add_norm(norm=None)", "dropout_add_norm")
-
-
-register(DropoutRule())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastlm.swap import purity
 from fastlm.swap.attention import TORCHS, attend, reached, refusal
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import stepped_back
 from fastlm.swap.source import Methods, Unreadable
 
@@ -313,6 +313,3 @@ class InterfaceRule(Rule):
             call.func = ast.Attribute(ast.Name(own, ast.Load()), "_fastlm_interface", ast.Load())
             call.args[:1] = [ast.Constant(methods.place()), function]
             methods.change(name)
-
-
-register(InterfaceRule())

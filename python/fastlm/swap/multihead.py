@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.swap.attention import attend, unserved
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import stepped_back
 from fastlm.swap.tensors import plain
 
@@ -186,7 +186,3 @@ class EncoderLayerRule(Rule):
         what = "its parts in evaluation too, not PyTorch's fused inference path"
         heads, size = module.self_attn.num_heads, module.self_attn.head_dim
         return Rewrite(self.name, facts, what, "attention", (1, heads, 16, size), 3)
-
-
-register(MultiheadRule())
-register(EncoderLayerRule())

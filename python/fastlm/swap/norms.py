@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm._torch import untraced
 from fastlm.ops._library import autocast_dtype
-from fastlm.swap.rules import Facts, Reason, Rewrite, Rule, register
+from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import ran, stepped_back
 from fastlm.swap.tensors import plain
 
@@ -82,13 +82,13 @@ def norm_arguments(norm: NormForward, x: Tensor, dtype: torch.dtype) -> NormArgu
         eps = torch.finfo(dtype).eps
     if not plain(x, weight, bias) or x.dim() == 0:
         return None
-    y_dtype = _y_dtype(spec, x.device, dtype, weight, bias)
+    y_dtype = output_dtype(spec, x.device, dtype, weight, bias)
     if y_dtype is None:
         return None
     return NormArguments(spec.kind, weight, bias, eps, float(spec.weight_offset), y_dtype)
 
 
-def _y_dtype(
+def output_dtype(
     spec: Spec, device: torch.device, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
 ) -> torch.dtype | None:
     """The dtype in which the original would return a norm of ``dtype``; None where that is unknown."""
@@ -233,7 +233,7 @@ def _probe(module: nn.Module, names: list[str], columns: int, floats: dict[str, 
 
 
 def _under_autocast(cls: type[nn.Module], copy: nn.Module, spec: Spec, columns: int) -> str:
-    """Which rule the dtypes that ``copy`` returns under autocast follow; "" if none of those that ``_y_dtype`` knows."""
+    """Which rule the dtypes that ``copy`` returns under autocast follow; "" if none of those that ``output_dtype`` knows."""
     fits = {"x", "promoted", "function"}
     for x_dtype, w_dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         vectors = {name: None if p is None else p.to(w_dtype) for name, p in copy._parameters.items()}
@@ -246,7 +246,7 @@ def _under_autocast(cls: type[nn.Module], copy: nn.Module, spec: Spec, columns: 
             except Exception:  # noqa: BLE001  (then nothing is known of it, and its own forward runs under autocast)
                 return ""
             like = copy._parameters[spec.weight]
-            fits = {r for r in fits if _y_dtype(spec._replace(autocast=r), x.device, x_dtype, like, None) == found}
+            fits = {r for r in fits if output_dtype(spec._replace(autocast=r), x.device, x_dtype, like, None) == found}
     return next((rule for rule in ("function", "promoted", "x") if rule in fits and _calls(cls, rule)), "")
 
 
@@ -283,6 +283,3 @@ def _literals(cls: type[nn.Module]) -> list[float]:
         return []
     constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return [value for value in constants if isinstance(value, float) and 0 <= value < 0.1]
-
-
-register(NormRule())

@@ -1,9 +1,9 @@
-"""The seam at which swap's rules meet: a list of them, each saying of a module what it would rewrite.
+"""What a rule of swap is: it says of a module what it would rewrite. ``order.RULES`` lists them.
 
 A rule is one object with ``match(module, path) -> Rewrite | Reason | None``. A rewrite names the rule and the facts,
 short strings, from which the module's new class can be made again in another process: classes are built from the
 original class and these facts alone (see ``classes.py``), never from an instance. Rules compose: a module that two rules
-match gets one class with both. To add one, write a file like ``dropout.py`` or ``blocks.py`` and ``register`` in it.
+match gets one class with both. To add one, write a file like ``dropout.py`` or ``blocks.py`` and name it in ``order.py``.
 """
 
 from __future__ import annotations
@@ -62,20 +62,3 @@ class Rule:
 
     def edit(self, methods: Methods, facts: Facts) -> None:
         """Changes the syntax trees of the class's methods."""
-
-
-RULES: list[Rule] = []
-
-
-def register(rule: Rule) -> Rule:
-    """Adds a rule. Rules are asked in the order of registration."""
-    RULES.append(rule)
-    return rule
-
-
-def rule_named(name: str) -> Rule:
-    """The registered rule of that name; raises LookupError."""
-    for rule in RULES:
-        if rule.name == name:
-            return rule
-    raise LookupError(f"fastlm.swap has no rule {name!r}; it has {', '.join(rule.name for rule in RULES)}")

@@ -13,8 +13,8 @@ import inspect
 import itertools
 import linecache
 import textwrap
-from types import CellType, CodeType, FunctionType
-from typing import Any
+from types import CellType, CodeType, FunctionType, SimpleNamespace
+from typing import Any, NamedTuple, TypeGuard
 
 _FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
@@ -23,8 +23,25 @@ class Unreadable(Exception):
     """A method whose source cannot be edited; the message says why."""
 
 
+SELF = "fastlm_self"  # the module, as the first parameter of a helper's edited copy
+CHOOSER = "_fastlm_helper"  # the method that gives a call site the edited copy
+WANTED = frozenset(("scaled_dot_product_attention", "rms_norm", "layer_norm"))  # what helpers are followed for
+
+
+class CallSite(NamedTuple):
+    """Where a method, or a helper, calls a helper."""
+
+    method: str
+    own: str  # the method's name for the module
+    call: ast.Call
+
+
 class Methods:
-    """The methods of ``cls`` by name: ``get`` a tree, edit it, ``change`` or ``add`` it; ``compiled`` gives functions."""
+    """The methods of ``cls`` by name: ``get`` a tree, edit it, ``change`` or ``add`` it; ``compiled`` gives functions.
+
+    A *helper* is a function of the model's own package that its methods call by name, as ``norm(x)``. ``follow`` gives it
+    a name as if it were a method; where it is changed, its callers call the changed copy, and get the module along.
+    """
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -33,6 +50,8 @@ class Methods:
         self.changed: dict[str, tuple[ast.FunctionDef, FunctionType]] = {}
         self.wrappers: dict[str, CodeType] = {}  # what __init_subclass__ put around a method, by all appearance
         self.decorators: dict[str, list[FunctionType]] = {}  # what its source puts around a method, innermost last
+        self.helpers: dict[str, FunctionType] = {}  # those that were changed, by the names of their copies
+        self.sites: dict[str, list[CallSite]] = {}  # who calls each helper
 
     def place(self) -> int:
         """The number of a new place that draws random numbers."""
@@ -47,7 +66,7 @@ class Methods:
             while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
                 around.append(function)
                 function = function.__wrapped__
-            tree = _parse(function, name)
+            tree = parse(function, name)
             written = len(tree.decorator_list)
             self.decorators[name] = around[len(around) - written :] if written else []
             if written > len(around) or not _rewrappable([*self.decorators[name], function]):
@@ -58,21 +77,52 @@ class Methods:
                 self.wrappers[name] = outer.__code__
         return self.trees[name][0]
 
+    def follow(self, site: CallSite) -> str | None:
+        """The name of the helper that ``site`` calls, to ``get`` its tree by; None if it is none that can be edited."""
+        if (edited := _helper_of(site.call)) is not None:
+            return edited
+        function = self.resolve(site.method, site.call.func)
+        if not _is_helper(function, self.cls) or not _wanted_in_reach(function):
+            return None
+        known = (name for name, (_, f) in self.trees.items() if name in self.sites and f is function)
+        name = next(known, None) or f"_fastlm_helper{len(self.sites)}_{function.__name__}"
+        if name not in self.trees:
+            try:
+                tree = parse(function, function.__name__)
+            except Unreadable:
+                return None
+            if tree.decorator_list or any(isinstance(n, ast.Name) and n.id == SELF for n in ast.walk(tree)):
+                return None
+            arguments = tree.args.posonlyargs if tree.args.posonlyargs else tree.args.args
+            arguments.insert(0, ast.arg(arg=SELF))
+            self.trees[name] = (tree, function)
+        sites = self.sites.setdefault(name, [])
+        if all(known.call is not site.call for known in sites):
+            sites.append(site)
+        return name
+
     def change(self, name: str) -> None:
-        """Says that the tree of ``name`` was edited."""
+        """Says that the tree of ``name`` was edited; if it is a helper's, its callers call the copy from now on."""
         self.changed[name] = self.trees[name]
+        if name in self.sites:
+            self.helpers[name] = self.trees[name][1]
+        for method, own, call in self.sites.get(name, ()):
+            if _helper_of(call) is None:
+                chooser = ast.Attribute(ast.Name(own, ast.Load()), CHOOSER, ast.Load())
+                call.func = ast.Call(chooser, [ast.Constant(name), call.func], [])
+                self.change(method)
 
     def add(self, name: str, tree: ast.FunctionDef, like: str) -> None:
         """A new method with the globals, closure and defaults of method ``like``."""
         tree.name = name
-        self.changed[name] = (tree, self.trees[like][1])
+        self.changed[name] = self.trees[name] = (tree, self.trees[like][1])
 
     def resolve(self, method: str, node: ast.expr) -> Any:
         """What a dotted name in ``method`` stands for outside of it, or None."""
         function = self.trees[method][1]
         if isinstance(node, ast.Attribute):
             base = self.resolve(method, node.value)
-            return getattr(base, node.attr, None) if inspect.ismodule(base) else None
+            return getattr(base, node.attr, None) if inspect.ismodule(base) or type(base) is SimpleNamespace else None
         if not isinstance(node, ast.Name) or node.id in function.__code__.co_varnames:
             return None
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
@@ -98,6 +148,40 @@ class Methods:
             for wrapper in reversed(self.decorators.get(name, [])):
                 made[name], old = _rewrap(wrapper, old, made[name]), wrapper
         return made
+
+
+def _helper_of(call: ast.Call) -> str | None:
+    """The helper whose edited copy ``call`` calls, if it was edited."""
+    chosen = call.func
+    if isinstance(chosen, ast.Call) and isinstance(chosen.func, ast.Attribute) and chosen.func.attr == CHOOSER:
+        assert isinstance(chosen.args[0], ast.Constant)
+        return str(chosen.args[0].value)
+    return None
+
+
+def _is_helper(function: Any, cls: type) -> TypeGuard[FunctionType]:
+    """Whether ``function`` is a plain one of the package that wrote ``cls``."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return False
+    home = (function.__module__ or "").split(".")[0]
+    return home == cls.__module__.split(".")[0] and home not in ("torch", "fastlm")
+
+
+def _wanted_in_reach(function: FunctionType) -> bool:
+    """Whether ``function``, or a function of its module that it names, names one of ``WANTED``."""
+    todo, done = [function], set()
+    while todo:
+        function = todo.pop()
+        if function.__code__ in done:
+            continue
+        done.add(function.__code__)
+        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+        if not WANTED.isdisjoint((*function.__code__.co_names, *(getattr(value, "__name__", "") for value in named))):
+            return True
+        todo += [
+            value for value in named if isinstance(value, FunctionType) and value.__module__ == function.__module__
+        ]
+    return False
 
 
 def _rewrappable(chain: list[Any]) -> bool:
@@ -127,7 +211,8 @@ def _rewrap(wrapper: FunctionType, old: FunctionType, new: FunctionType) -> Func
     return made
 
 
-def _parse(function: Any, name: str) -> ast.FunctionDef:
+def parse(function: Any, name: str) -> ast.FunctionDef:
+    """The tree of ``function``, which messages call ``name``. Raises Unreadable."""
     if not isinstance(function, FunctionType):
         raise Unreadable(f"its {name} is not a plain Python function")
     try:

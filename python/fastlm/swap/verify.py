@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend
-from fastlm.swap.rules import RULES
+from fastlm.swap.order import RULES
 
 _Swap = Callable[[nn.Module, frozenset[str]], Any]
 Found = dict[str, list[Tensor]]
