@@ -211,3 +211,25 @@ def test_copies_unswap_and_compiling():
     fastlm.unswap(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
     assert torch.equal(model(tokens).logits, original(tokens).logits)
+
+
+def test_sinks_are_served_with_their_gradients(served):
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **SMALL, head_dim=8, num_key_value_heads=2, sliding_window=4, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    original = transformers.GptOssForCausalLM(config).eval()
+    for layer in original.model.layers:
+        nn.init.normal_(layer.self_attn.sinks)
+    swapped = copy.deepcopy(original)
+    fastlm.swap(swapped)
+    tokens = torch.randint(3, 50, (2, 13))
+    results = []
+    for model in (swapped, original):
+        out = model(tokens).logits
+        grads = torch.autograd.grad(out.square().sum(), [layer.self_attn.sinks for layer in model.model.layers])
+        results.append((out, *grads))
+    assert len(served) == 2
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

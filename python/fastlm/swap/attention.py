@@ -92,6 +92,7 @@ def attend(
     scale: float | None = None,
     softcap: float = 0.0,
     p: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """``ops.attention`` with the seed of ``module``'s ``place``."""
     ran(module)
@@ -101,7 +102,7 @@ def attend(
         offset = None if ids is None else (ids, getattr(module, rng.FIRST_HEAD, 0), None, None)
     out = ops.attention(
         query, key, value, causal=causal, bias=bias, scale=scale, softcap=softcap, dropout_p=p, seed=seed,
-        offset=offset,
+        offset=offset, sinks=sinks,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out

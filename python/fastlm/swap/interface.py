@@ -12,6 +12,7 @@ they would have. Nothing is registered with transformers and no configuration ch
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fastlm.swap.source import Methods, Unreadable
 
 _SETTING = "_attn_implementation"
 _MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "position_bias", "output_attentions"))
+_SINKS = "sinks"  # where modules keep them; transformers hands them down as s_aux too, which eager functions do not read
 
 
 class Known(NamedTuple):
@@ -38,6 +40,7 @@ class Known(NamedTuple):
     grouped: bool  # takes fewer key heads than query heads
     softcap: bool
     position_bias: bool  # adds one to the scores
+    sinks: bool  # adds its module's ``sinks`` to the softmax's denominator, as gpt-oss does
     reads: frozenset[str] | None  # the arguments that it reads: its parameters and keys of its **kwargs; None: any
 
 
@@ -79,7 +82,7 @@ class Interface:
         bias = _bias(attention_mask, given.get("position_bias"))
         out = attend(
             self, place, query, key, value, causal=causal, bias=bias, scale=given.get("scaling"),  # type: ignore[arg-type]
-            softcap=given.get("softcap") or 0.0, p=p,
+            softcap=given.get("softcap") or 0.0, p=p, sinks=getattr(self, _SINKS) if known.sinks else None,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
@@ -125,6 +128,8 @@ def _refusal(
             return f"its {name} is not a tensor [batch, heads, queries, keys]"
         if any(have not in (1, need) for have, need in zip(bias.shape, whole)):
             return f"its {name} has shape {list(bias.shape)} for scores {list(whole)}"
+    if known.sinks and getattr(getattr(module, _SINKS, None), "shape", None) != query.shape[1:2]:
+        return "its module has no sinks, one for each head"
     return refusal(query, key, value, mask, given.get("dropout") or 0.0, False, known.grouped)
 
 
@@ -161,7 +166,7 @@ def _recognise(function: Any) -> Known | str:
         return f"its signature cannot be read ({error})"
     named = frozenset(parameters)
     if purity.is_own(function, "transformers.integrations.sdpa_attention", "sdpa_attention_forward"):
-        return Known(True, True, False, True, purity.reads(function))
+        return Known(True, True, False, True, False, purity.reads(function))
     if not {"dropout", "scaling"} <= named:
         return f"it takes ({', '.join(parameters)}), not dropout and scaling"
     if why := purity.impure(function):
@@ -186,19 +191,19 @@ def _probe(function: Any, named: frozenset[str]) -> Known | str:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     q, k, v, mask = draw(2, 4, 5, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8), draw(2, 1, 5, 7)
-    grouped = _agrees(function, q, k, v, None, 2)
+    sinks = draw(4) if _SINKS in inspect.unwrap(function).__code__.co_names else None
+    agrees = functools.partial(_agrees, function, sinks=sinks)
+    grouped = agrees(q, k, v, None, 2)
     if not grouped:
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     groups = 2 if grouped else 1
-    if not _agrees(function, q, k, v, None, groups):
+    if not agrees(q, k, v, None, groups):
         return "what it computes is not plain attention"
-    if not _agrees(function, q, k, v, mask, groups):
+    if not agrees(q, k, v, mask, groups):
         return "it does not add its mask to the scores"
-    softcap = "softcap" in named and _agrees(function, q, k, v, mask, groups, softcap=0.7)
-    position_bias = "position_bias" in named and _agrees(
-        function, q, k, v, mask, groups, position_bias=draw(1, 4, 5, 7)
-    )
-    return Known(False, grouped, softcap, position_bias, purity.reads(function))
+    softcap = "softcap" in named and agrees(q, k, v, mask, groups, softcap=0.7)
+    position_bias = "position_bias" in named and agrees(q, k, v, mask, groups, position_bias=draw(1, 4, 5, 7))
+    return Known(False, grouped, softcap, position_bias, sinks is not None, purity.reads(function))
 
 
 def _agrees(
@@ -210,8 +215,11 @@ def _agrees(
     groups: int,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> bool:
     module = nn.Module().eval()
+    if sinks is not None:
+        setattr(module, _SINKS, sinks)
     module.num_key_value_groups, module.head_dim = groups, q.shape[-1]  # type: ignore[assignment]
     extra = {k: v for k, v in (("softcap", softcap), ("position_bias", position_bias)) if v is not None}
     try:
@@ -228,7 +236,9 @@ def _agrees(
     for bias in (mask, position_bias):
         if bias is not None:
             scores = scores + bias.double()
-    expected = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    expected = (scores.softmax(-1)[..., : k.shape[2]] @ wide[2]).transpose(1, 2)
     return out.shape == expected.shape and bool((out.double() - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 

@@ -69,7 +69,7 @@ def impure(function: Any, seen: tuple[Any, ...] = ()) -> str:
         if step.opname in _WRITES:
             return f"{name} sets or imports {step.argval}"
         method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL|self" in step.argrepr)
-        if method and (not seen or first in ("module", "self")) and _loaded_from(steps, step, first):
+        if method and (not seen or first in ("module", "self")) and _called_on(steps, step, first):
             return f"{name} calls {first}.{step.argval}"
     if any(isinstance(constant, CodeType) for constant in code.co_consts):
         return f"{name} defines functions"
@@ -100,9 +100,11 @@ def _globals_of(code: CodeType) -> set[str]:
     return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
 
 
-def _loaded_from(steps: list[dis.Instruction], method: dis.Instruction, first: str) -> bool:
-    """Whether the object of a method call is ``first``, or an attribute of it."""
+def _called_on(steps: list[dis.Instruction], method: dis.Instruction, first: str) -> bool:
+    """Whether the object of a method call is ``first``, or an attribute of it other than its tensor of sinks."""
     at = next(i for i, s in enumerate(steps) if s is method) - 1
+    attribute = ""
     while at >= 0 and steps[at].opname == "LOAD_ATTR":
-        at -= 1
-    return at >= 0 and steps[at].opname.startswith("LOAD_FAST") and steps[at].argval == first
+        attribute, at = steps[at].argval, at - 1
+    loaded = at >= 0 and steps[at].opname.startswith("LOAD_FAST") and steps[at].argval == first
+    return loaded and attribute != "sinks"
