@@ -30,7 +30,9 @@ from fastlm.swap.source import Methods, Unreadable
 
 _SETTING = "_attn_implementation"
 _MEANT = frozenset(("dropout", "scaling", "is_causal", "softcap", "position_bias", "output_attentions"))
-_SINKS = "sinks"  # where modules keep them; transformers hands them down as s_aux too, which eager functions do not read
+_SINKS = (
+    "sinks"  # where modules keep them; transformers hands them down as s_aux too, which eager functions do not read
+)
 
 
 class Known(NamedTuple):
