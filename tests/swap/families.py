@@ -145,11 +145,14 @@ def walk(name: str) -> Family:
     original, kind = make(name)
     expected = run(original, kind)
     swapped = copy.deepcopy(original)
-    report = fastlm.swap(swapped)
-    got = run(swapped, kind)
+    try:
+        report = fastlm.swap(swapped)
+        got = run(swapped, kind)
+    except Exception as error:
+        return Family(name, kind, 0, 0, 0, 0, (), f"swapped it fails: {type(error).__name__}: {error}"[:200])
     seen = {(row.module, row.now): row for row in report.seen}
     ran = {path for (path, _), row in seen.items() if row.ran}
-    attention = {row.module for row in report.rows if row.now == "attention"}
+    attention = {row.module for row in report.rows if "attention" in row.now}
     why = Counter(text for row in seen.values() for text, _ in row.why)
     left = Counter(_kind_of(text) for _, _, text in report.left)
     silent = {path for path in _attentions(swapped) if not _mentioned(path, report)}
@@ -172,7 +175,7 @@ def _attentions(model: nn.Module) -> set[str]:
 
 
 def _mentioned(path: str, report: fastlm.swap.Report) -> bool:  # type: ignore[name-defined]
-    told = {row.module for row in report.rows if row.now == "attention"} | {where for where, _, _ in report.left}
+    told = {row.module for row in report.rows if "attention" in row.now} | {where for where, _, _ in report.left}
     return any(path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in told if other)
 
 

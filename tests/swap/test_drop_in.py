@@ -545,3 +545,34 @@ def test_one_key_head_is_broadcast(ops):
     fastlm.swap(model)
     torch.testing.assert_close(model(q, k, v), expected)
     assert ops == ["attention"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_verify_allows_for_what_batch_statistics_magnify(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    assert not fastlm.swap(model, verify=torch.randn(4, 8)).left
+
+
+class CastingNorm(nn.Module):
+    """A norm that casts its vectors, so that it takes dtypes which ``F.layer_norm`` does not take together."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        return F.layer_norm(x, (16,), self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_that_cast_their_vectors_are_read(autocast):
+    model, x = CastingNorm(), torch.randn(3, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        fastlm.unswap(model.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected = model(x)
+            fastlm.swap(model)
+            got = model(x)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)

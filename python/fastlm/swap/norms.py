@@ -110,14 +110,20 @@ def output_dtype(
 @functools.cache
 def _of_function(
     kind: str, device: str, dtype: torch.dtype, weight: torch.dtype | None, autocast: torch.dtype
-) -> torch.dtype:
-    """What PyTorch's own norm returns under autocast: which functions it casts differs by device and release."""
+) -> torch.dtype | None:
+    """What PyTorch's own norm returns under autocast: which functions it casts differs by device and release.
+
+    None: it takes no such dtypes together, and its error is its own to raise.
+    """
     function = F.layer_norm if kind == "layer" else F.rms_norm
     with torch.no_grad(), torch.autocast(device, autocast), untraced(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that dtypes which differ are slow
         x = torch.ones(1, 8, dtype=dtype, device=device)
         w = None if weight is None else torch.ones(8, dtype=weight, device=device)
-        return function(x, (8,), w).dtype
+        try:
+            return function(x, (8,), w).dtype
+        except RuntimeError:
+            return None
 
 
 _of_function._dynamo_marked_constant = True  # type: ignore[attr-defined]

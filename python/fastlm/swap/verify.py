@@ -182,6 +182,17 @@ def _training(twin: nn.Module, args: Any, kwargs: Any, plain: Found, truth: Foun
             continue
         unit = max(torch.finfo(t.dtype).eps for t in kernels[kind])
         got, usual = _errors(kernels[kind], reference[kind])[0], _errors(plain[kind], truth[kind])[0]
-        if got > 8 * usual + unit:
+        if got > 8 * usual + unit and got > 4 * _trained_error(twin, args, kwargs, reference, kind):
             return f"in training its {kind} are {got:.1e} of their size from those of the reference backend"
     return ""
+
+
+def _trained_error(twin: nn.Module, args: Any, kwargs: Any, reference: Found, kind: str) -> float:
+    """The reference backend's own error in training, where statistics of the batch (BatchNorm) may magnify rounding.
+
+    0 where it cannot be told: a dropout that was not swapped draws other masks in float64.
+    """
+    with backend.use("reference"):
+        exact = _run(_copy(twin).double(), _wide(args), _wide(kwargs), train=True)
+    error = _errors(reference[kind], exact[kind])[0]
+    return error if error < 1e-2 else 0.0
