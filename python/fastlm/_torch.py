@@ -82,6 +82,25 @@ unseen_by_modes: Callable[[], contextlib.AbstractContextManager[Any]] = getattr(
 )
 
 
+# A tensor that is not computed yet (swap/written.py); without the names its rule serves nothing.
+_make_wrapper = getattr(Tensor, "_make_wrapper_subclass", None)
+_unseen_by_subclasses = getattr(torch._C, "DisableTorchFunctionSubclass", None)
+CAN_DEFER = None not in (_make_wrapper, _unseen_by_subclasses, _tracing_state)
+unseen_by_subclasses: Callable[[], contextlib.AbstractContextManager[Any]] = (
+    _unseen_by_subclasses or contextlib.nullcontext
+)
+
+
+def wrapper(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device, grad: bool) -> Any:
+    """A tensor of class ``cls`` that holds no numbers."""
+    return _make_wrapper(cls, shape, dtype=dtype, device=device, requires_grad=grad)  # type: ignore[misc]
+
+
+def being_traced() -> bool:
+    """Whether torch.jit.trace is making a graph of what runs."""
+    return _tracing_state is not None and _tracing_state() is not None
+
+
 def functorch_active() -> bool:
     """Whether a transform of torch.func is on. Where that cannot be told, torch itself refuses our autograd functions."""
     return _functorch_active is not None and _functorch_active()

@@ -159,3 +159,22 @@ def test_what_the_op_does_not_take_is_torchs_own():
         "calls PyTorch's own layer_norm: it normalises over other axes than the last",
         "calls PyTorch's own rms_norm: its dtypes differ",
     ]
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.norm = nn.Linear(8, 8), nn.Dropout(0.5), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.norm(x + F.dropout(self.linear(x), 0.5, self.training))
+        return self.drop(x)
+
+
+def test_a_dropout_that_is_replaced_later_is_called(monkeypatch):
+    model, x = Dropping(), torch.randn(3, 8)
+    fastlm.swap(model)
+    monkeypatch.setattr(F, "dropout", lambda x, p, training=True, inplace=False: 3 * x)
+    swapped = model(x)
+    fastlm.unswap(model)
+    torch.testing.assert_close(swapped, model(x))

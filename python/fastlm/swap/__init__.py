@@ -39,11 +39,12 @@ def swap(
 ) -> Report:
     """Changes modules of ``model`` to subclasses that run fastlm's ops. Swapping twice changes nothing more.
 
-    Replaced are norms over the last axis (LayerNorm, RMSNorm and classes that compute the same), dropout, in blocks of
-    any structure the chain dropout, residual add, norm, and attention: where F.scaled_dot_product_attention is called,
-    where it is written out, nn.MultiheadAttention, and the models of transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding,
-    and have PyTorch's dtypes, under autocast too; dropout draws other masks than ``nn.Dropout`` (see
-    ``fastlm.rng.set``). Changes made to the model later (``p``, ``eval()``, hooks) hold.
+    Replaced are norms over the last axis (LayerNorm, RMSNorm, classes that compute the same, calls of their functions),
+    dropout, in blocks of any structure the chain dropout, residual add, norm, and attention: where
+    F.scaled_dot_product_attention is called, where it is written out, nn.MultiheadAttention, and the models of
+    transformers ("sdpa" and "eager"). Results follow PyTorch's within rounding, and have PyTorch's dtypes, under autocast
+    too; dropout draws other masks than ``nn.Dropout`` (see ``fastlm.rng.set``). Changes made to the model later (``p``,
+    ``eval()``, hooks) hold.
 
     Args:
         model: any module. An error on the way leaves it as it was.

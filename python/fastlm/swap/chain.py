@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops, rng
-from fastlm.swap.dropout import DropoutForward, drop
+from fastlm.swap.dropout import TORCHS_DROPOUT, DropoutForward, drop
 from fastlm.swap.functional import plain_norm_arguments
 from fastlm.swap.norms import NormArguments, NormForward, norm_arguments
 from fastlm.swap.seen import idle, ran, stepped_back
@@ -42,7 +42,7 @@ def _begin(dropout: Drop, x: Tensor) -> tuple[Tensor, float]:
         return x, 0.0
     if isinstance(dropout, tuple):
         p, training = dropout
-        if not 0 <= p < 1:
+        if not 0 <= p < 1 or F.dropout is not TORCHS_DROPOUT:
             return F.dropout(x, p, training), 0.0
         return x, p if training else 0.0
     if not isinstance(dropout, DropoutForward) or hooked(dropout) or dropout.p >= 1 or not isinstance(x, Tensor):

@@ -9,12 +9,17 @@ from fastlm import ops, rng
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import idle, ran, stepped_back
 from fastlm.swap.tensors import plain
+from fastlm.swap.written import Scores
+
+TORCHS_DROPOUT = F.dropout  # PyTorch's own, whatever is put in its place later
 
 
 def drop(module: nn.Module, place: int, x: Tensor, p: float) -> Tensor:
     """Dropout of ``x`` with the seed of ``module``'s ``place``; what the op does not take is PyTorch's."""
     if p == 0:
         return x
+    if isinstance(x, Scores):  # dropout of weights belongs to their attention
+        return F.dropout(x, p, True)
     if p >= 1 or not plain(x) or x.dim() == 0:
         stepped_back(module, "drops by PyTorch's own function: p is 1, or its input does not fit")
         return F.dropout(x, p, True)
@@ -35,6 +40,9 @@ class DropoutForward:
         if not self.training or self.p == 0:
             idle(self)  # type: ignore[arg-type]
             return input
+        if F.dropout is not TORCHS_DROPOUT:
+            stepped_back(self, "calls the function that stands in place of F.dropout")  # type: ignore[arg-type]
+            return F.dropout(input, self.p, True)
         return drop(self, 0, input, self.p)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ from fastlm.swap.interface import InterfaceRule
 from fastlm.swap.multihead import EncoderLayerRule, MultiheadRule
 from fastlm.swap.norms import NormRule
 from fastlm.swap.rules import Rule
+from fastlm.swap.written import WrittenAttentionRule
 
 RULES: tuple[Rule, ...] = (
     AttentionRule(),
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     InterfaceRule(),
     MultiheadRule(),
     EncoderLayerRule(),
+    WrittenAttentionRule(),
 )
 
 
