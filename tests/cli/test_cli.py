@@ -134,7 +134,7 @@ def test_help_documents_every_flag() -> None:
     """Each field of the configuration is a flag, and what its docstring says is said beside it."""
     text = subprocess.run(
         [sys.executable, "-m", "fastlm", "train", "--help"],
-        env={**os.environ, "COLUMNS": "400", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=LIMIT,

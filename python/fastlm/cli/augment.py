@@ -6,12 +6,11 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 
+from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.data.augment import Augment, job
 from fastlm.data.augment.thesaurus import Score
@@ -44,10 +43,16 @@ def scorer(run: str, device: str = "cpu", whole: bool = False) -> Score:
     return score
 
 
+EXAMPLES = """
+fastlm data augment book/ --replace 0.1 --shuffle 3 --out aug.jsonl
+fastlm data augment book/ --backtranslate apertium:eng-cat --out aug.jsonl
+"""
+
+
 def augment(
-    corpus: tyro.conf.Positional[tuple[str, ...]],
+    corpus: flags.Corpus,
     out: str,
-    how: Annotated[Augment, tyro.conf.arg(name="")] = Augment(),  # noqa: B008
+    how: Augment = Augment(),  # noqa: B008
     model: str = "",
 ) -> int:
     """Write copies of texts in other words, each with the group of its source.
@@ -77,4 +82,4 @@ def augment(
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(augment, prog="fastlm data augment", args=argv)
+    return flags.call(augment, "fastlm data augment", argv, EXAMPLES)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.data import corpus as corpora
 from fastlm.data.card import bias, markdown, page, scan
@@ -109,4 +110,4 @@ def _say(made: Card) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(card, prog="fastlm data card", args=argv)
+    return flags.call(card, "fastlm data card", argv)

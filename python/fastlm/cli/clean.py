@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
-import tyro
-
+from fastlm.cli import flags
 from fastlm.data import InputError
 from fastlm.data.clean import CleanOptions
 
-Steps = Annotated[CleanOptions, tyro.conf.arg(name="")]
 DEFAULT = CleanOptions()
 
 
-def clean(
-    corpus: tyro.conf.Positional[tuple[str, ...]] = (), out: str = "", show_dropped: str = "", steps: Steps = DEFAULT
-) -> int:
+EXAMPLES = """
+fastlm data clean notes/ rows.jsonl --out cleaned
+fastlm data clean 'src/**/*.py' --quality off --repetition off --out code
+fastlm data clean --out cleaned --show-dropped near_duplicate
+"""
+
+
+def clean(corpus: flags.Corpus = (), out: str = "", show_dropped: str = "", steps: CleanOptions = DEFAULT) -> int:
     """Clean a corpus into a folder that `fastlm train` reads, and say what each rule took.
 
     Started again after a kill, it goes on.
@@ -46,7 +48,7 @@ def clean(
 
 def main(argv: list[str]) -> int:
     try:
-        return int(tyro.cli(clean, prog="fastlm data clean", args=argv))
+        return int(flags.call(clean, "fastlm data clean", argv, EXAMPLES))
     except KeyboardInterrupt:
         print("fastlm data clean: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from fastlm import console
+from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.train import compressing, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
@@ -78,4 +79,4 @@ def compress(
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(compress, prog="fastlm compress", args=argv)
+    return flags.call(compress, "fastlm compress", argv)

@@ -7,11 +7,12 @@ import importlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
 
+from fastlm.cli import flags
 from fastlm.console import Lasting
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
@@ -20,7 +21,6 @@ from fastlm.train import export, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.config import DataConfig
 
-Data = Annotated[DataConfig, tyro.conf.arg(name="")]
 DEFAULT = DataConfig()
 SpecialTokens = Literal["run", "text", "read"]
 
@@ -77,7 +77,13 @@ def _lines(data: Prepared, seconds: float) -> Iterator[str]:
     yield f"{seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s; {data.folder}"
 
 
-def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEFAULT, context: int = 128) -> int:
+PREPARE_EXAMPLES = """
+fastlm data prepare book.txt --tokenizer bpe --vocab 4096
+fastlm data prepare rows.jsonl --packing documents --context 256
+"""
+
+
+def prepare(corpus: flags.Corpus = (), data: DataConfig = DEFAULT, context: int = 128) -> int:
     """Turn a corpus into token shards in the cache, and say what came of it.
 
     Args:
@@ -96,10 +102,16 @@ def prepare(corpus: tyro.conf.Positional[tuple[str, ...]] = (), data: Data = DEF
     return 0
 
 
+SHOW_EXAMPLES = """
+fastlm data show 17 book.txt --context 256
+fastlm data show 17 --run myrun    # as that run reads it
+"""
+
+
 def show(
     n: tyro.conf.Positional[int],
-    corpus: tyro.conf.Positional[tuple[str, ...]] = (),
-    data: Data = DEFAULT,
+    corpus: flags.Corpus = (),
+    data: DataConfig = DEFAULT,
     context: int = 128,
     seed: int = 1,
     run: str = "",
@@ -161,9 +173,9 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in OTHERS:
         return int(importlib.import_module(OTHERS[argv[0]][0]).main(argv[1:]))
     if argv[:1] == ["prepare"]:
-        return tyro.cli(prepare, prog="fastlm data prepare", args=argv[1:])
+        return flags.call(prepare, "fastlm data prepare", argv[1:], PREPARE_EXAMPLES)
     if argv[:1] == ["show"]:
-        return tyro.cli(show, prog="fastlm data show", args=argv[1:])
+        return flags.call(show, "fastlm data show", argv[1:], SHOW_EXAMPLES)
     asked = argv[:1] in (["-h"], ["--help"])
     others = "".join(f" | {name} {takes}" for name, (_, takes) in OTHERS.items())
     usage = f"usage: fastlm data prepare [CORPUS ...] | show N [CORPUS ...]{others}   (--help tells more)"

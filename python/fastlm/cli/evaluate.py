@@ -13,12 +13,18 @@ from typing import Annotated
 import torch
 import tyro
 
+from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, reading, special_tokens_of
 from fastlm.data import prepare
 from fastlm.train import job
 from fastlm.train.config import Config
 from fastlm.train.folders import has_data
 from fastlm.train.machine import autocast
+
+EXAMPLES = """
+fastlm eval                      # the last run on its validation split
+fastlm eval myrun other.txt --json
+"""
 
 
 def evaluate(
@@ -77,4 +83,4 @@ def evaluate(
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(evaluate, prog="fastlm eval", args=argv)
+    return flags.call(evaluate, "fastlm eval", argv, EXAMPLES)

@@ -9,8 +9,14 @@ from typing import Literal
 import tyro
 
 from fastlm import console
+from fastlm.cli import flags
 from fastlm.train import export as exporting
 from fastlm.train import gguf, job
+
+EXAMPLES = """
+fastlm export myrun --to hf --dtype bfloat16
+fastlm export myrun/checkpoints/step-1000 --folder model
+"""
 
 
 def export(
@@ -67,4 +73,4 @@ def float_origin(folder: Path, source: exporting.Source) -> exporting.Source:
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(export, prog="fastlm export", args=argv)
+    return flags.call(export, "fastlm export", argv, EXAMPLES)

@@ -8,10 +8,16 @@ import sys
 import torch
 import tyro
 
+from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, special_tokens_of
 from fastlm.train import job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.generation import TextStream
+
+EXAMPLES = """
+fastlm generate --prompt "def main("    # the last run
+fastlm generate myrun --tokens 200 --num 3 --temperature 0.7 --top-p 0.95
+"""
 
 
 def generate(
@@ -81,4 +87,4 @@ def generate(
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(generate, prog="fastlm generate", args=argv)
+    return flags.call(generate, "fastlm generate", argv, EXAMPLES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from fastlm.cli import flags
 from fastlm.data import annotate
 from fastlm.data.rows import dumps
 from fastlm.train.bounds import COUNT, SEED, Range, check
@@ -55,8 +56,8 @@ def labels(exports: tyro.conf.Positional[tuple[str, ...]], out: str, below: floa
 
 
 def main_tasks(argv: list[str]) -> int:
-    return tyro.cli(tasks, prog="fastlm data tasks", args=argv)
+    return flags.call(tasks, "fastlm data tasks", argv)
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(labels, prog="fastlm data labels", args=argv)
+    return flags.call(labels, "fastlm data labels", argv)

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastlm.cli import flags
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.errors import InputError
 from fastlm.train.bounds import Range, check
@@ -60,11 +61,17 @@ def _table(found: list[Plan]) -> Table:
     return table
 
 
+EXAMPLES = """
+fastlm plan --size 350M --devices 8 --memory 80
+fastlm plan --size 1B --batch 256 --dtype bfloat16 --devices 16 --memory 40
+"""
+
+
 def plan(
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")],
-    data: Annotated[DataConfig, tyro.conf.arg(name="")],
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")],
-    run: Annotated[RunConfig, tyro.conf.arg(name="")],
+    model: ModelConfig,
+    data: DataConfig,
+    optim: OptimConfig,
+    run: RunConfig,
     devices: int = 1,
     memory: float = 0.0,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -134,4 +141,4 @@ def plan(
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(plan, prog="fastlm plan", args=argv)
+    return flags.call(plan, "fastlm plan", argv, EXAMPLES)

@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastlm.cli import flags
 from fastlm.train import job, report
 from fastlm.train.callbacks import clock, draw
 
@@ -55,6 +56,11 @@ def runs(out: str = "runs") -> int:
     return 0
 
 
+EXAMPLES = """
+fastlm compare first second --picture both.svg
+"""
+
+
 def compare(run: tyro.conf.Positional[tuple[str, ...]], picture: str = "compare.png", out: str = "runs") -> int:
     """Draw runs in one picture, and print what differs in their configurations and what they reached.
 
@@ -99,8 +105,8 @@ def compare(run: tyro.conf.Positional[tuple[str, ...]], picture: str = "compare.
 
 
 def main(argv: list[str]) -> int:
-    return tyro.cli(runs, prog="fastlm runs", args=argv)
+    return flags.call(runs, "fastlm runs", argv)
 
 
 def main_compare(argv: list[str]) -> int:
-    return tyro.cli(compare, prog="fastlm compare", args=argv)
+    return flags.call(compare, "fastlm compare", argv, EXAMPLES)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from fastlm import console
+from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.train import job, launch, mesh
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -26,6 +25,18 @@ def _value(argv: list[str], flag: str) -> str:
     return ""
 
 
+EXAMPLES = """
+fastlm train                                 # Python's own library
+fastlm train book.txt --size small --dropout 0.1
+fastlm train rows.jsonl --field content --tokenizer bpe
+fastlm train a.txt b/ --weights 3 1 --name mixed
+fastlm train --resume mixed --steps 6000     # go on, for longer
+fastlm train --fork mixed --lr 3e-4          # a new run from its weights
+fastlm train notes/ --init hf-model/ --lora-rank 8
+fastlm train book.txt --mesh fsdp=2 --dtype bfloat16
+"""
+
+
 def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
     """Configuration, corpus and {resume, fork, other_data, origin}. With --resume or --fork the defaults are that run's."""
     origin = _value(argv, "--resume") or _value(argv, "--fork")
@@ -35,19 +46,19 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         base.run.name = ""
 
     def train(
-        corpus: tyro.conf.Positional[tuple[str, ...]] = (),
-        model: Annotated[ModelConfig, tyro.conf.arg(name="")] = base.model,
-        data: Annotated[DataConfig, tyro.conf.arg(name="")] = base.data,
-        optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = base.optim,
-        run: Annotated[RunConfig, tyro.conf.arg(name="")] = base.run,
+        corpus: flags.Corpus = (),
+        model: ModelConfig = base.model,
+        data: DataConfig = base.data,
+        optim: OptimConfig = base.optim,
+        run: RunConfig = base.run,
         resume: str = "",
         fork: str = "",
         other_data: bool = False,
     ) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         """Train a language model on text.
 
-        Without a CORPUS it learns from the source of the running Python's own standard library. Ctrl-C saves and stops;
-        --resume goes on.
+        Without a CORPUS it learns from the source of the running Python's own standard library. Ctrl-C saves and stops; a run
+        goes on with --resume.
 
         Args:
             corpus: Files, folders and globs of text, source code, rows (.jsonl, .json, .csv, .parquet) and datasets saved to
@@ -62,7 +73,7 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
     init = _value(argv, "--init")
     if init and not origin and not _value(argv, "--tokenizer"):
         base.data.tokenizer = job.tokenizer_of(find_init(init, _value(argv, "--out") or base.run.out))
-    return tyro.cli(train, prog="fastlm train", args=argv)
+    return flags.call(train, "fastlm train", argv, EXAMPLES)
 
 
 def main(argv: list[str]) -> int:
