@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -171,6 +173,42 @@ def test_a_signal_saves_and_ends_cleanly(number: int) -> None:
     assert "Traceback" not in err
     found = checkpoint.newest(Path("runs/a"))
     assert read_metrics(Path("runs/a"))[-1]["step"] == int(found.name.split("-")[1])
+
+
+def on_a_terminal(words: list[str], hangup: signal.Handlers) -> tuple[subprocess.Popen[str], int]:
+    """`fastlm train` on a terminal of its own, and what holds that terminal open."""
+    keeper, terminal = os.openpty()
+
+    def settle() -> None:
+        signal.signal(signal.SIGHUP, hangup)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "fastlm", "train", "book.txt", *SMALL, "--quiet", *words]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen(command, **streams, text=True, start_new_session=True, preexec_fn=settle)
+    os.close(terminal)
+    return process, keeper
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
+def test_a_closed_terminal_saves_the_run() -> None:
+    process, keeper = on_a_terminal(["--steps", "1000000", "--name", "a", "--eval-every", "0"], signal.SIG_DFL)
+    metrics = Path("runs/a/metrics.jsonl")
+    until(lambda: metrics.exists() and metrics.stat().st_size > 1000, process)
+    os.close(keeper)
+    assert process.wait(LIMIT) == 128 + signal.SIGHUP
+    found = checkpoint.newest(Path("runs/a"))
+    assert read_metrics(Path("runs/a"))[-1]["step"] == int(found.name.split("-")[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    process, keeper = on_a_terminal(["--steps", "300", "--name", "a", "--eval-every", "0"], signal.SIG_IGN)
+    until(lambda: Path("runs/a/metrics.jsonl").exists(), process)
+    os.close(keeper)
+    process.wait(LIMIT)
+    assert read_metrics(Path("runs/a"))[-1]["step"] == 300
+    assert checkpoint.steps(Path("runs/a"))[-1][0] == 300
 
 
 def second_interrupt(process: subprocess.Popen[str]) -> None:
