@@ -9,7 +9,7 @@ import torch
 from fastlm import compress, ops
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT
-from fastlm.train import Trainer, checkpoint, export, job, pruning, state
+from fastlm.train import Trainer, checkpoint, export, job, pruning, report, state
 from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
 
@@ -97,6 +97,53 @@ def test_a_run_resumed_while_masks_grow_is_the_run_never_stopped(book: str, kern
     check_zeros(again.trainer)
 
 
+def test_the_best_of_a_run_that_prunes_is_pruned(book: str) -> None:  # noqa: F811
+    job.start(tiny(name="full", steps=60, lr=1e-2, eval_every=20), (book,)).trainer.fit()
+    same = {"init": "runs/full", "lr": 1e-5, "prune": "0.7", "eval_every": 2, "patience": 4, "min_delta": 0.5}
+    made = job.start(tiny(name="thin", steps=40, prune_every=4, save_every=20, **same), (book,))
+    made.trainer.callbacks.append(StopAt(20))
+    made.trainer.fit()  # the losses rise with the zeros: one that counted would end the run early
+    assert made.trainer.step == 20
+    assert not made.trainer.best
+    assert not checkpoint.steps(made.folder, "best")
+    (made.folder / "checkpoints" / "best-00000006").mkdir()  # as versions before left one
+    export.read_model(made.folder)
+    config, corpus = job.read_config(made.folder)
+    again = job.resume(made.folder, config, corpus, other_data=False, say=str)
+    again.trainer.best = {"step": 6, "val_loss": 0.0}
+    assert again.trainer.fit().startswith("early")
+    assert [step for step, _ in checkpoint.steps(made.folder, "best")] == [30]
+    losses = {row["step"]: row["val_loss"] for row in read_metrics(made.folder) if "val_loss" in row}
+    assert report.summary(made.folder).best_loss == min(v for step, v in losses.items() if step >= 30)
+    assert losses[2] < losses[38]
+    for path in (made.folder, checkpoint.steps(made.folder, "best")[0][1]):
+        found = export.read_model(path)
+        gone = [
+            1 - float(found.tensors[n.removesuffix("_mask")].count_nonzero()) / (8 * m.numel())
+            for n, m in found.masks.items()
+        ]
+        assert gone == pytest.approx([0.7] * 8, abs=1e-3)
+
+
+@pytest.mark.parametrize(("method", "last"), [("gradual", 11), ("magnitude", 2)])
+def test_the_target_is_reached_though_growth_ends_with_the_run(book: str, method: str, last: int) -> None:  # noqa: F811
+    config = tiny(name="late", prune="0.7", prune_end=1.0, prune_method=method)
+    assert [s for s in range(13) if pruning.settled(config.optim, s)] == list(range(last + 1, 13))
+    made = job.start(config, (book,))
+    made.trainer.fit()
+    assert made.trainer.pruning.sparsity() == pytest.approx(0.7, abs=1e-3)
+    assert made.trainer.best["step"] == 12
+
+
+def test_flags_of_pruning_without_effect_are_named() -> None:
+    given = {"prune_method": "magnitude", "prune_begin": 0.1, "prune_end": 0.9, "prune_every": 3}
+    named = lambda **more: [note.split()[0] for note in tiny(**given | more).notes() if "--prune" in note.split()[0]]
+    assert named() == ["--prune-method", "--prune-begin", "--prune-end", "--prune-every"]
+    assert named(prune="0.5") == ["--prune-end", "--prune-every"]
+    assert named(prune="2:4") == ["--prune-method", "--prune-end", "--prune-every"]
+    assert named(prune="0.5", prune_method="gradual") == []
+
+
 @pytest.fixture
 def base(book: str) -> str:  # noqa: F811
     made = job.start(tiny(name="base", steps=14, lr=1e-2, prune="0.6", prune_method="magnitude"), (book,))
@@ -166,6 +213,7 @@ def test_lora_merges_into_a_pruned_base_without_filling_it(base: str) -> None:
         ({"prune": "row"}, "--prune must be the part"),
         ({"prune": "0.5", "init": "x", "lora_rank": 2}, "exclude each other"),
         ({"prune": "0.5", "prune_begin": 1.0}, "--prune-begin"),
+        ({"prune": "0.5", "prune_begin": 0.8}, r"--prune-begin must not be above --prune-end; they are 0\.8 and 0\.7"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(book: str, changes: dict, text: str) -> None:  # noqa: F811

@@ -196,6 +196,11 @@ class OptimConfig:
     """Steps between two growths of the masks."""
 
     @property
+    def grows(self) -> bool:
+        """Whether --prune makes its zeros bit by bit. InputError where it asks for what cannot be."""
+        return bool(self.prune) and target(self.prune)[0] is not None and self.prune_method == "gradual"
+
+    @property
     def rise(self) -> int:
         """Steps of the warm-up."""
         return min(100, self.steps // 5) if self.warmup is None else self.warmup
@@ -285,7 +290,11 @@ class Config:
         if r.patience and not r.eval_every:
             raise InputError("--patience needs evaluations on the way: --eval-every is 0")
         if self.optim.prune:
-            target(self.optim.prune)
+            if self.optim.grows and self.optim.prune_begin > self.optim.prune_end:
+                raise InputError(
+                    f"--prune-begin must not be above --prune-end; they are {self.optim.prune_begin:g} and "
+                    f"{self.optim.prune_end:g}"
+                )
             if self.model.lora_rank:
                 raise InputError("--prune and --lora-rank exclude each other: LoRA leaves the weights frozen")
         if r.compile and r.recompute != "none":
@@ -328,6 +337,10 @@ class Config:
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
             (o, "min_lr", o.schedule != "constant", "a --schedule that falls, and it is constant"),
+            (o, "prune_method", bool(o.prune) and target(o.prune)[0] is not None, "--prune with a part such as 0.7"),
+            (o, "prune_begin", bool(o.prune), "--prune"),
+            (o, "prune_end", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
+            (o, "prune_every", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
             (r, "eval_tokens", 0 < r.eval_every < o.steps, "an evaluation before the last (--eval-every)"),
         ):
             if not heeded and getattr(group, name) != getattr(type(group)(), name):

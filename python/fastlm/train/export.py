@@ -28,8 +28,9 @@ from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPTConfig
-from fastlm.train import checkpoint, compressed_tensors, lora
+from fastlm.train import checkpoint, compressed_tensors, lora, pruning
 from fastlm.train.checkpoint import CheckpointError
+from fastlm.train.config import Config, OptimConfig
 from fastlm.train.files import sync_folder, write_text
 
 END = "<|endoftext|>"
@@ -125,7 +126,7 @@ def read_model(path: Path) -> Source:
     if own is None and config.get("compressed"):
         tensors, int8 = _compressed(run, config["compressed"])
     elif own is None and checkpoint.steps(run):
-        tensors = _chosen(run)
+        tensors = _chosen(run, config)
     else:
         tensors = checkpoint_tensors(own) if own is not None else _files(path)
     if (run / lora.BASE).is_dir():
@@ -161,10 +162,14 @@ def base_tensors(run: Path) -> tuple[dict[str, Tensor], Held | None]:
     return int8.floats(tensors), int8
 
 
-def _chosen(run: Path) -> dict[str, Tensor]:
-    """The weights of a run's best checkpoint, else its last. A run that trains meanwhile may remove the one that is read."""
+def _chosen(run: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a run's best checkpoint, else its last; of a run that prunes, none from before its last growth counts.
+
+    A run that trains meanwhile may remove the one that is read.
+    """
+    optim = Config.from_dict(config["config"]).optim if "config" in config else OptimConfig()
     for _ in range(ATTEMPTS):
-        best = checkpoint.steps(run, "best")
+        best = [found for found in checkpoint.steps(run, "best") if pruning.settled(optim, found[0])]
         own = best[-1][1] if best else checkpoint.newest(run, warn)
         try:
             return checkpoint_tensors(own)

@@ -327,7 +327,7 @@ class Trainer:
         self.load_ahead()
 
     def evaluate(self, whole: bool) -> bool:
-        """Validation loss into the step's line; returns whether it is the best so far."""
+        """Validation loss into the step's line; returns whether it is the best so far. None is while masks still grow."""
         if self.evaluate_with is None:
             return False
         start = time.perf_counter()
@@ -336,6 +336,9 @@ class Trainer:
         events.tell(self.callbacks, "evaluated", self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
+        if not pruning.settled(self.config.optim, self.step):
+            self.best, self.waited = {}, 0
+            return False
         better = found["val_loss"] < self.best.get("val_loss", math.inf) - self.config.run.min_delta
         if better:
             self.best = {"step": self.step, **found}
@@ -421,6 +424,8 @@ class Trainer:
         self.skipped = [(a, b) for a, b in saved["skipped"]]
         self.best, self.waited = saved["best"], saved["waited"]
         if saved["data"] != self.data.content:  # losses on other data are no measure of these
+            self.best, self.waited = {}, 0
+        if not pruning.settled(self.config.optim, int(self.best.get("step", 0))):  # nor are those of fuller weights
             self.best, self.waited = {}, 0
         for name in ("bad_in_row", "bad_steps", "mean_loss"):
             setattr(self.guard, name, saved[name])

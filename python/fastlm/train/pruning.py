@@ -25,9 +25,17 @@ from fastlm.train.sparsity import target
 
 
 def bounds(config: OptimConfig) -> tuple[int, int]:
-    """The first and the last step before which masks are made."""
+    """The first and the last step before which masks are made; the last is a step of the run, so the target is reached."""
     begin = int(config.prune_begin * config.steps)
-    return begin, max(begin, int(config.prune_end * config.steps))
+    return begin, max(begin, min(int(config.prune_end * config.steps), config.steps - 1))
+
+
+def settled(config: OptimConfig, step: int) -> bool:
+    """Whether the masks are all that --prune asks for after so many steps: a loss measured before is of another model."""
+    if not config.prune:
+        return True
+    begin, end = bounds(config)
+    return step > (end if config.grows else begin)
 
 
 def part(config: OptimConfig, step: int) -> float | None:

@@ -19,7 +19,7 @@ from typing import Any
 from fastlm.data import pages
 from fastlm.data.errors import InputError
 from fastlm.data.pages import table
-from fastlm.train import lock
+from fastlm.train import lock, pruning
 from fastlm.train.callbacks import clock, draw, set_name
 from fastlm.train.config import Config
 from fastlm.train.files import read_metrics, shown, write_text
@@ -76,7 +76,8 @@ def summary(folder: Path) -> Summary:
     rows = read_metrics(folder)
     step, steps = (int(rows[-1]["step"]) if rows else 0), config.optim.steps
     vals = [row for row in rows if "val_loss" in row]
-    best = min(vals, key=lambda row: float(row["val_loss"]), default={})
+    counted = [row for row in vals if pruning.settled(config.optim, int(row["step"]))]
+    best = min(counted, key=lambda row: float(row["val_loss"]), default={})
     fresh = result and int(result.get("step", -1)) == step
     if fresh:
         state = str(result["why"])
