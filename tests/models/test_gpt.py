@@ -86,7 +86,7 @@ def test_chunked_loss_is_the_loss(rows: int, smoothing: float, z_loss: float) ->
 
 
 def test_bad_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match="width 30"):
+    with pytest.raises(ValueError, match="it is 30"):
         GPTConfig(width=30, heads=4)
     with pytest.raises(ValueError, match="context of 16"):
         tiny("gpt2")(torch.zeros(1, 17, dtype=torch.long))

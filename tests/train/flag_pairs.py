@@ -46,7 +46,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "eval_tokens": (64,),
     "init": ("first",), "lora_targets": (("qkv",),),
     "tokenizer": ("chars", "bpe", "first.json"), "field": ("body",), "separator": ("\\n",), "weights": ((1.0, 3.0),),
-    "val": (("more=more.txt",),), "betas": ((0.5, 0.5),),
+    "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),
 }  # fmt: skip
 ALONE = {

@@ -20,7 +20,20 @@ from fastlm.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastlm.train.optim import rate
 
 GROUPS = (ModelConfig, DataConfig, OptimConfig, RunConfig)
-FREE = {"init", "tokenizer", "field", "separator", "val", "name", "out", "device", "mesh", "wandb", "lora_targets"}
+FREE = {
+    "init",
+    "tokenizer",
+    "field",
+    "separator",
+    "val",
+    "name",
+    "out",
+    "device",
+    "mesh",
+    "wandb",
+    "lora_targets",
+    "prune",
+}
 OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are no dataclass
     "generate": {
         "tokens": Range(0, COUNT), "num": Range(1, COUNT), "temperature": Range(0), "top_k": Range(0, COUNT),
