@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 import subprocess
 import sys
+import types
 
 import fastlm
 import pytest
@@ -289,6 +291,73 @@ def test_smoothing_that_would_change_the_function_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="gives other outputs"):
         compress.smooth(model, [x], ["1"])
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+class TwoNorms(nn.Module):
+    """Two norms whose readers, or weights, are one: each of two folds changes the same tensor."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.n1, self.n2, self.lin = nn.LayerNorm(16), nn.LayerNorm(16), nn.Linear(16, 8)
+        self.other = self.lin if kind == "reader" else nn.Linear(16, 8)
+        if kind == "weight":
+            self.n2.weight = self.n1.weight
+        with torch.no_grad():
+            self.lin.weight[:, 0] *= 100
+            self.other.weight[:, 1] *= 100
+            self.n1.bias += 0.1
+
+    def forward(self, x):
+        return self.lin(self.n1(x)) + self.other(self.n2(2 * x + 1))
+
+
+@pytest.mark.parametrize("kind", ["reader", "weight"])
+def test_a_tensor_that_was_folded_twice_is_put_back(kind: str) -> None:
+    model = TwoNorms(kind)
+    x = torch.randn(4, 16)
+    state, before = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        compress.smooth(model, [x], ["lin"] if kind == "reader" else ["lin", "other"])
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), before)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: object
+
+
+class Wrapped(nn.Module):
+    def __init__(self, body: nn.Module, wrap):
+        super().__init__()
+        self.body, self.wrap = body, wrap
+
+    def forward(self, x):
+        return self.wrap(self.body(x))
+
+
+def test_outputs_of_any_kind_are_compared_and_none_raises() -> None:
+    x = torch.randn(4, 16)
+    for wrap in (Output, lambda y: [Output({"logits": y})], lambda y: types.MappingProxyType({"y": (y,)})):
+        with pytest.raises(RuntimeError, match="gives other outputs"):
+            compress.smooth(Wrapped(TwoNorms("reader"), wrap), [x], ["body.lin"])
+    for wrap in (lambda y: types.SimpleNamespace(y=y), lambda y: y.argmax(-1)):
+        model = Wrapped(TwoNorms("reader"), wrap)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="model gives no floating tensor"):
+            compress.smooth(model, [x], ["body.lin"])
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+def test_masked_outputs_are_compared_where_they_are_finite(value: float) -> None:
+    mask = torch.arange(8) % 3 == 0
+    x = torch.randn(4, 16)
+    fill = lambda y: y.masked_fill(mask, value)
+    body = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8))
+    assert compress.smooth(Wrapped(body, fill), [x], ["body.1"]).folded
+    with pytest.raises(RuntimeError, match="gives other outputs"):
+        compress.smooth(Wrapped(TwoNorms("reader"), fill), [x], ["body.lin"])
 
 
 def plant(model: GPT, factor: float = 100.0) -> None:

@@ -11,7 +11,7 @@ if all that reads its output are layers that become int8; what is not smoothed i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def smooth(model: nn.Module, batches: Sequence[Any], layers: Iterable[str], alph
         alpha: how much of the difficulty moves into the weights, from 0 to 1.
 
     Raises:
-        ValueError: alpha outside 0 ... 1, no batch, or a path that is no ``nn.Linear``.
+        ValueError: alpha outside 0 ... 1, no batch, a path that is no ``nn.Linear``, or a model whose outputs hold no
+            floating tensor, by which it could be checked.
         RuntimeError: the smoothed model computes something else, so that its data flow is not what was seen; the model is
             as before.
     """
@@ -62,11 +63,16 @@ def smooth(model: nn.Module, batches: Sequence[Any], layers: Iterable[str], alph
     try:
         flow = _Flow(model, wanted)  # type: ignore[arg-type]
         before = flow.watch(batches)
+        if not before:
+            raise ValueError(
+                "smooth: model gives no floating tensor (in tuples, mappings or dataclasses), so a smoothed one could not "
+                "be checked against it; nothing was changed"
+            )
         made = Smoothed(alpha)
         undo = _fold(named, flow, made)
         after = _outputs(model(batches[0]))
-        if not all(_agree(a, b) for a, b in zip(before, after)):
-            for tensor, value in undo:
+        if len(before) != len(after) or not all(_agree(a, b) for a, b in zip(before, after, strict=True)):
+            for tensor, value in reversed(undo):  # a tensor that was folded twice has its first value last
                 tensor.copy_(value)
             raise RuntimeError(
                 "smooth: the smoothed model gives other outputs, so something reads a norm in a way that was not seen; "
@@ -189,10 +195,28 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _outputs(out: Any) -> list[Tensor]:
-    leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating tensors of a model's output, in order: of sequences, mappings and dataclasses in one another."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(dict(out) if hasattr(out, "items") else out):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif hasattr(leaf, "items"):
+            found += _outputs(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _outputs([getattr(leaf, f.name) for f in fields(leaf)])
+    return found
 
 
 def _agree(before: Tensor, after: Tensor) -> bool:
-    limit = max(AGREES, 4 * torch.finfo(before.dtype).eps) * float(before.abs().max())
-    return before.shape == after.shape and float((before.float() - after.float()).abs().max()) <= limit
+    """Whether finite values differ by rounding alone and infinities and NaN are the same at the same places."""
+    if before.shape != after.shape:
+        return False
+    finite = before.isfinite()
+    if not torch.equal(finite, after.isfinite()):
+        return False
+    rest = torch.allclose(before[~finite], after[~finite], rtol=0, atol=0, equal_nan=True)
+    if not rest or not finite.any():
+        return rest
+    old, new = before[finite].double(), after[finite].double()
+    limit = max(AGREES, 4 * torch.finfo(before.dtype).eps) * float(old.abs().max())
+    return float((old - new).abs().max()) <= limit
