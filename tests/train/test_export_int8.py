@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from fastlm import compress
+from fastlm.cli import export as cli_export
 from fastlm.cli.main import main
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT, named
-from fastlm.train import compressed_tensors, compressing, export, gguf, job, state
+from fastlm.train import compress_pruning, compressed_tensors, compressing, export, gguf, job, state
 from test_train import _own_place  # noqa: F401
 
 BYTES = {"kind": "bytes"}
@@ -138,3 +139,31 @@ def test_the_command_takes_the_float_weights_where_they_are(tmp_path: Path, caps
     assert main(["export", "plain-int8", "--to", "hf", "--dtype", "q8_0"]) == 2
     assert "--dtype q8_0 is a type of --to gguf" in capsys.readouterr().err
     job.load(Path("runs/plain-int8"), "cpu")
+
+
+@pytest.mark.parametrize("change", ["pruned", "smoothed", "trained on", "as it was"])
+def test_float_weights_are_taken_only_where_int8_alone_made_the_run(change: str, capsys) -> None:
+    library = pytest.importorskip("gguf", reason="pip install -c constraints.txt gguf")
+    plain = source(bias=True)
+    export.export(plain, "safetensors", Path("plain"))
+    methods: list[Any] = [compressing.Int8(weight_only=True, group=32)]
+    if change == "pruned":
+        methods.insert(0, compress_pruning.Prune("0.5", method="magnitude"))
+    compressing.run(Path("plain"), methods, device="cpu", name="small")
+    found = export.read_model(Path("runs/small"))
+    if change == "smoothed":
+        found.tensors["blocks.0.norm1.weight"].mul_(2)  # what SmoothQuant leaves: norms that are not the origin's
+        assert not cli_export.becomes(plain, found)
+        return
+    if change == "trained on":
+        shutil.rmtree("plain")
+        plain.tensors["blocks.1.mlp.up.weight"].mul_(1.01)
+        export.export(plain, "safetensors", Path("plain"))
+    assert main(["export", "runs/small", "--to", "gguf", "--dtype", "float32", "--folder", "made"]) == 0
+    said = capsys.readouterr()
+    taken = plain if change == "as it was" else found
+    assert ("from the float weights of" in said.out) == (change == "as it was")
+    assert ("are not those that became int8" in said.err) == (change != "as it was")
+    wanted = gguf.names(taken)
+    for t in library.GGUFReader("made/model.gguf").tensors:
+        assert np.array_equal(np.array(t.data).reshape(wanted[t.name].shape), wanted[t.name].numpy()), t.name

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from fastlm import console
 from fastlm.cli import flags
+from fastlm.nn import int8
 from fastlm.train import export as exporting
 from fastlm.train import gguf, job
 
@@ -55,21 +57,43 @@ def export(
 
 
 def float_origin(folder: Path, source: exporting.Source) -> exporting.Source:
-    """The float model that an int8 run was made of where it is still there, since q8_0 rounds once more; else the
-    dequantised one. Which one it is, is said."""
+    """The float model that an int8 run was made of, since q8_0 rounds once more; the dequantised one where that is gone or
+    is another model now, or where more was done to it than int8 (pruning, SmoothQuant). Which one it is, is said."""
     if source.int8 is None:
         return source
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))["compressed"]
-    if not record["int8"].get("smooth"):
-        try:
-            found = exporting.read_model(Path(record["origin"]))
-            if found.shape == source.shape and found.int8 is None:
-                console.say(f"from the float weights of {record['origin']}")
-                return found
-        except job.InputError as error:
-            console.warn(f"the float weights are gone ({error})")
+    origin = json.loads((folder / "config.json").read_text(encoding="utf-8"))["compressed"].get("origin", "")
+    try:
+        found = exporting.read_model(Path(origin))
+    except job.InputError as error:
+        console.warn(f"the float weights are gone ({error})")
+    else:
+        if becomes(found, source):
+            console.say(f"from the float weights of {origin}")
+            return found
+        console.warn(f"the weights of {origin} are not those that became int8")
     console.warn("q8_0 is made of dequantised int8 weights, so they are rounded twice")
     return source
+
+
+def becomes(found: exporting.Source, source: exporting.Source) -> bool:
+    """Whether int8 alone makes `source` of `found`: the same integers and scales, and the same tensors beside them."""
+    held = source.int8
+    if (
+        held is None
+        or found.int8 is not None
+        or found.shape != source.shape
+        or set(found.tensors) != set(source.tensors)
+    ):
+        return False
+    for name, weight in found.tensors.items():
+        values = held.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if values is None:
+            same = torch.equal(weight, source.tensors[name])
+        else:
+            same = all(map(torch.equal, int8.quantize_weight(weight, held.group), values))
+        if not same:
+            return False
+    return True
 
 
 def main(argv: list[str]) -> int:
