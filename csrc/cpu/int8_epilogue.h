@@ -43,7 +43,8 @@ FASTLM_INLINE Vec activated(Vec y, int activation) {
     case int8_matmul_call::kGeluTanh:
       return half * (one + tanh(fma(y * y * set1(0.044715f), y, y) * set1(0.79788456080286535588f)));
     default:
-      return divide(y, one + exp_of(maximum(y, set1(-88.0f)), Factor::of(-kLog2e)));
+      // from -89 on the exponential is +inf on every instruction set: a finite y gives -0, and -inf NaN, as in PyTorch
+      return divide(y, one + exp_of(maximum(y, set1(-89.0f)), Factor::of(-kLog2e)));
   }
 }
 

@@ -103,12 +103,27 @@ def test_no_fused_multiply_add(backend):
     assert fused[0].any()
 
 
+functions = {
+    "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_far_from_zero(backend, activation):
+    """Beyond where the exponential overflows, to infinities and NaN: int8 products and weight-only ones."""
+    far = [*range(80, 111), 88.376, 88.72, 88.73, 200, 1e4, 1e19, 1e30, 1e38, 3e38, float("inf")]
+    x = torch.tensor([float(v) for v in far], dtype=F32)
+    x = torch.cat((x, -x, torch.tensor([0.0, -0.0, float("nan")])))
+    expected = functions[activation](x.double()).float()
+    nothing = torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1, len(x), dtype=torch.int8)
+    for a in (nothing[0], nothing[0].float()):
+        y = op(a, nothing[1], bias=x, activation=activation, out_dtype=F32)[0]
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_as_exact_as_torch(backend, activation):
-    functions = {
-        "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
-        "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
-    }  # fmt: skip
 
     def draw(generator):
         a = torch.randint(-127, 128, (33, 64), dtype=torch.int8, generator=generator)
