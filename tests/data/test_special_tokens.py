@@ -231,3 +231,10 @@ def test_what_is_no_tokenizer_is_refused() -> None:
     for content in ("{}", "[]", "no json", json.dumps({**json.loads(learnt().to_str()), "added_tokens": [{"id": 1}]})):
         with pytest.raises(InputError, match="cannot be read"):
             tokenizers.BPETokenizer(content)
+
+
+@pytest.mark.parametrize("text", ["漢字" * 8, "the " + "漢字" * 6 + " be", "é" * 20, "🙂 the " + "🙂" * 7])
+def test_characters_of_several_bytes_stream_whole(text: str) -> None:
+    made = tokenizers.BPETokenizer(llama().to_str())
+    stream = TextStream(made)
+    assert "".join(stream.push(i) for i in made.encode(text.encode()).tolist()) + stream.end() == text

@@ -94,8 +94,8 @@ def compare(make, shape, *, dtype=torch.float32, scale=1.0, call=None):
         for module, kind in ((swapped, dtype), (original, dtype), (copy.deepcopy(original), torch.float64)):
             module.to(kind)
             for part in module.modules():
-                if isinstance(part, nn.RMSNorm) and part.eps is None:
-                    part.eps = torch.finfo(dtype).eps  # float64 would take its own
+                if isinstance(part, nn.RMSNorm) and part.eps is None and kind == torch.float64:
+                    part.eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # float64 would take its own
             leaf = x.to(dtype).to(kind).clone().requires_grad_()
             y = call(module, leaf)
             y.backward(dy.to(y.dtype))

@@ -161,6 +161,62 @@ def test_what_the_op_does_not_take_is_torchs_own():
     ]
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        x = norm(x)
+        x = x + self.linear(x)
+        return norm(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_an_eps_that_is_not_given_is_pytorchs(dtype, scale):
+    torch.manual_seed(0)
+    model, x = Normed().to(dtype), (scale * torch.randn(4, 16)).to(dtype)
+    expected, plain = model(x), torch.nn.RMSNorm(16, dtype=dtype)
+    expected_plain = plain(x)
+    fastlm.swap(model)
+    fastlm.swap(plain)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(plain(x), expected_plain, rtol=tolerance, atol=tolerance)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=tolerance, atol=tolerance)
+
+
+def made_norm(eps):
+    def norm(x):
+        return F.layer_norm(x, (16,), eps=eps)
+
+    return norm
+
+
+inner_norm = made_norm(1e-6)
+
+
+class Odder(nn.Module):
+    def forward(self, x):
+        return inner_norm(x) + sum((lambda self: F.layer_norm(self, (16,)))(part) for part in (x, 2 * x))
+
+
+class Nameless(nn.Module):
+    def forward(*args):
+        return inner_norm(args[1])
+
+
+@pytest.mark.parametrize("kind", [Odder, Nameless])
+def test_functions_made_in_others_and_names_bound_twice_are_left_or_served(kind):
+    model, x = kind(), torch.randn(3, 16)
+    expected = model(x)
+    fastlm.swap(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 class Dropping(nn.Module):
     def __init__(self):
         super().__init__()

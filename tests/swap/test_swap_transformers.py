@@ -233,3 +233,31 @@ def test_sinks_are_served_with_their_gradients(served):
         results.append((out, *grads))
     assert len(served) == 2
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def eager(change):
+    """An eager attention function whose scores ``change`` makes."""
+    lines = """
+def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    CHANGE
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2), None
+"""
+    made = {"torch": torch}
+    exec(lines.replace("CHANGE", change), made)
+    return made["attend"]
+
+
+@pytest.mark.parametrize("change", [
+    "cap = getattr(module, 'cap', None)", "scores = scores * 2 if hasattr(module, 'temperature') else scores",
+    "sinks = getattr(module, 'sinks', None)",
+])  # fmt: skip
+def test_functions_that_ask_their_module_for_more_are_called(change):
+    assert "asks its module" in interface.recognise(eager(change))
+
+
+def test_sinks_that_are_changed_on_the_way_are_not_recognised():
+    change = "scores = torch.cat((scores, module.sinks.clamp(max=4)[:, None, None].expand(*scores.shape[:3], 1)), -1)"
+    assert isinstance(interface.recognise(eager(change)), str)

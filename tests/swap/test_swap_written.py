@@ -225,3 +225,168 @@ def test_queries_changed_in_place_meanwhile_raise():
     fastlm.swap(model)
     with pytest.raises(RuntimeError, match="in place"):
         model(q, k, v)
+
+
+# Ways to write attention that a rewrite may get wrong: each is compared with itself, unswapped.
+
+
+class Unusual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.gate = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.randn(LENGTH))
+
+    def switched_off(self, q, k, v):
+        with torch.no_grad():
+            scores = q @ k.mT * 0.35
+        return scores.softmax(-1) @ v
+
+    def softmax_off(self, q, k, v):
+        scores = q @ k.mT
+        with torch.no_grad():
+            weights = scores.softmax(-1)
+        return weights @ v
+
+    def other_product(self, q, k, v):
+        with torch.no_grad():
+            h = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+        return torch.tanh(h + self.gate).view(*q.shape[:2], LENGTH, LENGTH) @ v
+
+    def hidden_rows(self, q, k, v):
+        hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        hidden[2] = True
+        return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1) @ v
+
+    def hidden_twice(self, q, k, v):
+        scores = (q @ k.mT).masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), float("-inf"))
+        padding = torch.arange(LENGTH) < 3
+        return scores.masked_fill(padding, -1e9).softmax(-1) @ v
+
+    def aliased(self, q, k, v):
+        scores = q @ k.mT
+        other = scores.float()
+        other *= 0.35
+        return scores.softmax(-1) @ v
+
+    def squared(self, q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ weights @ v
+
+    def in_buffer(self, q, k, v):
+        buffer = torch.empty(*q.shape[:-1], LENGTH)
+        with torch.no_grad():
+            scores = q @ k.mT
+            torch.softmax(scores, -1, out=buffer)
+        return buffer @ v
+
+    def learned(self, q, k, v):
+        return (q @ k.mT * self.scale).softmax(-1) @ v
+
+    def cut(self, q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return (weights[..., :4] @ v[..., :4, :]) + weights[..., 4:] @ v[..., 4:, :]
+
+
+@pytest.mark.parametrize("way", [name for name, f in vars(Unusual).items() if not name.startswith("_")])
+def test_unusual_ways_keep_their_numbers_and_gradients(way):
+    kind = type(way, (Unusual,), {"forward": getattr(Unusual, way)})
+    torch.manual_seed(0)
+    model = kind()
+    found = []
+    q, k, v = (torch.randn(2, HEADS, LENGTH, SIZE) for _ in range(3))
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = model(*leaves)
+        grads = torch.autograd.grad(out.square().sum(), (*leaves, model.gate), allow_unused=True)
+        found.append((out, *grads))
+        fastlm.swap(model)
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_mode_and_autocast_that_is_switched_on_the_way():
+    model, x = make(Masked)
+    expected = model(x)
+    fastlm.swap(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+
+
+class Switched(nn.Module):
+    def forward(self, q, k, v):
+        with torch.autocast("cpu", enabled=False):
+            scores = q.float() @ k.float().mT
+        return torch.tanh(scores / 4).softmax(-1) @ v
+
+
+def test_scores_keep_the_autocast_of_their_product():
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(2, HEADS, LENGTH, SIZE) for _ in range(3))
+    model = Switched()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(q, k, v)
+        fastlm.swap(model)
+        assert torch.equal(model(q, k, v), expected)
+
+
+class Twice(nn.Module):
+    def forward(self, q, k, v):
+        weights = F.dropout((q @ k.mT).softmax(-1), 0.5, True)
+        return weights @ v, weights @ v
+
+
+def test_weights_that_are_used_twice_have_one_mask():
+    q, k, v = (torch.randn(2, HEADS, LENGTH, SIZE) for _ in range(3))
+    model = Twice()
+    fastlm.swap(model)
+    first, second = model(q, k, v)
+    assert torch.equal(first, second)
+    assert not torch.equal(model(q, k, v)[0], first)
+
+
+class Changing(nn.Module):
+    def forward(self, q, k, v):
+        mask = torch.zeros(LENGTH, LENGTH)
+        scores = q @ k.mT + mask
+        mask[:, 1:] = -5.0
+        return (scores + mask).softmax(-1) @ v
+
+
+def test_masks_changed_in_place_meanwhile_raise():
+    model = Changing()
+    fastlm.swap(model)
+    with pytest.raises(RuntimeError, match="in place"):
+        model(*(torch.randn(2, HEADS, LENGTH, SIZE) for _ in range(3)))
+
+
+def test_gradients_of_the_softmax_can_be_asked_for():
+    model, x = make(Added)
+    seen = []
+    model.softmax.register_full_backward_hook(lambda m, given, got: seen.append(got[0].shape))
+    fastlm.swap(model)
+    model(x).sum().backward()
+    assert seen == [(BATCH, HEADS, LENGTH, LENGTH)]
+
+
+class Leaking(nn.Module):
+    def forward(self, q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v, weights
+
+
+def test_weights_out_of_a_reentrant_checkpoint_raise():
+    model = Leaking()
+    fastlm.swap(model)
+    q, k, v = (torch.randn(2, HEADS, LENGTH, SIZE, requires_grad=True) for _ in range(3))
+    _, weights = torch.utils.checkpoint.checkpoint(model, q, k, v, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="unswap"):
+        weights.sum().backward()
+
+
+def test_a_float32_softmax_under_autocast_is_served():
+    model, x = make(Lowest)
+    report = fastlm.swap(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert report.seen[0].ran == 1

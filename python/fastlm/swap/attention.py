@@ -93,19 +93,25 @@ def attend(
     softcap: float = 0.0,
     p: float = 0.0,
     sinks: Tensor | None = None,
+    drawn: tuple[Any, Any] | None = None,
 ) -> Tensor:
-    """``ops.attention`` with the seed of ``module``'s ``place``."""
+    """``ops.attention`` with the seed of ``module``'s ``place``, or with one ``drawn`` before."""
     ran(module)
     seed = offset = None
     if p > 0:
-        seed, ids = rng.batch(module, place, query.shape[0], query.device)
-        offset = None if ids is None else (ids, getattr(module, rng.FIRST_HEAD, 0), None, None)
+        seed, offset = drawn or draw(module, place, query)
     out = ops.attention(
         query, key, value, causal=causal, bias=bias, scale=scale, softcap=softcap, dropout_p=p, seed=seed,
         offset=offset, sinks=sinks,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def draw(module: nn.Module, place: int, query: Tensor) -> tuple[Any, Any]:
+    """Seed and offset of the dropout of ``module``'s ``place``."""
+    seed, ids = rng.batch(module, place, query.shape[0], query.device)
+    return seed, None if ids is None else (ids, getattr(module, rng.FIRST_HEAD, 0), None, None)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool) -> str:
@@ -181,6 +187,8 @@ def reached(methods: Methods) -> Iterator[CallSite]:
             continue
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         own = arguments[0].arg if arguments else ""
+        if not own or _rebound(tree, own):
+            continue  # an edit could not name the module
         for node in list(ast.walk(tree)):
             if not isinstance(node, ast.Call):
                 continue
@@ -195,6 +203,13 @@ def reached(methods: Methods) -> Iterator[CallSite]:
             if followed is not None and followed not in names:
                 names.append(followed)
             yield site
+
+
+def _rebound(tree: ast.FunctionDef, own: str) -> bool:
+    """Whether ``own`` stands for something else in a part of ``tree``: a lambda's parameter, a loop's variable."""
+    parameters = [a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)]
+    stored = any(isinstance(n, ast.Name) and n.id == own and not isinstance(n.ctx, ast.Load) for n in ast.walk(tree))
+    return stored or parameters.count(own) > 1
 
 
 def _calls(methods: Methods) -> list[CallSite]:

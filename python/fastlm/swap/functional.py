@@ -105,7 +105,7 @@ def plain_norm_arguments(function: Any, x: Tensor, dtype: torch.dtype) -> norms.
     if not torch.compiler.is_compiling() and _KINDS.get(found.calls()) != found.kind:
         return None
     y_dtype = norms.output_dtype(_SPECS[found.kind], x.device, dtype, None, None)
-    eps = torch.finfo(dtype).eps if found.eps is None else found.eps
+    eps = norms.default_eps(x.device.type, dtype) if found.eps is None else found.eps
     return None if y_dtype is None else norms.NormArguments(found.kind, None, None, eps, 0.0, y_dtype)
 
 
@@ -157,7 +157,7 @@ def _norm(
     y_dtype = norms.output_dtype(_SPECS[kind], x.device, x.dtype, weight, bias)
     if y_dtype is None:
         return "its dtypes differ"
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = norms.default_eps(x.device.type, x.dtype) if eps is None else eps
     return ops.norm(x, weight, bias, norm=kind, eps=eps, y_dtype=y_dtype)
 
 

@@ -181,6 +181,8 @@ def _recognise(function: Any) -> Known | str:
             torch.device("cpu"),
         ):
             return _probe(function, named)
+    except _AsksMore as error:
+        return f"it asks its module for {error}, and may do more than attend"
     except Exception as error:  # noqa: BLE001  (whatever a foreign function raises is the reason to leave it)
         return f"it failed on a probe: {type(error).__name__}: {error}"
 
@@ -193,7 +195,7 @@ def _probe(function: Any, named: frozenset[str]) -> Known | str:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     q, k, v, mask = draw(2, 4, 5, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8), draw(2, 1, 5, 7)
-    sinks = draw(4) if _SINKS in inspect.unwrap(function).__code__.co_names else None
+    sinks = 10 * draw(4) if _SINKS in inspect.unwrap(function).__code__.co_names else None
     agrees = functools.partial(_agrees, function, sinks=sinks)
     grouped = agrees(q, k, v, None, 2)
     if not grouped:
@@ -208,6 +210,22 @@ def _probe(function: Any, named: frozenset[str]) -> Known | str:
     return Known(False, grouped, softcap, position_bias, sinks is not None, purity.reads(function))
 
 
+class _AsksMore(Exception):
+    """An attention function that reads an attribute of its module which the probe does not have."""
+
+
+class _Asked(nn.Module):
+    """The module of a probe, which notes what it is asked for in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["asked"] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__["asked"].add(name)
+        return super().__getattr__(name)
+
+
 def _agrees(
     function: Any,
     q: Tensor,
@@ -219,7 +237,7 @@ def _agrees(
     position_bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
-    module = nn.Module().eval()
+    module = _Asked().eval()
     if sinks is not None:
         setattr(module, _SINKS, sinks)
     module.num_key_value_groups, module.head_dim = groups, q.shape[-1]  # type: ignore[assignment]
@@ -227,6 +245,8 @@ def _agrees(
     try:
         # Dropout must be off outside of training, whatever p.
         out = function(module, q, k, v, mask, dropout=0.5, scaling=0.3, **extra)[0]
+        if module.__dict__["asked"]:
+            raise _AsksMore(sorted(module.__dict__["asked"])[0])
     except RuntimeError:
         if groups > 1:  # query and key heads do not fit: it takes no groups
             return False

@@ -79,7 +79,7 @@ def norm_arguments(norm: NormForward, x: Tensor, dtype: torch.dtype) -> NormArgu
     bias = getattr(norm, spec.bias) if spec.bias else None
     eps = float(spec.eps[1:]) if spec.eps[0] == "=" else getattr(norm, spec.eps)
     if eps is None:
-        eps = torch.finfo(dtype).eps
+        eps = default_eps(x.device.type, dtype)
     if not plain(x, weight, bias) or x.dim() == 0:
         return None
     y_dtype = output_dtype(spec, x.device, dtype, weight, bias)
@@ -127,6 +127,26 @@ def _of_function(
 
 
 _of_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def default_eps(device: str, dtype: torch.dtype) -> float:
+    """The eps of PyTorch's RMSNorm where none is given: of the dtype that it computes in, which releases chose differently."""
+    return _default_eps(device, dtype)
+
+
+default_eps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _default_eps(device: str, dtype: torch.dtype) -> float:
+    own, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    if device == "meta" or own == wide:
+        return wide
+    with torch.no_grad(), torch.autocast(device, enabled=False), untraced():
+        x = torch.full((1, 8), 0.01, dtype=dtype, device=device)
+        y = float(F.rms_norm(x, (8,)).float().mean())
+    exact = float(x.float()[0, 0])
+    return min((own, wide), key=lambda eps: abs(y - exact / (exact**2 + eps) ** 0.5))
 
 
 class NormRule(Rule):

@@ -107,4 +107,4 @@ def _called_on(steps: list[dis.Instruction], method: dis.Instruction, first: str
     while at >= 0 and steps[at].opname == "LOAD_ATTR":
         attribute, at = steps[at].argval, at - 1
     loaded = at >= 0 and steps[at].opname.startswith("LOAD_FAST") and steps[at].argval == first
-    return loaded and attribute != "sinks"
+    return loaded and not (attribute == "sinks" and method.argval in ("reshape", "view", "expand", "unsqueeze"))

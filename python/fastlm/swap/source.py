@@ -244,7 +244,10 @@ def _code(tree: ast.FunctionDef, like: FunctionType, filename: str, owner: str) 
     free = [name for name in like.__code__.co_freevars if name != "__class__"]
     text = f"def factory({', '.join(free)}):\n    class {owner}:\n" + textwrap.indent(ast.unparse(tree), " " * 8) + "\n"
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
-    code = compile(text, filename, "exec", flags=like.__code__.co_flags & _FUTURES, dont_inherit=True)
+    try:
+        code = compile(text, filename, "exec", flags=like.__code__.co_flags & _FUTURES, dont_inherit=True)
+    except SyntaxError as error:
+        raise Unreadable(f"its {like.__name__} cannot be edited ({error.msg})") from None
     for name in ("factory", owner, tree.name):
         code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return code
@@ -253,6 +256,7 @@ def _code(tree: ast.FunctionDef, like: FunctionType, filename: str, owner: str) 
 def _compile(cls: type, name: str, tree: ast.FunctionDef, like: FunctionType) -> FunctionType:
     tree = ast.fix_missing_locations(copy.deepcopy(tree))
     owner = like.__qualname__.split(".")[-2] if "." in like.__qualname__ else cls.__name__
+    owner = owner if owner.isidentifier() else cls.__name__  # "<locals>" of a function made in another
     code = _code(tree, like, f"<fastlm.swap {cls.__module__}.{cls.__qualname__}.{name} {id(cls):x}>", owner)
     cells = dict(zip(like.__code__.co_freevars, like.__closure__ or ()))
     try:

@@ -9,8 +9,9 @@ module's own steps give, computed then. So nothing about the module's source is 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import _torch
+from fastlm.ops._library import autocast_dtype, seed_tensor
 from fastlm.swap import silent
-from fastlm.swap.attention import attend, reached, refusal
+from fastlm.swap.attention import attend, draw, reached, refusal
 from fastlm.swap.rules import Facts, Reason, Rewrite, Rule
 from fastlm.swap.seen import stepped_back
 from fastlm.swap.source import Methods, Unreadable
@@ -39,12 +41,37 @@ _ASKS = {T.size, T.dim, T.numel, T.shape.__get__, T.dtype.__get__, T.device.__ge
 _HIDES = -1e8  # what is filled in below this has no weight beside any score
 
 
+class Surrounding(NamedTuple):
+    """What decides how PyTorch would compute a step."""
+
+    grad: bool
+    autocast: torch.dtype | None
+
+    @contextlib.contextmanager
+    def restored(self, device: str) -> Iterator[None]:
+        enabled = self.autocast is not None
+        if device == "meta":
+            yield
+            return
+        with torch.set_grad_enabled(self.grad), torch.autocast(device, self.autocast, enabled=enabled):
+            yield
+
+
+def _surrounding(device: torch.device) -> Surrounding:
+    return Surrounding(torch.is_grad_enabled(), autocast_dtype(device))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Recipe(NamedTuple):
     """What the op needs of the steps so far."""
 
     scale: float = 1.0
     bias: Tensor | None = None  # added, after the scale
     allowed: Tensor | None = None  # True: attend
+    filled: Tensor | None = None  # True: the score was replaced by a finite number, which lets no gradient through
     weights: bool = False  # after the softmax
     p: float = 0.0
 
@@ -60,7 +87,8 @@ class Scores(Tensor):
     recipe: Recipe
     steps: tuple[Callable[[Tensor], Tensor], ...]
     versions: dict[Tensor, int]
-    grad_mode: bool  # when the product was asked for
+    surrounding: Surrounding  # when the product was asked for
+    drawn: list[tuple[Any, Any]]  # the seed and offset of its dropout, once the op has drawn
     computed: Tensor | None
 
     @staticmethod
@@ -69,7 +97,8 @@ class Scores(Tensor):
         made = _wrapper((*q.shape[:-1], k_transposed.shape[-1]), _product_dtype(q), q.device, grad)
         made.__dict__.update(
             module=module, place=place, product=product, q=q, k_transposed=k_transposed, recipe=Recipe(), steps=(),
-            versions={t: t._version for t in (q, k_transposed)}, grad_mode=torch.is_grad_enabled(), computed=None,
+            versions={t: _version(t) for t in (q, k_transposed)}, surrounding=_surrounding(q.device), drawn=[],
+            computed=None,
         )  # fmt: skip
         return made
 
@@ -84,13 +113,17 @@ class Scores(Tensor):
             if func in _ASKS or func is T.__repr__:
                 return func(*args, **kwargs) if func in _ASKS else f"Scores{list(args[0].shape)}"
             scores, other = _roles(args)
-            if scores is None or scores.computed is not None:
+            if scores is not None and _surrounding(scores.q.device) != scores.surrounding:
+                scores.numbers("gradients or autocast are switched between its products")
+            if scores is None or scores.computed is not None or "out" in kwargs:
                 return func(*_computed(args, func), **_computed(kwargs, func))
             if func in _PRODUCTS and scores is args[0] and len(args) == 2 and not kwargs:
                 return _served(scores, func, args[1])
             recipe = None if isinstance(other, Scores) else _next(scores, func, args, other, kwargs)
             if recipe is None:
                 return func(*_computed(args, func), **_computed(kwargs, func))
+            if func in _CAST and _dtype_after(func, scores, args, kwargs) == scores.dtype:
+                return scores  # as PyTorch gives the tensor itself
             at = next(i for i, a in enumerate(args) if a is scores)
             return scores._after(recipe, func, at, args, kwargs)
 
@@ -98,26 +131,36 @@ class Scores(Tensor):
         def step(x: Tensor) -> Tensor:
             return func(*args[:at], x, *args[at + 1 :], **kwargs)  # type: ignore[no-any-return]
 
-        read = {t: t._version for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t is not self}
+        read = {t: _version(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t is not self}
+        grad = self.requires_grad or (torch.is_grad_enabled() and any(t.requires_grad for t in read))
         after = self
         if func not in _IN_PLACE:
             dtype = _dtype_after(func, self, args, kwargs)
-            after = _wrapper(self.shape, dtype, self.q.device, self.requires_grad)
+            after = _wrapper(self.shape, dtype, self.q.device, grad)
         after.__dict__.update(self.__dict__)
-        after.__dict__.update(recipe=recipe, steps=(*self.steps, step), versions=self.versions | read)
+        after.__dict__.update(recipe=recipe, steps=(*self.steps, step), versions=read | self.versions)
+        if recipe.p != self.recipe.p:
+            after.__dict__["drawn"] = []
         return after
 
     def numbers(self, why: str) -> Tensor:
         """The tensor itself, by the module's own steps. ``why`` the op does not serve."""
         if self.computed is None:
-            changed = any(tensor._version != version for tensor, version in self.versions.items())
-            if changed:
+            name = type(self.module).__name__
+            if any(_version(tensor) != version for tensor, version in self.versions.items()):
                 raise RuntimeError(
-                    f"fastlm.swap: {type(self.module).__name__} changes a tensor in place between the product of its "
-                    f"queries and keys and the use of its scores; call fastlm.unswap on it"
+                    f"fastlm.swap: {name} changes a tensor in place between the product of its queries and keys and the "
+                    f"use of its scores; call fastlm.unswap on it"
                 )
+            if self.drawn:
+                raise RuntimeError(
+                    f"fastlm.swap: {name} reads weights whose dropout was drawn by the op; call fastlm.unswap on it"
+                )
+            with _torch.unseen_by_subclasses():
+                if self.grad_fn is not None:  # autograd was handed the scores, as a reentrant checkpoint does
+                    _lost(self)
             stepped_back(self.module, f"keeps its own attention, as it is written out: {why}")
-            with torch.set_grad_enabled(self.grad_mode):
+            with self.surrounding.restored(self.q.device.type):
                 x = self.product(self.q, self.k_transposed)
                 for step in self.steps:
                     x = step(x)
@@ -141,8 +184,7 @@ def _lost(grad: Tensor) -> None:
 
 
 def _product_dtype(q: Tensor) -> torch.dtype:
-    kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    return autocast_dtype(q.device) or q.dtype
 
 
 def _roles(args: Any) -> tuple[Scores | None, Any]:
@@ -206,7 +248,9 @@ def _number(value: Any) -> float | None:
 
 def _scaled(recipe: Recipe, factor: Any, divided: bool, first: bool) -> Recipe | None:
     number = _number(factor)
-    if number is None or number == 0 or (divided and not first) or recipe.allowed is not None:
+    if number is None or number == 0 or (divided and not first):
+        return None
+    if recipe.allowed is not None or recipe.filled is not None:
         return None
     number = 1 / number if divided else number
     bias = None if recipe.bias is None else recipe.bias * number
@@ -230,11 +274,14 @@ def _filled(scores: Scores, hidden: Any, value: Any) -> Recipe | None:
         return recipe._replace(allowed=allowed if recipe.allowed is None else recipe.allowed & allowed)
     if number > _HIDES and number != torch.finfo(scores.dtype).min:
         return None
-    # Such a row of nothing else is even, as it is with the lowest number, which swallows every score.
-    lowest = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    lowest = lowest.masked_fill(hidden, torch.finfo(torch.float32).min)
-    bias = lowest if recipe.bias is None else recipe.bias.float().masked_fill(hidden, torch.finfo(torch.float32).min)
-    return recipe._replace(bias=bias)
+    # A row of nothing else is even, as it is with the lowest number, which swallows every score.
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.zeros(hidden.shape, device=hidden.device) if recipe.bias is None else recipe.bias.float()
+    return recipe._replace(
+        bias=bias.masked_fill(hidden, lowest),
+        allowed=None if recipe.allowed is None else recipe.allowed | hidden,
+        filled=hidden if recipe.filled is None else recipe.filled | hidden,
+    )
 
 
 def _fits(scores: Scores, x: Tensor) -> bool:
@@ -252,18 +299,25 @@ def _dropped(recipe: Recipe, args: Any, kwargs: Any) -> Recipe | None:
     return recipe._replace(p=p)
 
 
-def _served(scores: Scores, product: Any, values: Tensor) -> Tensor:
+def _served(scores: Scores, product: Any, values: Any) -> Any:
     """Attention of ``values`` by the op, or by the module's own steps."""
     why = "its product has no softmax" if not scores.recipe.weights else _why_not(scores, values)
     if why:
-        return product(scores.numbers(why), values)  # type: ignore[no-any-return]
-    q, k, v = scores.q, scores.k_transposed.transpose(-1, -2), values
-    bias, flat = _mask(scores.recipe), q.dim() == 3
+        return product(scores.numbers(why), _computed(values, product))
+    recipe, v = scores.recipe, values
+    q, k = scores.q, scores.k_transposed.transpose(-1, -2)
+    if recipe.filled is not None:
+        hidden = recipe.filled if recipe.allowed is None else recipe.filled | ~recipe.allowed
+        q = q.masked_fill(hidden.all(-1, keepdim=True).expand(*q.shape[:-1], 1), 0)
+    bias, flat = _mask(recipe), q.dim() == 3
     if flat:
         q, k, v = (t.unsqueeze(1) for t in (q, k, v))
         bias = None if bias is None else bias.expand(scores.shape).unsqueeze(1)
-    recipe = scores.recipe
-    out = attend(scores.module, scores.place, q, k, v, bias=bias, scale=recipe.scale, p=recipe.p)
+    if recipe.p and not scores.drawn:
+        seed, offset = draw(scores.module, scores.place, q)
+        scores.drawn.append((seed_tensor(seed, q.device, "attention"), offset))
+    drawn = scores.drawn[0] if recipe.p else None
+    out = attend(scores.module, scores.place, q, k, v, bias=bias, scale=recipe.scale, p=recipe.p, drawn=drawn)
     return out.squeeze(1) if flat else out
 
 
@@ -277,9 +331,9 @@ def _why_not(scores: Scores, v: Tensor) -> str:
     q, k, recipe = scores.q, scores.k_transposed.transpose(-1, -2), scores.recipe
     if not isinstance(v, Tensor) or isinstance(v, Scores) or v.dim() != q.dim():
         return "its values do not fit"
-    if v.dtype != scores.dtype:
+    if v.dtype != scores.dtype and scores.surrounding.autocast is None:
         return f"its weights are {scores.dtype} and its values {v.dtype}"
-    if any(tensor._version != version for tensor, version in scores.versions.items()):
+    if any(_version(tensor) != version for tensor, version in scores.versions.items()):
         return "a tensor was changed in place"
     mask = _mask(recipe)
     if q.dim() == 3:
@@ -298,11 +352,16 @@ class Written:
         method = (
             {"@": T.__matmul__, "matmul": T.matmul, "bmm": T.bmm}.get(function) if isinstance(function, str) else None
         )
-        if (method or function) in _PRODUCTS and _may_be_scores(a, b):
+        if (method or function) in _PRODUCTS and _may_be_scores(a, b) and not _hooked(self):  # type: ignore[arg-type]
             return Scores.of(self, place, method or function, a, b)  # type: ignore[arg-type]
         if method is None:
             return function(a, b)
         return a @ b if function == "@" else getattr(a, function)(b)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody wants gradients of what a softmax or dropout of ``module`` gives."""
+    return any(child._backward_hooks or child._backward_pre_hooks for child in module.children())
 
 
 def _may_be_scores(a: Tensor, b: Tensor) -> bool:

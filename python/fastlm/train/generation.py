@@ -70,9 +70,9 @@ class TextStream:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, before: Iterable[int] = ()) -> None:
         self.tokenizer, self.held = tokenizer, list[int]()
-        self.before = [int(t) for t in before][-REACH:]
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self.whole = isinstance(tokenizer, tokenizers.BPETokenizer)  # decodes to text alone, not to bytes
+        self.before = self._window([int(t) for t in before])
 
     def push(self, token: int) -> str:
         if not self.whole:
@@ -81,8 +81,17 @@ class TextStream:
         text = self._new()
         if text.endswith("\ufffd") and len(self.held) < 8:  # an unfinished character: at most four bytes, one a token
             return ""
-        self.before, self.held = [*self.before, *self.held][-REACH:], []
+        self.before, self.held = self._window([*self.before, *self.held]), []
         return text
+
+    def _window(self, tokens: list[int]) -> list[int]:
+        """The last of ``tokens``, from the beginning of a character: bytes of a torn one spoil all bytes beside it."""
+        tokens = tokens[-REACH:]
+        starts = range(4 if self.whole else 1)
+        whole = (
+            tokens[i:] for i in starts if "\ufffd" not in self.tokenizer.decode(tokens[i:]).decode("utf-8", "replace")
+        )
+        return next(whole, tokens)
 
     def _new(self) -> str:
         shown = self.tokenizer.decode(self.before).decode()
