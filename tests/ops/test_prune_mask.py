@@ -182,6 +182,16 @@ def test_one_threshold_over_a_list(backend):
     assert all(torch.equal(m, ops.prune_mask(s, sparsity=0.5)) for s, m in zip(scores, one, strict=True))
 
 
+def test_one_threshold_over_float64_and_others():
+    scores = [draw((7, 13)).double(), draw((5, 6), BF16), 3 * draw((4, 31))]
+    masks = ops.prune_mask(scores, sparsity=0.5, scope="global", magnitude=True)
+    keep = brute(torch.cat([s.double().flatten() for s in scores]).abs(), sparsity=0.5).split(
+        [s.numel() for s in scores]
+    )
+    for s, mask, k in zip(scores, masks, keep, strict=True):
+        assert torch.equal(ops.mask_to_bool(mask, s.shape[-1]), k.view(s.shape))
+
+
 def test_magnitude_and_scale_are_those_of_written_scores(backend):
     x, scale = torch.randn(12, 50), torch.rand(50) * 10
     for options in (*PATTERNS[3::4], {"pattern": "1:4"}):

@@ -206,6 +206,8 @@ def forward(
         check_values(found)
     part = 0.0 if sparsity is None else sparsity
     if scope == "global":
+        widest = torch.float64 if any(x.dtype == torch.float64 for x in found) else torch.float32
+        found = [x.to(widest) for x in found]  # keys of two types cannot be compared
         flat = torch.cat([keys(x).flatten() for x in found])
         gone = lowest(flat, pruned_of(part, flat.numel())).split([x.numel() for x in found])
         return [pack(~g.view(x.shape)) for g, x in zip(gone, found, strict=True)]
