@@ -54,6 +54,33 @@ def test_a_pruned_run_and_its_int8(base: str, capsys: pytest.CaptureFixture[str]
     assert compress.masks(healed.model)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_zeros_of_an_int8_model_stay_in_training_and_in_merging(base: str, rank: int) -> None:
+    methods = [Prune("0.6", "magnitude"), compressing.Int8(weight_only=True, exclude=("down",))]
+    compressing.run(Path("runs/base"), methods, text=(base,), device="cpu", samples=8, name="small")
+    before = export.read_model(Path("runs/small"))
+    assert len(before.masks) == 8
+    assert before.int8 is not None
+    assert len(before.int8.layers) == 6
+    same = {"lora_rank": rank, "lora_alpha": 8.0, "lr": 1e-2}
+    made = job.start(tiny(name="healed", init="runs/small", **same), (base,))
+    made.trainer.fit()
+    after = export.read_model(made.folder)
+    assert after.masks.keys() == before.masks.keys()
+    for name, mask in before.masks.items():
+        weight = after.tensors[key := name.removesuffix("_mask")]
+        gone = ~ops.mask_to_bool(mask, weight.shape[1])
+        assert gone.float().mean() == pytest.approx(0.6, abs=1e-3)
+        assert not weight[gone].any()
+        assert not torch.equal(weight, before.tensors[key])
+    merged, _ = job.load(made.folder, "cpu")
+    tokens = torch.randint(256, (2, 16))
+    with torch.no_grad():  # what trained is what is merged
+        assert (merged(tokens) - made.model.eval()(tokens)).abs().max() < 1e-4
+    config, corpus = job.read_config(made.folder)
+    job.resume(made.folder, config, corpus, other_data=False, say=str)
+
+
 def test_the_methods_differ_and_repeat(base: str) -> None:
     made = {}
     for name, method in (("m", "magnitude"), ("w", "wanda"), ("s", "sparsegpt"), ("t", "sparsegpt")):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlm.nn import Int8Linear
 from fastlm.nn import int8 as layers
+from fastlm.nn.masked import MASK, MaskedLinear, release_
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,28 @@ class Held:
         return cls(str(mode), group, found)
 
     def into(self, model: nn.Module) -> None:
-        """Makes the linear layers at these paths Int8Linear with these values; they need not be quantised again.
+        """Makes the linear layers at these paths Int8Linear with these values; they need not be quantised again. A mask
+        that one has stays beside them.
 
         Raises ValueError for a path that is no linear layer of this shape.
         """
         named = dict(model.named_modules())
         for path, (weight, _) in self.layers.items():
             module = named.get(path)
-            if type(module) is not nn.Linear or module.weight.shape != weight.shape:
+            if (
+                not isinstance(module, nn.Linear)
+                or type(module) not in (nn.Linear, MaskedLinear)
+                or module.weight.shape != weight.shape
+            ):
                 raise ValueError(f"{path} is int8 {list(weight.shape)}, and no linear layer of that shape in the model")
         for path, values in self.layers.items():
-            layers.convert_(named[path], self.mode, self.group, values)
+            module = named[path]
+            assert isinstance(module, nn.Linear)
+            mask = module._buffers.get(MASK)
+            release_(module)
+            layers.convert_(module, self.mode, self.group, values)
+            if mask is not None:
+                module.register_buffer(MASK, mask)
 
     def floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` as those of the float model: each int8 weight times its scales."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn import Int8Linear
 from fastlm.nn.masked import MASK, hold_
 
 
@@ -33,7 +34,7 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def attach(model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Gives a model masks by the keys of ``masks`` and applies them.
+    """Gives a model masks by the keys of ``masks`` and applies them. Int8 layers, frozen at zero there, keep one beside them.
 
     Raises ValueError for a key that names no Linear, or a mask of another shape than its weight's.
     """
@@ -41,6 +42,9 @@ def attach(model: nn.Module, found: Mapping[str, Tensor]) -> None:
     for key, mask in found.items():
         path = key.removesuffix(MASK).rstrip(".")
         module = modules.get(path)
+        if isinstance(module, Int8Linear):
+            module.register_buffer(MASK, mask.to(module.weight.device))
+            continue
         if not isinstance(module, nn.Linear):
             raise ValueError(f"compress.attach: {key!r} names no linear layer of the model")
         hold_(module, mask.to(module.weight.device))

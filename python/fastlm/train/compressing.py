@@ -82,7 +82,8 @@ class Int8:
             )
 
     def apply(self, model: GPT, batches: Batches) -> list[str]:
-        compress.unprune(model)  # what is zero is zero in int8 too, and needs no mask
+        masks = compress.masks(model)  # what is zero is zero in int8 too; a run from this model needs them
+        compress.unprune(model)
         try:
             made = quantize.plan(
                 model, self.mode, include=self.include or None, exclude=self.exclude or None, group=self.group,
@@ -99,6 +100,7 @@ class Int8:
             self.smoothed = compress.smooth(model, batches(), self.layers)
             lines += self._smoothing(self.smoothed)
         compress.convert(made)
+        compress.attach(model, masks)
         counts: dict[str, int] = {}
         for path in self.layers:
             counts[path.rpartition(".")[2]] = counts.get(path.rpartition(".")[2], 0) + 1

@@ -46,6 +46,9 @@ class LoraInt8Linear(Int8Linear):
     lora_scale: float
 
     def forward(self, x: Tensor) -> Tensor:
+        if MASK in self._buffers:
+            added = self.lora_b @ self.lora_a * ops.mask_to_bool(self._buffers[MASK], self.in_features)  # type: ignore[arg-type]
+            return super().forward(x) + F.linear(x, added) * self.lora_scale
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
 
 
