@@ -135,6 +135,7 @@ def test_a_head_that_is_named_and_only_called_becomes_int8() -> None:
         ({"int8": "dynamic", "group": 32}, "group is 32 in mode 'dynamic'"),
         ({"int8": "training", "group": 32}, "group is 32; with int8='training'"),
         ({"int8": "weight_only", "group": 48}, "group is 48"),
+        ({"int8": "weight_only", "group": 32.0}, "group is 32.0"),
         ({"int8": "dynamic", "rows": 0}, "rows is 0"),
         ({"include": "qkv"}, "int8 is None"),
     ],
@@ -204,6 +205,65 @@ def test_shared_weights_subclasses_and_weights_that_others_read_stay() -> None:
     attention = nn.MultiheadAttention(16, 2)  # reads out_proj.weight, of a class of its own
     every(attention, "dynamic")
     attention(*[torch.randn(3, 1, 16)] * 3)
+
+
+def test_a_subclass_without_a_float_form_stops_unswap_before_anything_changes() -> None:
+    class Doubled(Int8Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = gpt()
+    every(model, "dynamic")
+    model.blocks[1].mlp.down.__class__ = Doubled
+    kinds, tokens = [type(m) for m in model.modules()], torch.randint(64, (2, 16))
+    before = model(tokens)
+    for undo in (fastlm.unswap, compress.restore):
+        with pytest.raises(TypeError, match=r"blocks\.1\.mlp\.down stays int8: Doubled is a subclass"):
+            undo(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize(
+    "mode, group", [("weight_only", 64), ("weight_only", None), ("dynamic", None), ("training", None)]
+)
+def test_a_model_that_is_int8_otherwise_is_left_and_the_report_says_so(mode: str, group: int | None) -> None:
+    model = gpt()
+    every(model, "weight_only", group=32)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    report = every(model, mode, group=group)
+    left = {path: why for path, _, why in report.left}
+    assert not report.converted
+    assert {left[path] for path in BODY} == {"it is int8 already, weight_only, groups of 32; fastlm.unswap first"}
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_too_wide_for_int32_sums_stay_in_float(mode: str) -> None:
+    sizes = [(131_072, 1), (1, 131_072), (131_071, 1), (1, 131_071)]
+    model = nn.ModuleList([nn.Linear(k, n) for k, n in sizes])
+    report = every(model, mode)
+    left = {path: why for path, _, why in report.left}
+    if mode == "weight_only":
+        assert not left
+    else:
+        assert set(left) == {"0", "1"}
+        assert left["0"].startswith("it has 131,072 inputs, and int32")
+        assert left["1"].startswith("it has 131,072 outputs, and int32")
+    for layer in model:
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+
+
+def test_a_pruned_layer_s_reason_is_its_mask() -> None:
+    model = gpt()
+    compress.prune(model, 0.5, method="magnitude", include="up")
+    left = {path: why for path, _, why in every(model, "dynamic").left}
+    assert "it is pruned: its mask" in left["blocks.0.mlp.up"]
+    assert type(model.blocks[0].mlp.down) is Int8Linear
+    compress.unprune(model)
+    assert "blocks.0.mlp.up" in {row.module for row in every(model, "dynamic").converted}
 
 
 def test_models_of_transformers() -> None:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import fastlm
 import pytest
 import torch
 from fastlm.data import InputError
-from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, job, mesh, state
+from fastlm.models.gpt import GPT, named
+from fastlm.train import checkpoint, export, job, lora, mesh, state
 from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
 
@@ -132,3 +133,28 @@ def test_a_mesh_that_cuts_matrices_is_refused_for_adapters() -> None:
 
     with pytest.raises(InputError, match=r"--lora-rank with --mesh fsdp=\.\.\. is not built"):
         job.Job(tiny(**LORA), (), ranks=Cut())
+
+
+def test_unswap_keeps_adapters_on_an_int8_base() -> None:
+    torch.manual_seed(0)
+    model = GPT(named("nano", "llama", layers=1, width=32, context=16, vocab=64)).eval()
+    fastlm.swap(model, int8="weight_only", only_faster=False)
+    paths = lora.apply(model, 4, 8.0, ["qkv", "down"])
+    for n, p in model.named_parameters():
+        if n.endswith("lora_b"):
+            torch.nn.init.normal_(p)
+    tokens = torch.randint(64, (2, 16))
+    with torch.no_grad():
+        before = model(tokens)
+        with pytest.raises(TypeError, match="would lose what LoraInt8Linear adds"):
+            model.get_submodule(paths[0]).to_linear()
+        assert fastlm.unswap(model) >= 4
+        torch.testing.assert_close(model(tokens), before)
+    assert all(type(model.get_submodule(path)) is lora.LoraLinear for path in paths)
+    assert not any("scale" in n for n in model.state_dict())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} & {f"{p}.weight" for p in paths}
+    assert not trained
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad and paths[0] in n} == {
+        "lora_a",
+        "lora_b",
+    }

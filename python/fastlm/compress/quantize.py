@@ -14,7 +14,7 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from torch import nn
 from fastlm.compress import timing
 from fastlm.nn import Int8Linear, Int8TrainingLinear
 from fastlm.nn import int8 as layers
+from fastlm.nn.masked import MASK
+from fastlm.ops.int8_matmul import K_MOST
 
 MODES = (*layers.MODES, "training")
 ROWS = {"dynamic": 512, "weight_only": 1, "training": 2048}  # of a typical call: a prompt, a token, a batch
@@ -97,7 +99,7 @@ def plan(
             made.left.append((path, name, "excluded"))
         elif include is not None and path not in wanted:
             made.left.append((path, name, "not included"))
-        elif why := _objection(model, named, path, module, mode, owners, include is not None):
+        elif why := _objection(model, named, path, module, mode, group, owners, include is not None):
             made.left.append((path, name, why))
         elif _same(module, mode, group):
             made.converted.append(Converted(path, "Linear", _label(mode, group), None, None))
@@ -123,9 +125,29 @@ def convert(made: Plan) -> None:
             layers.convert_(module, made.mode, made.group)
 
 
+def restorable(model: nn.Module, of: Callable[[type[nn.Module]], type[nn.Module]] = lambda cls: cls) -> list[nn.Module]:
+    """The modules that ``restore`` makes float. ``of`` gives the class behind one that was made around it.
+
+    Raises:
+        TypeError: one of them, named, is a subclass of Int8Linear that has no float form (``Int8Linear.float_class``).
+    """
+    found = {path: m for path, m in model.named_modules() if layers.WAS in m.__dict__}
+    for path, module in found.items():
+        cls = of(type(module))
+        if issubclass(cls, Int8Linear):
+            try:
+                layers.restored_class(cls)
+            except TypeError as error:
+                raise TypeError(f"{path or 'the model'} stays int8: {error}; nothing was changed") from None
+    return list(found.values())
+
+
 def restore(model: nn.Module) -> int:
-    """Makes float layers of all that ``convert`` made int8, with the dequantised values; returns how many."""
-    found = [m for m in model.modules() if layers.WAS in m.__dict__]
+    """Makes float layers of all that ``convert`` made int8, with the dequantised values; returns how many. Adapters stay.
+
+    Raises TypeError, as ``restorable``, before anything is changed.
+    """
+    found = restorable(model)
     for module in found:
         if isinstance(module, Int8Linear):
             layers.restore_(module)
@@ -159,14 +181,22 @@ def _objection(
     path: str,
     module: nn.Module,
     mode: str,
+    group: int | None,
     owners: Counter[int],
     explicit: bool,
 ) -> str | None:
     """Why a layer stays as it is, or None."""
     if isinstance(module, Int8Linear):
-        return None if mode == module.mode else f"it is int8 already, {module.mode}; fastlm.unswap first"
+        kind = _label(module.mode, module.group).removeprefix("Int8Linear ")
+        return (
+            None if (mode, group) == (module.mode, module.group) else f"it is int8 already, {kind}; fastlm.unswap first"
+        )
+    if MASK in module._buffers:
+        return "it is pruned: its mask is of a float weight; fastlm.compress.unprune first (the zeros stay)"
     if type(module) not in (nn.Linear, Int8TrainingLinear) and not _conv1d(module):
         return "a subclass of nn.Linear, whose forward or parameters may be its own"
+    if why := _too_wide(module, mode):
+        return why
     if mode == "training":
         if _conv1d(module):
             return "int8 training takes nn.Linear alone"
@@ -179,6 +209,18 @@ def _objection(
     if not explicit and _head(model, named, path, module):
         return "the output head stays in float (name it in include to convert it)"
     return None
+
+
+def _too_wide(module: nn.Module, mode: str) -> str | None:
+    """Why the int8 sums of a layer may pass int32: over its inputs in the forward, over its outputs in the backward."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    shape = weight.shape[::-1] if _conv1d(module) else weight.shape
+    if mode == "weight_only" or max(shape) <= K_MOST:
+        return None
+    side, size = ("outputs", shape[0]) if shape[0] > K_MOST else ("inputs", shape[1])
+    more = "; weight_only has no such limit" if mode == "dynamic" else ""
+    return f"it has {size:,} {side}, and int32 is sure to hold sums of int8 products up to {K_MOST:,} alone{more}"
 
 
 def _head(model: nn.Module, named: dict[str, nn.Module], path: str, module: nn.Module) -> bool:

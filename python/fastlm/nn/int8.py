@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class Int8Linear(nn.Module):
     mode: str
     group: int | None
     float_dtype: torch.dtype
+    float_class: ClassVar[type[nn.Linear]] = nn.Linear  # what `restore_` makes of it: a subclass names its own
 
     def __init__(
         self,
@@ -136,7 +137,11 @@ class Int8Linear(nn.Module):
         return dequantize(self.weight, self.weight_scale, self.float_dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A float layer with the dequantised values, which are those of the layer before it was quantised only to 8 bits."""
+        """A float layer with the dequantised values, which are those of the layer before it was quantised only to 8 bits.
+
+        Raises TypeError for a subclass that adds something, as adapters, which a plain layer would lose."""
+        if restored_class(type(self)) is not nn.Linear:
+            raise TypeError(f"to_linear: a plain Linear would lose what {type(self).__name__} adds; use fastlm.unswap")
         made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         made.weight = nn.Parameter(self.float_weight())
         made.bias = self.bias  # type: ignore[assignment]
@@ -181,7 +186,7 @@ def check_mode(mode: str, group: int | None) -> None:
     """Raises ValueError, naming it, for a mode or a group that there is not."""
     if mode not in MODES:
         raise ValueError(f"Int8Linear: mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-    if group is not None and group not in GROUPS:
+    if group is not None and (not isinstance(group, int) or group not in GROUPS):
         raise ValueError(f"Int8Linear: group is {group!r}; it must be None or one of {', '.join(map(str, GROUPS))}")
     if group is not None and mode == "dynamic":
         raise ValueError(f"Int8Linear: group is {group} in mode 'dynamic'; it must be None there (use 'weight_only')")
@@ -283,22 +288,34 @@ def convert_(linear: Any, mode: str, group: int | None = None, values: tuple[Ten
     linear.__dict__[WAS] = (cls.__module__, cls.__qualname__) if transposed else None
 
 
+def restored_class(cls: type[Int8Linear]) -> type[nn.Linear]:
+    """What a layer of the class ``cls`` is in float. TypeError for a subclass with a forward of its own and no word on it."""
+    owner = next(c for c in cls.__mro__ if "float_class" in vars(c))
+    if cls.forward is not owner.forward:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{cls.__name__} is a subclass of {owner.__name__} with a forward of its own, and a float layer would lose what "
+            f"that adds: give it a float_class of the same forward, or take it off first"
+        )
+    return owner.float_class  # type: ignore[attr-defined,no-any-return]
+
+
 def restore_(module: Any) -> None:
-    """Makes an Int8Linear a float layer of the class it was in place, with the dequantised values."""
+    """Makes an Int8Linear a float layer of the class it was in place, with the dequantised values. What else the module
+    holds, as adapters, stays, and a weight under adapters stays frozen. Raises TypeError as ``restored_class``."""
     import importlib
 
+    cls: type[nn.Module] = restored_class(type(module))
     was = module.__dict__.pop(WAS, None)
     weight, bias = module.float_weight(), module.bias
     for name in ("weight", "weight_scale"):
         del module._buffers[name]
     del module._parameters["bias"]
-    cls: type[nn.Module] = nn.Linear
     if was is not None:
         cls = getattr(importlib.import_module(was[0]), was[1])
         weight = weight.t().contiguous()
         module.nf, module.nx = module.out_features, module.in_features
-    module.register_parameter("weight", nn.Parameter(weight))
-    module.register_parameter("bias", bias)
+    frozen = cls is not nn.Linear and was is None
+    module._parameters = {"weight": nn.Parameter(weight, requires_grad=not frozen), "bias": bias, **module._parameters}
     for name in ("mode", "group", "float_dtype"):
         del module.__dict__[name]
     module.__class__ = cls

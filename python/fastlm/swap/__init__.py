@@ -182,7 +182,8 @@ def unswap(model: nn.Module) -> int:
     What was put around modules since (FSDP2, parametrisations, accelerate's hooks) stays, around the original.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or an int8 layer of it is a subclass of ``Int8Linear`` that has no float
+            form; nothing is changed then.
         RuntimeError: a module has a forward of its own that may keep the swapped one where it cannot be replaced; nothing
             is changed then.
     """
@@ -195,6 +196,7 @@ def unswap(model: nn.Module) -> int:
                 f"fastlm.unswap: {path or 'the model'} has a forward of its own ({own}), which may call the swapped one; "
                 f"take it off first (accelerate: remove_hook_from_module), then call unswap again; nothing was changed"
             )
+    quantize.restorable(model, lambda cls: classes.original(cls) if issubclass(cls, classes.Swapped) else cls)
     for _, module in swapped:
         _take_off(module)
     rng.unset(model)

@@ -41,6 +41,7 @@ class LoraLinear(nn.Linear):
 class LoraInt8Linear(Int8Linear):
     """A frozen Int8Linear and its two trained factors, which are float. Input [..., in], output [..., out]."""
 
+    float_class = LoraLinear
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     lora_scale: float
