@@ -243,6 +243,7 @@ I8, ONES = integers(3, 4), torch.ones(3)
         ((I8, I8.t(), ONES, ONES.clone().requires_grad_()), {}, ValueError, "b_scale requires a gradient"),
         ((I8, I8.t(), ONES), dict(bias=torch.ones(4)), ValueError, r"bias has shape \[4\]; it must be \[3\]"),
         ((I8, I8.t(), ONES), dict(activation="relu"), ValueError, "activation is 'relu'"),
+        ((I8, I8.t(), ONES), dict(activation=["gelu"]), ValueError, r"activation is \['gelu'\]; it must be None"),
         ((I8, I8.t()), dict(activation="gelu"), ValueError, "activation was given with an int32 result"),
         ((I8, I8.t()), dict(bias=ONES), ValueError, "bias was given with an int32 result"),
         ((I8, I8.t(), ONES), dict(out_dtype=torch.int32), TypeError, "out_dtype is torch.int32"),

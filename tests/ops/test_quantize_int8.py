@@ -202,6 +202,7 @@ def test_no_gradient(backend):
         (torch.ones(()), {}, ValueError, "dim is -1; .* left at None"),
         (torch.ones(3, 4), dict(dim=1.0), TypeError, "dim is a float"),
         (torch.ones(3, 4), dict(group=16), ValueError, "group is 16"),
+        (torch.ones(3, 4), dict(group=32.0), ValueError, "group is 32.0"),
         (torch.ones(3, 4), dict(group=32, dim=None), ValueError, "group is 32 with dim None"),
         (torch.ones(3), dict(transpose=True), ValueError, r"x has shape \[3\]; with transpose"),
         (torch.ones(3), dict(seed=1), ValueError, "seed was given with stochastic=False"),

@@ -126,7 +126,7 @@ def _arguments(
     a_scale = _per_line(a_scale, "a_scale", a.shape[0], "M", 1, device)
     b_scale = _b_scales(b, b_scale, weight_only, device)
     check_tensor(bias, "bias", OP, shape=b.shape[1:], device=device)
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ValueError(f'{OP}: activation is {activation!r}; it must be None, "gelu", "gelu_tanh" or "silu"')
     integers = not weight_only and a_scale is None and b_scale is None
     if out_dtype is None:

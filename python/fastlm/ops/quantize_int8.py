@@ -57,7 +57,7 @@ def _arguments(
                 f"{OP}: dim is {dim}; for x of shape {list(x.shape)} it must be None or "
                 + (f"from {-x.dim()} to {x.dim() - 1}" if x.dim() else "left at None")
             )
-    if group is not None and group not in GROUPS:
+    if group is not None and (not isinstance(group, int) or group not in GROUPS):
         raise ValueError(f"{OP}: group is {group!r}; it must be None, 32, 64 or 128")
     if group is not None and dim is None:
         raise ValueError(f"{OP}: group is {group} with dim None; groups lie along an axis, so name it with dim")
