@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.nn import Int8Linear
 from fastlm.nn.masked import MASK, hold_
+from fastlm.ops._library import sharded
 
 
 def masked(model: nn.Module) -> dict[str, nn.Linear]:
@@ -58,7 +59,13 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Those of a model that is whole in this process."""
+        """Those of a model that is whole in this process. Raises ValueError where a weight is sharded."""
+        for path, module in masked(model).items():
+            if sharded(module.weight):
+                raise ValueError(
+                    f"compress.hold: {path}.weight is sharded (a DTensor), and its mask is the whole weight's; fastlm's "
+                    f"trainer holds masks of sharded weights (--mesh fsdp=N)"
+                )
         return cls((m.weight, m._buffers[MASK]) for m in masked(model).values())  # type: ignore[misc]
 
     def gradients(self) -> None:
@@ -84,7 +91,9 @@ def hold(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
     """Makes any PyTorch optimizer hold a model's masks: pruned weights stay +0 and their moments 0, whatever it does.
 
     Two hooks of the optimizer, before and after its step, over the model's masks as they are at that step. Returns their
-    handles; ``handle.remove()`` lets go. fastlm's trainer needs no such call. Raises ValueError where nothing is masked.
+    handles; ``handle.remove()`` lets go. Masks may grow, and ``step(closure)`` makes gradients after the first hook: so
+    moments are masked after each step too. fastlm's trainer needs no such call. Raises ValueError where nothing is masked
+    or a masked weight is a DTensor.
     """
     found = Masks.of(model)
     if not found.pairs:
@@ -95,6 +104,8 @@ def hold(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
         Masks.of(model).gradients()
 
     def after(*_: Any) -> None:
-        Masks.of(model).weights()
+        held = Masks.of(model)
+        held.weights()
+        held.moments(optimizer.state)
 
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
