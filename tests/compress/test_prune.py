@@ -87,6 +87,9 @@ def test_patterns_choose_and_one_that_matches_nothing_raises():
         ({"method": "wanda", "calibration": []}, "calibration is empty"),
         ({"scope": "global", "pattern": "2:4"}, "scope is 'global'"),
         ({"sparsity": 1.5}, "sparsity is 1.5"),
+        ({"sparsity": -0.1, "method": "sparsegpt", "calibration": [0]}, "sparsity is -0.1; it must be between 0 and 1"),
+        ({"pattern": "2:4", "method": "sparsegpt", "calibration": [0]}, "sparsity is 0.5; with pattern '2:4'"),
+        ({"pattern": "2:4", "method": "wanda", "calibration": [0]}, "sparsity is 0.5; with pattern '2:4'"),
     ],
 )
 def test_what_cannot_be_is_refused(given, text):
@@ -208,6 +211,65 @@ def test_any_optimizer_holds_masks_with_one_call(name):
         handle.remove()
     step()
     assert zeros(model[0].weight.detach()) < 0.01
+
+
+def test_moments_stay_zero_with_a_closure_and_when_masks_grow():
+    model, x = nn.Linear(24, 24), torch.randn(32, 24)
+    compress.prune(model, 0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    compress.hold(optimizer, model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - x.roll(1, 1)).square().mean()
+        loss.backward()
+        return loss
+
+    for sparsity in (0.3, 0.5, 0.8):
+        compress.prune(model, sparsity)
+        optimizer.step(closure)
+        gone = ~ops.mask_to_bool(model.weight_mask, 24)
+        positive_zeros(model)
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = optimizer.state[model.weight][key]
+            assert not moments[gone].any()
+            assert moments[~gone].any()
+
+
+def test_sharded_weights_are_refused_in_a_sentence():
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    model = nn.Linear(8, 8)
+    compress.prune(model, 0.5)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="weight is sharded"):
+            compress.hold(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_parametrized_layer_is_left():
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8), "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))})
+    report = compress.prune(model, 0.5)
+    assert {r.module: r.why for r in report.rows} == {
+        "plain": "", "normed": "its weight is computed from others (a parametrization)",
+    }  # fmt: skip
+
+
+def test_loading_by_assignment_leaves_the_given_tensors():
+    model = nn.Linear(16, 4)
+    compress.prune(model, 0.5)
+    given = {**model.state_dict(), "weight": torch.ones(4, 16), "bias": torch.ones(4)}
+    model.load_state_dict(given, assign=True)
+    positive_zeros(model)
+    assert zeros(model.weight.detach()) == 0.5
+    assert given["weight"].all()
+    assert model.weight.requires_grad
+    assert model.bias.data_ptr() == given["bias"].data_ptr()
 
 
 # ------------------------------------------------------------------------------------------ wanda and sparsegpt

@@ -21,6 +21,7 @@ from fastlm import ops
 from fastlm.compress import calibrate
 from fastlm.compress.masks import MASK, masked
 from fastlm.nn.masked import hold_, release_
+from fastlm.ops.prune_mask import check_sparsity
 from fastlm.reference.prune_mask import parse
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -102,12 +103,15 @@ def _choose(model: nn.Module, include: Any, exclude: Any) -> tuple[dict[str, nn.
     chosen: dict[str, nn.Linear] = {}
     left: list[Row] = []
     for path, module in linear.items():
-        others = [o for o in owners[id(module.weight)] if o != path]
+        own = module._parameters.get("weight")
+        others = [o for o in owners.get(id(own), ()) if o != path]
         why = ""
         if wanted and not _matches(path, wanted):
             why = "not named by include"
         elif _matches(path, unwanted):
             why = "named by exclude"
+        elif own is None:
+            why = "its weight is computed from others (a parametrization)"
         elif others:
             why = f"it shares {others[0]}.weight"
         elif not wanted and path.rpartition(".")[2] in HEADS:
@@ -139,6 +143,7 @@ def _check(method: str, sparsity: float | None, pattern: str, scope: str, calibr
         raise ValueError(f"prune: pattern is {pattern!r}; method {method!r} makes 'unstructured' and 'n:m'")
     if scope != "layer" and (kind != "unstructured" or method != "magnitude"):
         raise ValueError(f"prune: scope is {scope!r}; it is for method 'magnitude' with pattern 'unstructured'")
+    check_sparsity(sparsity, kind, pattern)
 
 
 def prune(

@@ -33,8 +33,11 @@ class MaskedLinear(nn.Linear):
         if not self.weight.is_meta and not sharded(self.weight):
             ops.apply_mask_(self.weight, self.weight_mask)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+        if metadata.get("assign_to_params_buffers") and f"{prefix}weight" in state and not self.weight.is_meta:
+            # the weight is the caller's own tensor, which a mask must not change
+            self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         self.apply_mask_()
 
     def extra_repr(self) -> str:

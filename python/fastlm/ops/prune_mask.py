@@ -60,7 +60,8 @@ _unpack = _define(
 _pack = _define("bool_to_mask", "(Tensor keep) -> Tensor", "pack", _mask_like)
 
 
-def _check_sparsity(sparsity: float | None, kind: str, pattern: str) -> float | None:
+def check_sparsity(sparsity: float | None, kind: str, pattern: str) -> float | None:
+    """``sparsity`` as a float. Raises TypeError or ValueError where it is none that goes with the pattern."""
     if kind in ("n:m", "2:4t"):
         if sparsity is not None:
             raise ValueError(f"{OP}: sparsity is {sparsity}; with pattern {pattern!r}, which fixes it, it must be None")
@@ -102,7 +103,7 @@ def _arguments(
         raise ValueError(f"{OP}: scope is {scope!r}; it must be one of {', '.join(SCOPES)}")
     if scope != "tensor" and kind != "unstructured":
         raise ValueError(f"{OP}: scope is {scope!r}; with pattern {pattern!r} it must be 'tensor'")
-    sparsity = _check_sparsity(sparsity, kind, pattern)
+    sparsity = check_sparsity(sparsity, kind, pattern)
     one = isinstance(score, Tensor)
     if not one and not isinstance(score, (list, tuple)):
         raise TypeError(f"{OP}: score is a {type(score).__name__}; it must be a tensor or a list of tensors")
