@@ -46,11 +46,13 @@ def test_some_pairs_of_flags_train_or_are_refused_by_name(walk: Walk, pytestconf
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_more_pairs_of_flags_do_too(walk: Walk, pytestconfig: pytest.Config) -> None:
-    check(walk, drawn(pytestconfig, 400))
+    check(walk, drawn(pytestconfig, 400 if pytestconfig.getoption("--grid-part") >= 1 else 40))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_flag_alone_shows_or_is_said_to_be_of_no_effect(walk: Walk) -> None:
     singles = [(name, value) for name, some in flag_pairs.values().items() for value in some]
     faults = [(one, why) for one in singles if (why := walk.single(one))]

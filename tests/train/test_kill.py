@@ -92,6 +92,7 @@ def words_of(case: int, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two ranks, five kills and two busy processes on two cores
 @pytest.mark.grid(of=0.25)  # a tenth in CI, which draws 40% of the grids
 @pytest.mark.parametrize(
     "case", range(len(CASES)), ids=[f"{i}-{'-'.join(filter(None, c))}" for i, c in enumerate(CASES)]
