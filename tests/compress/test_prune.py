@@ -375,7 +375,7 @@ def test_methods_of_a_model_go_block_by_block_and_twice_alike(method):
     assert first.training
     seen = gpt()  # the second block saw what the pruned first one gives
     compress.prune(seen, 0.5, method=method, calibration=batches, include="blocks.0")
-    inputs = calibrate._see(seen.eval(), {"x": seen.blocks[1].mlp.down}, batches, True)["x"]
+    inputs = calibrate._see(seen.eval(), {"x": seen.blocks[1].mlp.down}, {"x": [1, 1, 1]}, batches, True)["x"]
     assert inputs.tokens == 192
     other = compress.prune(seen, 0.5, method=method, calibration=batches, include="blocks.1")
     assert torch.equal(seen.blocks[1].mlp.down.weight, first.blocks[1].mlp.down.weight)
@@ -397,6 +397,44 @@ def test_calibration_that_is_not_finite_is_refused_and_one_that_calls_no_layer_i
 
     report = compress.prune(Half(), 0.5, method="sparsegpt", calibration=[torch.randn(9, 4)])
     assert {r.module: r.why for r in report.rows} == {"used": "", "idle": "the calibration never called it"}
+
+
+class Unusual(nn.Module):
+    """Calls a layer by name and twice, and another only for some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.rare, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.twice(input=x))
+        return self.last(self.twice(self.rare(x) if len(x) > 5 else x))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_every_call_of_every_batch_counts(method):
+    model, batches = Unusual(), [torch.randn(n, 4) for n in (5, 9, 3)]
+    model.last.eval()
+    report = compress.prune(model, 0.5, method=method, calibration=batches)
+    assert [r.note.partition(",")[0] for r in report.rows] == ["34 tokens", "9 tokens", "34 tokens"]
+    assert all(r.by_mask == 0.5 for r in report.rows)
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("bad", ["weight", "input"])
+def test_an_error_comes_before_the_first_change(method, bad):
+    model, batches = gpt(), [torch.randint(0, 61, (4, 16))]
+    with torch.no_grad():
+        (model.blocks[1].mlp.down if bad == "weight" else model.blocks[1].norm2).weight[3] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    text = r"blocks\.1\.mlp\.down\.weight is not finite" if bad == "weight" else r"inputs of blocks\.1\.mlp\.up are not"
+    with pytest.raises(ValueError, match=text):
+        compress.prune(model, 0.5, method=method, calibration=batches)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+    assert model.training
 
 
 def test_sparsegpt_keeps_earlier_zeros():

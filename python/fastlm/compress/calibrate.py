@@ -2,7 +2,8 @@
 
 Inputs are seen by pre-hooks while the model's own forward runs, so no model is written again here. Layers are taken block by
 block (an item of the outermost ModuleList), in the order in which the forward calls them; a block is seen with those before
-it pruned, and the forward ends where the block has been.
+it pruned, and the forward ends where the block has been. One forward of all batches before them says who is called how
+often, and that all is finite before anything changes.
 
 Wanda (Sun et al. 2023, eq. 1): of each output row the lowest |w_ij| * ||x_j|| go.
 SparseGPT (Frantar and Alistarh 2023, algorithm 1): with H = X X^T + damping and U the upper Cholesky factor of H^-1, columns
@@ -12,6 +13,7 @@ from the output is taken up by the columns right of it: W -= (w_j - q_j) / U_jj 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,37 +70,61 @@ def _block_of(model: nn.Module, path: str) -> str:
     return path
 
 
-def _order(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Any) -> list[str]:
-    """The paths of the layers in the order of their first call."""
-    called: dict[str, None] = {}
-    handles = [m.register_forward_pre_hook(lambda *_, path=path: called.setdefault(path)) for path, m in layers.items()]
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Linear was called on, by position or by its name."""
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
+
+
+def _order(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Any]) -> dict[str, list[int]]:
+    """How often each batch calls each layer, in the order of their first calls. ValueError where an input is not finite."""
+    number = 0
+    called: dict[str, list[int]] = {}
+    finite: dict[str, Tensor] = {}
+
+    def seen(path: str, x: Tensor) -> None:
+        called.setdefault(path, [0] * len(batches))[number] += 1
+        finite[path] = x.detach().isfinite().all() & finite.get(path, True)
+
+    hook = lambda path: lambda _, args, kwargs: seen(path, _input(args, kwargs))
+    handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in layers.items()]
     try:
-        _call(model, batch)
+        for i, batch in enumerate(batches):
+            number = i
+            _call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return list(called)
+    for path, good in finite.items():
+        if not good:
+            raise ValueError(f"prune: the inputs of {path} are not finite on the calibration")
+    return called
 
 
-def _see(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Any], whole: bool) -> dict[str, Inputs]:
+def _see(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    calls: Mapping[str, list[int]],
+    batches: Sequence[Any],
+    whole: bool,
+) -> dict[str, Inputs]:
+    """The inputs of ``layers``. The forward of a batch ends where it has called each of them as often as ``calls`` says."""
     found = {path: Inputs(m, whole) for path, m in layers.items()}
-    last = list(layers)[-1]
+    left: dict[str, int] = {}
 
-    def seen(path: str, args: tuple[Any, ...]) -> None:
-        found[path].add(args[0])
+    def seen(path: str, x: Tensor) -> None:
+        found[path].add(x)
+        left[path] -= 1
+        if all(count <= 0 for count in left.values()):
+            raise _Seen
 
-    handles = [m.register_forward_pre_hook(lambda _, args, path=path: seen(path, args)) for path, m in layers.items()]
-
-    def stop(*_: Any) -> None:
-        raise _Seen
-
-    handles.append(layers[last].register_forward_hook(stop))
+    hook = lambda path: lambda _, args, kwargs: seen(path, _input(args, kwargs))
+    handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in layers.items()]
     try:
-        for batch in batches:
-            try:
+        for number, batch in enumerate(batches):
+            left.update({path: calls[path][number] for path in layers})
+            with contextlib.suppress(_Seen):
                 _call(model, batch)
-            except _Seen:
-                continue
     finally:
         for handle in handles:
             handle.remove()
@@ -118,16 +144,19 @@ def run(
     """Prunes ``layers`` by "wanda" or "sparsegpt"; ``put`` gives a layer its mask. Returns a note for each."""
     if not batches:
         raise ValueError("prune: calibration is empty; it must be one batch at least")
-    training = model.training
+    for path, module in layers.items():
+        if not module.weight.isfinite().all():
+            raise ValueError(f"prune: {path}.weight is not finite")
+    training = {m: m.training for m in model.modules()}
     model.eval()
     notes: dict[str, str] = {}
     try:
-        order = _order(model, layers, batches[0])
+        order = _order(model, layers, batches)
         blocks: dict[str, dict[str, nn.Linear]] = {}
         for path in order:
             blocks.setdefault(_block_of(model, path), {})[path] = layers[path]
         for block in blocks.values():
-            for path, inputs in _see(model, block, batches, method == "sparsegpt").items():
+            for path, inputs in _see(model, block, order, batches, method == "sparsegpt").items():
                 if not inputs.sums.isfinite().all():
                     raise ValueError(f"prune: the inputs of {path} are not finite on the calibration")
                 module = block[path]
@@ -141,7 +170,8 @@ def run(
                 put(module, mask)
                 notes[path] = f"{inputs.tokens:,} tokens, damping {damping:g}"
     finally:
-        model.train(training)
+        for one, was in training.items():
+            one.training = was
     return notes | {path: "left: the calibration never called it" for path in layers if path not in order}
 
 
