@@ -55,7 +55,7 @@ def test_a_loss_scale_and_bad_steps_change_no_mask(book: str) -> None:  # noqa: 
     made = job.start(config, (book,))
     made.trainer.scale.fill_(2.0**20)  # overflows at first, and halves
     made.trainer.fit()
-    assert made.trainer.bad_steps > 0
+    assert made.trainer.guard.bad_steps > 0
     check_zeros(made.trainer)
     mask = made.model.blocks[0].attn.qkv.weight_mask
     assert (ops.mask_to_bool(mask, 32).view(-1, 4).sum(-1) == 2).all()
