@@ -576,3 +576,26 @@ def test_norms_that_cast_their_vectors_are_read(autocast):
             got = model(x)
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+class AxisNorm(nn.LayerNorm):
+    """As ConvNeXt's: one class normalises the last axis or the first, by a setting."""
+
+    def __init__(self, columns, data_format):
+        super().__init__(columns)
+        self.data_format = data_format
+
+    def forward(self, x):
+        if self.data_format == "channels_first":
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x)
+
+
+def test_norms_of_one_class_with_other_settings_are_told_apart():
+    model = nn.Sequential(AxisNorm(4, "channels_last"), AxisNorm(16, "channels_last"), AxisNorm(16, "channels_first"))
+    x = torch.randn(2, 16, 4, 16)
+    inputs = (x[..., :4], x, x)
+    expected = [m(t) for m, t in zip(model, inputs, strict=True)]
+    fastlm.swap(model)
+    for module, given, known in zip(model, inputs, expected, strict=True):
+        torch.testing.assert_close(module(given), known)

@@ -187,7 +187,8 @@ def find(module: nn.Module) -> Spec | Reason | None:
     if not 1 <= len(parameters) <= 2 or len(shapes) != 1 or len(next(iter(shapes))) != 1:
         return None
     floats = tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, float) and 0 <= v < 0.1)
-    key = (tuple(parameters), next(iter(shapes)), floats, module.training)
+    settings = tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, (str, int)))  # an axis, say
+    key = (tuple(parameters), next(iter(shapes)), floats, settings)
     cache = _found.setdefault(cls, {})
     if key not in cache:
         cache[key] = _probe(module, list(parameters), next(iter(shapes))[0], dict(floats))
