@@ -66,16 +66,16 @@ def test_the_walk_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flag_pairs, "run", lambda changes: outcomes[tuple(changes)])
 
     def fault(first: Outcome, second: Outcome, both: Outcome) -> str:
-        one, two = ("smoothing", 0.2), ("lr", 1.0)
+        one, two = ("clip", 2.0), ("lr", 1.0)
         outcomes.update({(one,): first, (two,): second, (one, two): both})
         return Walk().pair(one, two)
 
     lone, other, two = (Outcome(0, "", "", name) for name in "234")
     assert not fault(lone, other, two)
-    assert fault(lone, other, other) == "--smoothing is left out without a word"
-    assert not fault(lone, other, Outcome(0, "", "--smoothing is of no effect here", "3"))
-    for text, fine in itertools.product(("no", "--smoothing", "--lr and --smoothing"), (True, False)):
+    assert fault(lone, other, other) == "--clip is left out without a word"
+    assert not fault(lone, other, Outcome(0, "", "--clip is of no effect here", "3"))
+    for text, fine in itertools.product(("no", "--clip", "--lr and --clip"), (True, False)):
         no = Outcome(2, "", f"fastlm train: {text}")
         refused = fault(lone if fine else no, other, no)
-        assert bool(refused) == (text != "--lr and --smoothing" if fine else text == "no"), (text, fine)
+        assert bool(refused) == (text != "--lr and --clip" if fine else text == "no"), (text, fine)
     assert fault(lone, other, Outcome(1, "", "", fault="exit status 1")) == "exit status 1"

@@ -6,6 +6,7 @@ stays. A finished task leaves a mark in OUT/.clean, so a run that was killed goe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -195,7 +196,12 @@ def _executors(plan: Plan, options: CleanOptions, count: int) -> list[Any]:
     return made
 
 
-def clean(names: tuple[str, ...], out: Path, options: CleanOptions, note: Any = print) -> dict[str, Any] | None:
+# Shown while it works. A stdout that takes no more says so here, and not where a stage starts processes, whose error would
+# be taken for that of the folder's disk.
+_print = functools.partial(print, flush=True)
+
+
+def clean(names: tuple[str, ...], out: Path, options: CleanOptions, note: Any = _print) -> dict[str, Any] | None:
     """Cleans a corpus into a folder; its table, or None where the tasks were handed to slurm and are not done.
 
     Raises InputError where the input, an option or the folder cannot be used, and where nothing is left.
