@@ -204,7 +204,8 @@ def table(families: list[Family], unmade: dict[str, str]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for f in families:
-        why = "; ".join(f"{text} ({times})" for text, times in f.reasons) or "nothing"
+        said = [*([f"BROKEN: {f.broken}"] if f.broken else []), *(f"{text} ({times})" for text, times in f.reasons)]
+        why = "; ".join(said) or "nothing"
         why = why.replace("|", "\\|")
         lines.append(f"| {f.name} | {f.kind} | {f.served} of {f.attentions} | {f.norms} | {f.fused} | {why} |")
     lines += ["", f"## Not made: {len(unmade)} families", ""]

@@ -81,7 +81,10 @@ def _check_shape(score: Tensor, name: str, kind: str, pattern: str, dim: int) ->
     if kind == "2:4t" and (score.shape[0] % 4 or score.shape[1] % 4):
         raise ValueError(f"{OP}: {name} has shape {list(score.shape)}; pattern '2:4t' needs multiples of 4")
     if not -score.dim() <= dim < score.dim():
-        raise ValueError(f"{OP}: dim is {dim}; for {name} of shape {list(score.shape)} it must be {-score.dim()} to -1")
+        dims = score.dim()
+        raise ValueError(
+            f"{OP}: dim is {dim}; for {name} of shape {list(score.shape)} it must be {-dims} to {dims - 1}"
+        )
 
 
 def _arguments(
