@@ -390,3 +390,31 @@ def test_a_float32_softmax_under_autocast_is_served():
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     assert report.seen[0].ran == 1
+
+
+class LinearAttention(nn.Module):
+    """Attention by its name that multiplies keys by values first: no softmax, so no rule may take it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).split(WIDTH, 2)
+        return q @ (k.mT @ v)
+
+
+class AroundAttn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = LinearAttention()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_attention_that_is_none_of_the_known_kinds_is_named_once():
+    model = nn.Sequential(AroundAttn(), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    report = fastlm.swap(model)
+    assert [(path, name) for path, name, _ in report.left] == [("0.inner", "LinearAttention")]
+    assert "attention by its name" in str(report)

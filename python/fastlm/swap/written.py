@@ -419,7 +419,7 @@ class WrittenAttentionRule(Rule):
     mixin = Written
 
     def match(self, module: nn.Module, path: str) -> Rewrite | Reason | None:
-        if silent.reason(module) is None:
+        if not silent.written_out(module):
             return None
         try:
             return self.describe(module, ()) if _products(Methods(type(module))) else None
