@@ -10,8 +10,9 @@ import torch
 from fastlm import compress, ops
 from fastlm.cli.main import main
 from fastlm.data import InputError
-from fastlm.train import compressing, export, job
+from fastlm.train import compressing, export, healing, job
 from fastlm.train.compress_pruning import Prune
+from fastlm.train.healing import Heal
 from test_train import _own_place, book, tiny  # noqa: F401
 
 
@@ -79,6 +80,72 @@ def test_zeros_of_an_int8_model_stay_in_training_and_in_merging(base: str, rank:
         assert (merged(tokens) - made.model.eval()(tokens)).abs().max() < 1e-4
     config, corpus = job.read_config(made.folder)
     job.resume(made.folder, config, corpus, other_data=False, say=str)
+
+
+def test_healing_trains_with_the_masks_held(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--samples", "8", "--name", "healed"]
+    assert (
+        main(["compress", "base", base, "--prune", "0.8", "--heal", "60", "--heal-lr", "0.01", "--int8", *words]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "healed: 60 steps of 4 samples, adamw, learning rate 0.01; the zeros of 8 layers stayed" in said
+    assert ["before", "pruned", "healed", "int8"] in [line.split() for line in said.splitlines()]
+    record = json.loads(Path("runs/healed/config.json").read_text())["compressed"]
+    assert record["healed"]["steps"] == 60
+    steps = {name: m["perplexity"] for name, m in record["steps"].items()}
+    assert list(steps) == ["pruned", "healed", "int8"]
+    assert steps["healed"] < steps["pruned"]
+    assert record["after"]["perplexity"] == steps["int8"] == pytest.approx(steps["healed"], rel=0.01)
+
+    compressing.run(Path("runs/base"), [Prune("0.8")], text=(base,), device="cpu", samples=8)
+    pruned, healed = (export.read_model(Path(f"runs/{name}")) for name in ("base-pruned", "healed"))
+    assert all(torch.equal(mask, healed.masks[name]) for name, mask in pruned.masks.items())
+    for name, mask in healed.masks.items():
+        weight = healed.tensors[key := name.removesuffix("_mask")]
+        assert not weight[~ops.mask_to_bool(mask, weight.shape[1])].any()
+        assert not torch.equal(weight, pruned.tensors[key])
+
+
+@pytest.mark.parametrize("optimizer, kernels", [("muon", "fused"), ("lion", "torch")])
+def test_healing_takes_the_run_s_optimizer_and_a_third_of_its_rate(base: str, optimizer: str, kernels: str) -> None:
+    job.start(
+        tiny(name="other", optimizer=optimizer, kernels=kernels, ema=0.9, lr=3e-3, muon_lr=0.03), (base,)
+    ).trainer.fit()
+    made = compressing.run(Path("runs/other"), [Prune("2:4", "magnitude"), Heal(5)], text=(base,), device="cpu")
+    rate = "learning rate 0.001" + " (muon 0.01)" * (optimizer == "muon")
+    assert made.lines[-1] == f"healed: 5 steps of 4 samples, {optimizer}, {rate}; the zeros of 8 layers stayed"
+    again = compressing.run(
+        Path("runs/other"), [Prune("2:4", "magnitude"), Heal(5)], text=(base,), device="cpu", name="t"
+    )
+    first, second = (export.read_model(m.folder).tensors for m in (made, again))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert made.folder == Path("runs/other-pruned-healed")
+
+
+def test_a_healing_that_is_stopped_writes_nothing(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(healing._Trainer, "fit", lambda self: "signal SIGTERM")
+    assert main(["compress", "base", base, "--prune", "0.5", "--heal", "9", "--device", "cpu", "--samples", "8"]) == 143
+    assert "stopped by SIGTERM after 0 of 9 steps of healing: nothing is written" in capsys.readouterr().err
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--int8", "--heal", "5"], "--heal needs --prune"),
+        (["--prune", "0.5", "--heal-lr", "0.1"], "--heal-lr needs --heal"),
+        (["--prune", "0.5", "--heal", "-1"], "--heal must be at least 1"),
+        (["--prune", "0.5", "--heal", "5", "--heal-lr", "0"], "--heal-lr must be above 0"),
+    ],
+)
+def test_flags_of_healing_that_cannot_be(
+    base: str, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", "base", *flags, "--device", "cpu"]) == 2
+    assert word in capsys.readouterr().err
+    assert not Path("runs/base-pruned-healed").exists()
 
 
 def test_the_methods_differ_and_repeat(base: str) -> None:

@@ -1,4 +1,4 @@
-"""`fastlm compress RUN --int8`, `--prune 2:4`: a trained model made smaller, with what that costs."""
+"""`fastlm compress RUN --int8`, `--prune 2:4 --heal 300`: a trained model made smaller, with what that costs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastlm.cli.data import reading
 from fastlm.train import compressing, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.compress_pruning import Prune
+from fastlm.train.healing import Heal, Stopped
 
 
 def compress(
@@ -19,6 +20,8 @@ def compress(
     text: tyro.conf.Positional[tuple[str, ...]] = (),
     prune: str = "",
     prune_method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt",
+    heal: int = 0,
+    heal_lr: float | None = None,
     int8: bool = False,
     weight_only: bool = False,
     group: Literal[32, 64, 128] | None = None,
@@ -42,6 +45,8 @@ def compress(
         text: Files, folders or globs to measure and calibrate on; without any, the run's own corpus.
         prune: Make this part of the linear layers' weights zero, such as 0.5, or all but n of m, such as 2:4.
         prune_method: sparsegpt and wanda calibrate on the training split; magnitude takes the smallest weights.
+        heal: Train so many steps after --prune, on the training split with the run's settings; what is zero stays zero.
+        heal_lr: Peak learning rate of --heal; without it a third of the run's.
         int8: Linear layers in int8: weights by row, activations by token, as they come. With --prune after it: zeros stay.
         weight_only: With --int8: weights in int8, activations in float.
         group: With --weight-only: weights that share a scale; without it a whole row does.
@@ -50,8 +55,8 @@ def compress(
         exclude: Layers to leave.
         only_faster: Leave layers in float that int8 would make slower on this machine.
         samples: Contexts of the training split to calibrate on.
-        seed: Chooses them.
-        name: Name of the new folder; without it RUN-int8, or RUN-pruned.
+        seed: Chooses them, and the order in which --heal reads.
+        name: Name of the new folder; without it RUN-int8, RUN-pruned or RUN-pruned-healed.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
@@ -64,13 +69,21 @@ def compress(
         if not prune:
             raise job.InputError("fastlm compress needs a method: --int8 or --prune")
     methods: list[compressing.Method] = [Prune(prune, prune_method, include, exclude)] if prune else []
+    if heal or heal_lr is not None:
+        if not prune or not heal:
+            raise job.InputError("--heal needs --prune" if heal else "--heal-lr needs --heal")
+        methods.append(Heal(heal, heal_lr))
     if int8:
         methods.append(compressing.Int8(weight_only, group, smooth, include, exclude, only_faster))
-    with reading() as note:
-        made = compressing.run(
-            job.find_run(run, out), methods, text=text, name=name, out=out, device=device, samples=samples, seed=seed,
-            note=note,
-        )  # fmt: skip
+    try:
+        with reading() as note:
+            made = compressing.run(
+                job.find_run(run, out), methods, text=text, name=name, out=out, device=device, samples=samples, seed=seed,
+                note=note,
+            )  # fmt: skip
+    except Stopped as error:
+        console.warn(f"fastlm compress: {error}")
+        return error.status
     for line in made.lines:
         console.say(line)
     console.say(made.table())

@@ -2,8 +2,9 @@
 
     RUN-int8/  config.json (the run's, with "compressed": what was done)  model.safetensors  tokenizer.json  manifest.json
 
-A method changes the model in place and says what it did; another one (pruning) is one more class like `Int8`. Size is that of
-the tensors, perplexity that of the same validation tokens, tokens/s of generating one text, in turns before and after.
+A method changes the model in place and says what it did; another one (pruning, healing) is one more class like `Int8`. Size
+is that of the tensors, perplexity that of the same validation tokens, tokens/s of generating one text, in turns before and
+after. Of several methods each is measured.
 """
 
 from __future__ import annotations
@@ -37,16 +38,31 @@ from fastlm.train.generation import sampler
 Batches = Callable[[], list[torch.Tensor]]  # calibration inputs [rows, context]
 
 
+@dataclass
+class Text:
+    """The data of `origin` (none of a model alone), split as its run splits them; called it gives calibration inputs."""
+
+    origin: Path
+    data: list[Prepared]
+    config: Config
+    model: GPT
+    samples: int
+    seed: int
+
+    def __call__(self) -> list[torch.Tensor]:
+        return _calibration(self.origin, self.data, self.model, self.samples, self.seed)
+
+
 class Method(Protocol):
-    """One way to make a model smaller."""
+    """One way to make a model smaller, or better again."""
 
     name: ClassVar[str]  # ends the new folder's name
 
     def check(self) -> None:
         """Raise InputError, naming the flag, for options that exclude each other; before anything is read."""
 
-    def apply(self, model: GPT, batches: Batches) -> list[str]:
-        """Change the model in place; returns what was done as lines to print. `batches` reads calibration text."""
+    def apply(self, model: GPT, text: Text, /) -> list[str]:
+        """Change the model in place; returns what was done as lines to print. `text` reads calibration text."""
 
     def record(self) -> dict[str, Any]:
         """What config.json keeps under the method's name."""
@@ -133,23 +149,30 @@ class Measured:
 
 @dataclass
 class Compressed:
-    """What `run` reached, which `table` prints."""
+    """What `run` reached, which `table` prints. `steps`: by the name of each method, what stood after it."""
 
     folder: Path
     before: Measured
     after: Measured
     lines: list[str]
+    steps: dict[str, Measured] = field(default_factory=dict)
 
     def table(self) -> str:
         b, a = self.before, self.after
-        rows = [("", "before", "after", "")]
-        rows.append(("size", _bytes(b.size), _bytes(a.size), f"{a.size / b.size:.2f}x"))
-        rows.append(("generating, tokens/s", f"{b.speed:,.0f}", f"{a.speed:,.0f}", f"{a.speed / b.speed:.2f}x"))
+        names = list(self.steps) if len(self.steps) > 1 else ["after"]
+        between = list(self.steps.values())[:-1]
+        rows = [["", "before", *names, ""]]
+        rows.append(["size", *(_bytes(m.size) for m in (b, *between, a)), f"{a.size / b.size:.2f}x"])
+        speeds = [f"{b.speed:,.0f}", *("-" for _ in between), f"{a.speed:,.0f}"]
+        rows.append(["generating, tokens/s", *speeds, f"{a.speed / b.speed:.2f}x"])
         if b.perplexity is not None and a.perplexity is not None:
             change = f"{a.perplexity / b.perplexity - 1:+.3%} on {b.tokens:,} tokens"
-            rows.append(("perplexity", f"{b.perplexity:.4f}", f"{a.perplexity:.4f}", change))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join((r[0].ljust(widths[0]), r[1].rjust(widths[1]), r[2].rjust(widths[2]), r[3])) for r in rows]
+            rows.append(["perplexity", *(f"{m.perplexity:.4f}" for m in (b, *between, a)), change])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = [
+            "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:-1], widths[1:], strict=True)), r[-1]])
+            for r in rows
+        ]
         if a.speed < b.speed:
             lines.append("the compressed model is slower here: what it saves on this machine is memory and disk")
         return "\n".join(line.rstrip() for line in lines)
@@ -191,16 +214,18 @@ def run(
     config, data = _data(base, body, text, tokenizer, model.config.context, note)
     before = _measure(model, config, data)
     plain = copy.deepcopy(model)
-    batches = lambda: _calibration(origin, data, model, samples, seed)
-    lines = [line for method in methods for line in method.apply(model, batches)]
-    after = _measure(model, config, data)
+    text_of_run, lines, steps = Text(origin, data, config, model, samples, seed), [], {}
+    for method in methods:
+        lines += method.apply(model, text_of_run)
+        steps[method.name] = after = _measure(model, config, data)
     before.speed, after.speed = _speeds(plain, model)
-    made = Compressed(target, before, after, lines)
+    made = Compressed(target, before, after, lines, steps)
     record = {
         **{m.name: m.record() for m in methods},
         "origin": str(origin.resolve()),
         "calibration": {"samples": samples, "seed": seed, "split": "train"},
         "before": asdict(before),
+        "steps": {name: asdict(one) for name, one in steps.items()} if len(steps) > 1 else {},
         "after": asdict(after),
     }
     write(target, model, body, source, record)
