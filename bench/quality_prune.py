@@ -9,6 +9,7 @@ dense model trained for as many steps as healing takes. All perplexities are of 
     python bench/quality_prune.py --only one-shot     # magnitude, Wanda, SparseGPT, without healing (a minute)
     python bench/quality_prune.py --only healed       # and with
     python bench/quality_prune.py --only gradual      # three trainings
+    python bench/quality_prune.py --only smaller      # heads, channels or a layer removed, without healing and with
 
 The parts share runs and losses through ``--keep``, and a part that was stopped goes on where it was; the one that measures
 what was still missing writes the result. ``--run RUN`` takes a trained run in place of a new one. A tiny setting, which
@@ -31,17 +32,19 @@ from fastlm import compress
 from fastlm.bench.quality import Quality
 from fastlm.models.gpt import GPT
 from fastlm.train import compressing, export, job
-from fastlm.train.compress_pruning import Prune
+from fastlm.train.compress_pruning import Prune, Shrink, parts
 from fastlm.train.config import Config
 from fastlm.train.healing import Heal
 
 TARGETS = {"50%": "0.5", "70%": "0.7", "2:4": "2:4"}
 METHODS = ("magnitude", "wanda", "sparsegpt")
-PARTS = ("model", "one-shot", "healed", "gradual")
+SMALLER = ("heads:0.25", "channels:0.3", "layers:1")
+PARTS = ("model", "one-shot", "healed", "gradual", "smaller")
 BARS = {"50%": 0.5, "70%": 0.5, "2:4": 0.35}  # SparseGPT's increase of the loss against magnitude's
-OF = ("fastlm.compress.prune", "fastlm.compress.calibrate", "fastlm.compress.masks", "fastlm.train.pruning",
-      "fastlm.train.compress_pruning", "fastlm.train.healing", "fastlm.reference.prune_mask")  # fmt: skip
-Found = dict[str, dict[str, Any]]  # by "method target" (and " healed"): loss, seconds
+OF = ("fastlm.compress.prune", "fastlm.compress.shrink", "fastlm.compress.calibrate", "fastlm.compress.masks",
+      "fastlm.train.pruning","fastlm.train.compress_pruning",
+      "fastlm.train.healing", "fastlm.reference.prune_mask")  # fmt: skip
+Found = dict[str, dict[str, Any]]  # by "method target" (and " healed"): loss, seconds, parameters
 
 
 def config(args: argparse.Namespace, name: str, prune: str = "") -> Config:
@@ -91,7 +94,8 @@ class Measure:
         seconds = time.monotonic() - begin
         perplexity = compressing._measure(model.eval(), self.settings, self.data).perplexity
         assert perplexity is not None
-        self.found[name] = {"loss": math.log(perplexity), "seconds": seconds}
+        parameters = sum(p.numel() for p in model.parameters())
+        self.found[name] = {"loss": math.log(perplexity), "seconds": seconds, "parameters": parameters}
         self.file.write_text(json.dumps({"of": self.of, "found": self.found}, indent=1))
         print(f"{name:<28} perplexity {perplexity:.4f}  ({seconds:.0f} s)", flush=True)
 
@@ -103,7 +107,9 @@ class Measure:
             compress.attach(model, export.read_model(folder).masks)
         else:
             model = copy.deepcopy(self.model)
-            if method != "dense":
+            if method == "smaller":
+                Shrink(parts(target) or {}).apply(model, self.text(model))
+            elif method != "dense":
                 Prune(TARGETS[target], method).apply(model, self.text(model))
         if heal:
             Heal(self.args.heal).apply(model, self.text(model))
@@ -117,8 +123,9 @@ class Measure:
 
 def figures(part: str) -> list[str]:
     """What a part measures, as "METHOD TARGET" or "METHOD TARGET healed"."""
-    if part == "gradual":
-        return [f"gradual {target}{healed}" for target in TARGETS for healed in ("", " healed")]
+    if part in ("gradual", "smaller"):
+        targets = TARGETS if part == "gradual" else SMALLER
+        return [f"{part} {target}{healed}" for target in targets for healed in ("", " healed")]
     healed = " healed" * (part == "healed")
     dense = ["dense 0% healed"] if healed else []
     return dense + [f"{m} {t}{healed}" for t in TARGETS for m in METHODS if part != "model"]
@@ -140,6 +147,15 @@ def write(evidence: Quality, found: Found, args: argparse.Namespace, steps: int)
             f"{perplexity['dense']:.3f}", of(name), found[name]["seconds"], seeds=(args.seed,),
             command=f"fastlm compress RUN --prune {prune}",
             note=f"By SparseGPT; {others}; masked while training {of(f'gradual {target}')}. Zeros make no dense kernel faster.",
+        )  # fmt: skip
+    for target in SMALLER:
+        name = f"smaller {target}"
+        evidence.row(
+            "shrinking", f"perplexity of the default job's model without {target}, after {args.heal} steps of healing",
+            f"{perplexity['dense']:.3f}", of(f"{name} healed"), found[f"{name} healed"]["seconds"],
+            seeds=(args.seed,), command=f"fastlm compress RUN --prune {target} --heal {args.heal}",
+            note=f"Without healing {of(name)}. "
+            f"{found[name]['parameters'] / found['dense']['parameters']:.3f} of the parameters.",
         )  # fmt: skip
     best = min((*METHODS, "gradual"), key=lambda m: perplexity[f"{m} 70% healed"])
     name = "sparsegpt 70% healed"

@@ -45,7 +45,7 @@ BASE: dict[str, Any] = {
 VALUES: dict[str, tuple[Any, ...]] = {
     "size": ("1B",), "val_fraction": (0.5,), "width": (48,), "rows": (1, 300), "vocab": (300,), "steps": (4,), "spike": (1.5,),
     "eval_tokens": (64,),
-    "init": ("first",), "lora_targets": (("qkv",),),
+    "init": ("first",), "head_size": (8,), "lora_targets": (("qkv",),),
     "tokenizer": ("chars", "bpe", "first.json"), "field": ("body",), "separator": ("\\n",), "weights": ((1.0, 3.0),),
     "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),

@@ -159,6 +159,60 @@ def test_the_methods_differ_and_repeat(base: str) -> None:
     assert all(torch.equal(made["s"][n], t) for n, t in made["t"].items())
 
 
+def test_a_smaller_model_is_a_plain_one_that_everything_takes(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = ["--device", "cpu", "--samples", "8"]
+    assert main(["compress", "base", base, "--prune", "heads:0.5,channels:0.5,layers:1", "--heal", "3", *words]) == 0
+    said = capsys.readouterr().out
+    for word in ("layers: 2 -> 1", "heads: 2 -> 1 of each layer", "channels: 96 -> 48", "smaller dense model",
+                 "blocks.0.mlp   96 -> 48, which gave", "healed: 3 steps"):  # fmt: skip
+        assert word in said, word
+    folder = Path("runs/base-smaller-healed")
+    body = json.loads((folder / "config.json").read_text())
+    shape = {"layers": 1, "heads": 1, "hidden": 48, "head_size": 16}
+    assert body["model"].items() >= shape.items()
+    assert body["config"]["model"].items() >= shape.items()
+    assert body["compressed"]["smaller"]["left"] == {"layers": 1, "heads": 1, "channels": 48}
+    assert body["compressed"]["after"]["size"] < 0.6 * body["compressed"]["before"]["size"]
+    assert main(["generate", "base-smaller-healed", "--tokens", "20", "--device", "cpu"]) == 0
+    assert main(["eval", "base-smaller-healed", "--json", "--device", "cpu"]) == 0
+    assert main(["export", "base-smaller-healed", "--to", "hf"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export-hf").eval()
+    ours, _ = job.load(folder, "cpu")
+    again, _ = job.load(folder / "export-hf", "cpu")
+    tokens = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-4
+        assert torch.equal(again(tokens), ours(tokens))
+    for kernels in ("torch", "fused"):
+        none = dict.fromkeys(("layers", "heads", "width", "context"))
+        on = job.start(tiny(name=kernels, init=str(folder), kernels=kernels, steps=4, save_every=2, **none), (base,))
+        assert on.trainer.fit() == "all steps done"
+        config, corpus = job.read_config(on.folder)
+        assert (config.model.head_size, config.model.heads) == (16, 1)
+        job.resume(on.folder, config, corpus, other_data=False, say=str)
+    assert main(["compress", "base-smaller-healed", base, "--prune", "2:4", "--int8", "--name", "both", *words]) == 0
+    assert main(["generate", "both", "--tokens", "5", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "prune, word",
+    [
+        ("heads:0.1", "--prune: heads 0.1 of 2 removes none"),
+        ("layers:2", "--prune: layers 2 of 2 leaves none"),
+        ("heads:x", "--prune takes heads:, channels: and layers:, each once"),
+        ("heads:0.5,2:4", "--prune takes heads:, channels: and layers:, each once"),
+        ("layers:1,layers:1", "each once"),
+        ("channels:1.5", "the part that goes or a number"),
+        ("channels:inf", "the part that goes or a number"),
+    ],
+)
+def test_lists_of_parts_that_cannot_be(base: str, prune: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "base", base, "--prune", prune, "--device", "cpu", "--samples", "8"]) == 2
+    assert word in capsys.readouterr().err
+    assert not Path("runs/base-smaller").exists()
+
+
 def test_what_cannot_be_is_refused(base: str) -> None:
     for prune, text in (("3", "--prune must be above 0"), ("x", "--prune must be the part")):
         with pytest.raises(InputError, match=text):

@@ -35,6 +35,8 @@ CASES = [
     ("llama", {}),
     ("llama", {"tied": False, "kv_heads": 2, "rope_base": 500000.0}),
     ("llama", {"kv_heads": 1, "bias": True, "eps": 1e-6}),
+    ("llama", {"heads": 2, "head_size": 8, "bias": True}),
+    ("llama", {"heads": 3, "kv_heads": 3, "head_size": 4, "hidden": 40}),
 ]
 
 
@@ -43,7 +45,9 @@ def test_transformers_gives_the_same_logits(style: str, changes: dict[str, Any],
     made, tokens = model(style, **changes), torch.randint(256, (2, 16))
     export.export(source(made), "hf", tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(theirs).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[style]
+    kind = "mistral" if changes.get("heads") == 3 else style
+    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+    assert type(theirs).__name__ == names[kind]
     with torch.no_grad():
         assert (theirs(tokens).logits - made(tokens)).abs().max() < 1e-4
 
@@ -89,7 +93,11 @@ def test_the_tokenizer_goes_along(spec: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_what_transformers_has_no_class_for_is_one_sentence(tmp_path: Path) -> None:
-    for changes, word in (({"kv_heads": 2}, "grouped heads"), ({"bias": False}, "biases")):
+    for changes, word in (
+        ({"kv_heads": 2}, "grouped heads"),
+        ({"bias": False}, "biases"),
+        ({"head_size": 16}, "width / heads alone"),
+    ):
         with pytest.raises(InputError, match=word):
             export.export(source(model("gpt2", **changes)), "hf", tmp_path / "out")
     export.export(source(model("gpt2", kv_heads=2)), "safetensors", tmp_path / "out")
@@ -97,6 +105,16 @@ def test_what_transformers_has_no_class_for_is_one_sentence(tmp_path: Path) -> N
         export.export(source(model("gpt2")), "hf", tmp_path / "out")
     with pytest.raises(InputError, match="no run, checkpoint or exported folder"):
         export.read_model(tmp_path)
+
+
+def test_a_mistral_with_a_window_and_biases_with_odd_heads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no class for 3 heads at a width of 32"):
+        export.export(source(model("llama", heads=3, head_size=4, bias=True)), "hf", tmp_path / "out")
+    export.export(source(model("llama", heads=3, head_size=4)), "hf", tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sliding_window": 8}))
+    with pytest.raises(InputError, match="sees 8 positions back"):
+        export.read_model(tmp_path / "out")
 
 
 def test_a_model_that_the_plain_gpt_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.train import compressing, job
 from fastlm.train.bounds import COUNT, SEED, Range, check
-from fastlm.train.compress_pruning import Prune
+from fastlm.train.compress_pruning import Prune, Shrink, parts
 from fastlm.train.healing import Heal, Stopped
 
 
@@ -43,7 +43,9 @@ def compress(
     Args:
         run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         text: Files, folders or globs to measure and calibrate on; without any, the run's own corpus.
-        prune: Make this part of the linear layers' weights zero, such as 0.5, or all but n of m, such as 2:4.
+        prune: Make this part of the linear layers' weights zero, such as 0.5, or all but n of m, such as 2:4. Or remove whole
+            parts: heads (with their keys and values), channels of the MLPs, layers; as a part of them or a number, such as
+            heads:0.25,channels:0.3,layers:1.
         prune_method: sparsegpt and wanda calibrate on the training split; magnitude takes the smallest weights.
         heal: Train so many steps after --prune, on the training split with the run's settings; what is zero stays zero.
         heal_lr: Peak learning rate of --heal; without it a third of the run's.
@@ -56,7 +58,7 @@ def compress(
         only_faster: Leave layers in float that int8 would make slower on this machine.
         samples: Contexts of the training split to calibrate on.
         seed: Chooses them, and the order in which --heal reads.
-        name: Name of the new folder; without it RUN-int8, RUN-pruned or RUN-pruned-healed.
+        name: Name of the new folder; without it RUN-int8, RUN-pruned, RUN-smaller-healed and so on.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
@@ -68,7 +70,12 @@ def compress(
             raise job.InputError(f"{needs[0]} needs --int8")
         if not prune:
             raise job.InputError("fastlm compress needs a method: --int8 or --prune")
-    methods: list[compressing.Method] = [Prune(prune, prune_method, include, exclude)] if prune else []
+    methods: list[compressing.Method] = []
+    if prune:
+        amounts = parts(prune)
+        if amounts is not None and (include or exclude) and not int8:
+            raise job.InputError(f"--prune {prune} is of every layer: leave --include and --exclude out")
+        methods.append(Prune(prune, prune_method, include, exclude) if amounts is None else Shrink(amounts))
     if heal or heal_lr is not None:
         if not prune or not heal:
             raise job.InputError("--heal needs --prune" if heal else "--heal-lr needs --heal")

@@ -1,16 +1,20 @@
-"""Smaller models out of trained ones: layers in int8 (``quantize``, ``smooth``), weights that stay zero (``prune``)."""
+"""Smaller models out of trained ones: layers in int8 (``quantize``, ``smooth``), weights that stay zero (``prune``), parts that
+go whole (``shrink``)."""
 
 from fastlm.compress.held import Held, held
 from fastlm.compress.masks import Masks, attach, hold, masked, masks, split
 from fastlm.compress.prune import Pruned, prune, unprune
 from fastlm.compress.quantize import Converted, convert, plan, restore
+from fastlm.compress.shrink import KINDS, Shrunk, shrink
 from fastlm.compress.smooth import Smoothed, smooth
 
 __all__ = [
+    "KINDS",
     "Converted",
     "Held",
     "Masks",
     "Pruned",
+    "Shrunk",
     "Smoothed",
     "attach",
     "convert",
@@ -21,6 +25,7 @@ __all__ = [
     "plan",
     "prune",
     "restore",
+    "shrink",
     "smooth",
     "split",
     "unprune",

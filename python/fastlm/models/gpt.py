@@ -35,16 +35,24 @@ class GPTConfig:
     tied: bool = True
     eps: float = 1e-5
     rope_base: float = 10000.0
+    head_size: int = 0  # width of a head; 0: width / heads
 
     def __post_init__(self) -> None:
         kv = self.kv_heads or self.heads
-        if self.width % self.heads:
+        if not self.head_size and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}; it is {self.width}")
         if self.heads % kv:
             raise ValueError(f"heads must be a multiple of kv_heads {kv}; it is {self.heads}")
-        if self.position == "rotary" and (self.width // self.heads) % 2:
-            size = self.width // self.heads
-            raise ValueError(f"width {self.width} / heads {self.heads} must be even for rotary positions; it is {size}")
+        if self.position == "rotary" and self.size % 2:
+            what = "head_size" if self.head_size else f"width {self.width} / heads {self.heads}"
+            raise ValueError(f"{what} must be even for rotary positions; it is {self.size}")
+        if self.head_size * self.heads == self.width:  # one model has one configuration
+            object.__setattr__(self, "head_size", 0)
+
+    @property
+    def size(self) -> int:
+        """Width of a head."""
+        return self.head_size or self.width // self.heads
 
     @property
     def mlp_width(self) -> int:
@@ -116,10 +124,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.kv_heads, self.size = layer, c.heads, c.kv_heads or c.heads, c.width // c.heads
+        self.layer, self.heads, self.kv_heads, self.size = layer, c.heads, c.kv_heads or c.heads, c.size
         self.dropout = c.dropout
         self.qkv = nn.Linear(c.width, (self.heads + 2 * self.kv_heads) * self.size, bias=c.bias)
-        self.out = nn.Linear(c.width, c.width, bias=c.bias)
+        self.out = nn.Linear(self.heads * self.size, c.width, bias=c.bias)
 
     def forward(
         self,
@@ -227,7 +235,7 @@ class GPT(nn.Module):
         """cos and sin [L, D/2] (or [B, 1, L, D/2] of positions [B, L]) of the angles position x base^(-2i/D), float32."""
         if self.place is not None:
             return None
-        size = self.config.width // self.config.heads
+        size = self.config.size
         rate = self.config.rope_base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
         angle = positions[..., None].float() * rate
         if positions.dim() == 2:

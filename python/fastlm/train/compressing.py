@@ -28,7 +28,7 @@ from fastlm import compress
 from fastlm.compress import quantize
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
-from fastlm.models.gpt import GPT
+from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import checkpoint, export, job, state
 from fastlm.train.checkpoint import Piece
 from fastlm.train.config import Config
@@ -232,6 +232,13 @@ def run(
     return made
 
 
+def _shape(model: dict[str, Any], shape: GPTConfig) -> None:
+    """A run's settings of its model, told the shape that the model has now."""
+    told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "head_size": shape.size}
+    for name in ("layers", "heads", *told):
+        model[name] = told.get(name, getattr(shape, name))
+
+
 def write(target: Path, model: GPT, body: dict[str, Any], source: export.Source, record: dict[str, Any]) -> None:
     """The folder of a compressed model, whole or not at all. InputError where the disk does not take it."""
     kept = {k: v for k, v in body.items() if k in ("config", "corpus", "data")}
@@ -239,7 +246,9 @@ def write(target: Path, model: GPT, body: dict[str, Any], source: export.Source,
         kept["config"] = copy.deepcopy(kept["config"])
         kept["config"]["run"]["name"] = target.name
         kept["config"]["model"]["lora_rank"] = 0  # adapters are merged
-    config = {**kept, "model": asdict(source.shape), "tokenizer": source.tokenizer, "compressed": record}
+        if model.config != source.shape:
+            _shape(kept["config"]["model"], model.config)
+    config = {**kept, "model": asdict(model.config), "tokenizer": source.tokenizer, "compressed": record}
     draft = target.parent / f".draft-{target.name}-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

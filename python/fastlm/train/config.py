@@ -17,7 +17,7 @@ from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
 from fastlm.train.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.train.sparsity import target
 
-SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base")
+SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base", "head_size")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
 
 
@@ -51,10 +51,12 @@ class ModelConfig:
     """What the norms add to the variance."""
     rope_base: float | None = optional(above=0, whole=False)
     """Base of the rotary positions' wavelengths."""
+    head_size: int | None = optional(1)
+    """Width of a head; without it width / heads."""
     rows: int = bounded(0, 0)
     """Rows of the embedding, at least the tokenizer's vocabulary; 0: as many."""
     init: str = ""
-    """A run, checkpoint or exported folder (transformers' GPT-2 and Llama too) to start from: its shape, its weights."""
+    """A run, checkpoint or exported folder (transformers' GPT-2, Llama, Mistral too) to start from: its shape and weights."""
     lora_rank: int = bounded(0, 0)
     """Train low-rank factors of this rank beside frozen matrices (LoRA; with --init); 0: train every weight."""
     lora_alpha: float = bounded(16.0, above=0)
@@ -71,7 +73,7 @@ class ModelConfig:
         try:
             return named(self.size, self.style, vocab=self.rows or vocab, dropout=self.dropout, **changes)
         except ValueError as error:  # it names fields
-            said = re.sub(r"\b(width|heads|kv_heads)\b", lambda found: flag(found[0]), str(error))
+            said = re.sub(r"\b(width|heads|kv_heads|head_size)\b", lambda found: flag(found[0]), str(error))
             some = [name for name in ("width", "heads", "kv_heads") if flag(name) in said and name not in changes]
             raise InputError(said + f" (--size {self.size} gives what is left out)" * bool(some)) from None
 
@@ -91,7 +93,8 @@ class ModelConfig:
             )
         for name in SHAPE:
             mine, given = getattr(self, name), getattr(shape, name)
-            given = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width}.get(name, given)
+            told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "head_size": shape.size}
+            given = told.get(name, given)
             free = name == "context" and shape.position == "rotary"
             if mine is not None and mine != given and not free:
                 raise InputError(

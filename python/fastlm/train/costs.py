@@ -57,7 +57,7 @@ class Costs:
         # 2 flops per weight and token forward, as much backward for the inputs and again for the weights where these
         # are trained; attention's two products, causal: half
         weights = matrices + c.vocab * c.width
-        per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.width
+        per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.heads * c.size
         shapes = _shapes(plain, mesh.tp)
         ranks = []
         for at in range(mesh.pp):
@@ -143,10 +143,10 @@ def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
 def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> tuple[int, int]:
     """Bytes that the forward of one micro-batch through the blocks of `c` leaves for its backward; and in which backwards
     work, which go one at a time. `parameters` counts those of the rank."""
-    kv = (c.kv_heads or c.heads) * (c.width // c.heads)
+    q, kv = c.heads * c.size, (c.kv_heads or c.heads) * c.size
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
-    block = (8 * c.width + 4 * (c.width + kv)) + branch
-    working = _ceil(4 * (c.width + kv) + branch, tp) + (4 * c.width if tp > 1 else 0)  # gradients, and what is gathered
+    block = (7 * c.width + q + 4 * (q + kv)) + branch
+    working = _ceil(4 * (q + kv) + branch, tp) + (4 * c.width if tp > 1 else 0)  # gradients, and what is gathered
     if config.model.dropout and config.run.kernels == "torch":  # masks, and attention's whole matrix of weights
         block += 4 * c.width + 3 * c.heads * c.context
     whole_positions = 2 * c.width if tp > 1 else 0  # inputs of qkv and up, gathered

@@ -2,7 +2,7 @@
 what `transformers` loads.
 
     fastlm's own:  config.json {model, tokenizer}        model.safetensors (the plain GPT's names)   tokenizer.json
-    transformers': config.json (GPT-2 or Llama)          model.safetensors (their names)             tokenizer.json
+    transformers': config.json (GPT-2, Llama, Mistral)   model.safetensors (their names)             tokenizer.json
 
 GPT-2 keeps its matrices transposed (Conv1D); Llama keeps queries, keys, values and gate, up apart where the plain GPT
 has one matrix. Weights are read from safetensors alone, never by pickle.
@@ -29,6 +29,7 @@ from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPTConfig
 from fastlm.train import checkpoint, compressed_tensors, lora, pruning
+from fastlm.train.bounds import COUNT
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.config import Config, OptimConfig
 from fastlm.train.files import sync_folder, write_text
@@ -247,9 +248,8 @@ def _files(path: Path) -> dict[str, Tensor]:
 
 def _pieces(shape: GPTConfig, ours: str) -> list[int]:
     """Rows of the parts of one of our matrices, in Llama's order."""
-    size = shape.width // shape.heads
-    kv = (shape.kv_heads or shape.heads) * size
-    return {"attn.qkv": [shape.width, kv, kv], "mlp.up": [shape.mlp_width] * 2}.get(ours, [])
+    kv = (shape.kv_heads or shape.heads) * shape.size
+    return {"attn.qkv": [shape.heads * shape.size, kv, kv], "mlp.up": [shape.mlp_width] * 2}.get(ours, [])
 
 
 def _names(shape: GPTConfig, style: str) -> list[tuple[str, tuple[str, ...], list[int], bool]]:
@@ -274,9 +274,9 @@ def from_hf(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The plain GPT's shape and tensors from those of GPT2LMHeadModel or LlamaForCausalLM."""
-    style = config["model_type"]
+    style = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     if style not in BLOCK:
-        raise InputError(f"{path} is a {style} model; fastlm reads gpt2 and llama")
+        raise InputError(f"{path} is a {style} model; fastlm reads gpt2, llama and mistral")
     shape = _hf_shape(config, path)
     if style == "gpt2":  # older files leave the prefix out
         tensors = {
@@ -342,13 +342,13 @@ def _gpt2_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
 
 def _llama_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
     _need(c, path, hidden_act=("silu",))
+    if c["model_type"] == "mistral" and (c.get("sliding_window") or COUNT) < c["max_position_embeddings"]:
+        raise InputError(f"{path}: its attention sees {c['sliding_window']} positions back; fastlm's GPT sees all")
     heads, width = c["num_attention_heads"], c["hidden_size"]
     rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise InputError(f"{path}: its rotary positions are scaled ({kind}); fastlm's GPT has plain ones alone")
-    if (c.get("head_dim") or width // heads) * heads != width:
-        raise InputError(f"{path}: head_dim {c['head_dim']} x {heads} heads is not the width {width}")
     if c.get("attention_bias", False) != c.get("mlp_bias", False):
         raise InputError(f"{path}: attention_bias and mlp_bias differ; fastlm's GPT has biases everywhere or nowhere")
     return GPTConfig(
@@ -366,6 +366,7 @@ def _llama_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
         tied=c.get("tie_word_embeddings", False),
         eps=c.get("rms_norm_eps", 1e-6),
         rope_base=float(rope["rope_theta"]),
+        head_size=c.get("head_dim") or 0,
     )
 
 
@@ -385,11 +386,34 @@ def style_of(shape: GPTConfig) -> str:
         )
     if not shape.bias:
         raise InputError("GPT2LMHeadModel has biases and this model has none; use --to safetensors")
+    if shape.head_size:
+        raise InputError(
+            f"GPT2LMHeadModel has heads of width / heads alone, and this model has {shape.heads} of {shape.size} at a width of "
+            f"{shape.width}; use --to safetensors"
+        )
     return "gpt2"
 
 
+def _llama_class(c: GPTConfig) -> dict[str, Any]:
+    """Of config.json what tells LlamaForCausalLM from MistralForCausalLM: the same model, but without biases, and with any
+    number of heads, where Llama's must divide the width."""
+    if c.width % c.heads == 0:
+        return {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": c.bias,
+            "mlp_bias": c.bias,
+        }
+    if c.bias:
+        raise InputError(
+            f"transformers has no class for {c.heads} heads at a width of {c.width}, which they do not divide, with biases; "
+            f"use --to safetensors"
+        )
+    return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
 def to_hf(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors for GPT2LMHeadModel or LlamaForCausalLM."""
+    """config.json and tensors for GPT2LMHeadModel, LlamaForCausalLM or MistralForCausalLM."""
     c, style = source.shape, style_of(source.shape)
     out: dict[str, Tensor] = {}
     for ours, theirs, cut, transposed in _names(c, style):
@@ -423,21 +447,18 @@ def to_hf(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
             **both,
         }, out
     return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        **_llama_class(c),
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads or c.heads,
         "hidden_size": c.width,
-        "head_dim": c.width // c.heads,
+        "head_dim": c.size,
         "intermediate_size": c.mlp_width,
         "max_position_embeddings": c.context,
         "hidden_act": "silu",
         "rms_norm_eps": c.eps,
         "rope_theta": c.rope_base,  # transformers 4
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},  # transformers 5
-        "attention_bias": c.bias,
-        "mlp_bias": c.bias,
         **both,
     }, out
 

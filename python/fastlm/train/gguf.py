@@ -123,7 +123,10 @@ def _facts(writer: Any, source: export.Source, style: str, kind: Any) -> None:
     if style == "llama":
         writer.add_layer_norm_rms_eps(c.eps)
         writer.add_rope_freq_base(c.rope_base)
-        writer.add_rope_dimension_count(c.width // c.heads)
+        writer.add_rope_dimension_count(c.size)
+        if c.head_size:
+            writer.add_key_length(c.size)
+            writer.add_value_length(c.size)
         writer.add_vocab_size(c.vocab)
     else:
         writer.add_layer_norm_eps(c.eps)

@@ -76,7 +76,9 @@ class Heal:
         for name in ("prune", "prune_method", "prune_begin", "prune_end", "prune_every"):
             setattr(optim, name, getattr(OptimConfig, name))
         run.eval_tokens = RunConfig.eval_tokens
-        optim.lr, optim.muon_lr = optim.lr * part, optim.muon_lr * part
+        optim.lr *= part
+        if optim.optimizer == "muon":
+            optim.muon_lr *= part
         run.eval_every = run.save_every = run.keep_every = run.sample = run.patience = run.nproc = 0
         run.mesh, run.pp_stages, run.spike, run.compile = "", 1, 0.0, False
         run.tensorboard, run.wandb, run.device, run.quiet = False, "", device.type, True

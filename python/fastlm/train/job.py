@@ -510,6 +510,7 @@ def check_model(config: Config, origin: Path, *, new: bool) -> None:
     if shape.position == "rotary":  # what is read with another context is other data
         free.add("context")
     told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "rows": was.rows}
+    told["head_size"] = shape.size
     for one in dataclasses.fields(now):
         mine, given = getattr(was, one.name), getattr(now, one.name)
         if mine == given or one.name in free:
