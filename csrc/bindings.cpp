@@ -28,6 +28,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("prune_groups_cpu", &fastlm::prune_groups_cpu, nogil());
   m.def("prune_transposable_cpu", &fastlm::prune_transposable_cpu, nogil());
   m.def("prune_blocks_cpu", &fastlm::prune_blocks_cpu, nogil());
+  m.def("prune_histogram_cpu", &fastlm::prune_histogram_cpu, nogil());
+  m.def("prune_cut_cpu", &fastlm::prune_cut_cpu, nogil());
+  py::class_<fastlm::AdamW>(m, "AdamW").def(py::init<double, double, double, double, double>());
+  m.def("masked_adamw_cpu", &fastlm::masked_adamw_cpu, nogil());
   m.def("apply_mask_cpu", &fastlm::apply_mask_cpu, nogil());
   m.def("mask_count_cpu", &fastlm::mask_count_cpu, nogil());
   m.def("mask_bits_cpu", &fastlm::mask_bits_cpu, nogil());

@@ -103,6 +103,17 @@ int64_t prune_blocks_cpu(const PruneScores& scores, int64_t high, int64_t wide, 
 void apply_mask_cpu(Sizes sizes, Tensor weight, Tensor mask, int threads);  // weight strides as of scores
 int64_t mask_count_cpu(Tensor mask, int64_t bytes, int threads);
 void mask_bits_cpu(Tensor from, Tensor to, int64_t rows, int64_t columns, bool packing, int threads);  // contiguous
+// One tensor's part of a selection over several processes: {NaN, keys below low, keys of each bin}; and the mask whose
+// keys below `key` go and of those equal to it the first `ties`. Keys: prune_mask.h; at most 2,048 bins of 2^shift.
+std::vector<int64_t> prune_histogram_cpu(const PruneScores& scores, int32_t low, int32_t last, int shift, int threads);
+void prune_cut_cpu(const PruneScores& scores, int32_t key, int64_t ties, int threads);
+// A step of AdamW that holds a mask: all contiguous, mask uint8 [rows][ceil(columns/8)], step float32 [1], raised by
+// one but where found_inf is 1; grad_scale and found_inf float32 [1] or absent.
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+};
+void masked_adamw_cpu(int64_t rows, int64_t columns, Tensor weight, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq,
+                      Tensor step, Tensor mask, AdamW options, Tensor grad_scale, Tensor found_inf, int threads);
 void read_cpu(uintptr_t from, int64_t bytes, int threads);  // what a read costs, for benchmarks
 
 }  // namespace fastlm

@@ -1,12 +1,13 @@
 """The masks of a model, and how they are held while it trains.
 
 With its gradient masked a pruned weight's moments stay 0, and so does every step that is elementwise (AdamW, Lion, SGD).
-Muon's is not: it makes whole matrices orthogonal. So the weights are masked after each step too.
+Muon's is not: it makes whole matrices orthogonal. So the weights are masked after each step too. PyTorch's fused AdamW
+leaves masked weights to ``ops.masked_adamw_``, which does all of this in its one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,25 +88,98 @@ class Masks:
                     ops.apply_mask_(value, mask)
 
 
+class OnePass:
+    """Two hooks by which an AdamW leaves weights with a mask to ``ops.masked_adamw_``. ``pairs()``: these and their masks.
+
+    They serve PyTorch's own fused AdamW, not a closure. ``done`` are the weights of the last step that was served.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        self.pairs = pairs
+        self.done: dict[Tensor, tuple[Tensor, Tensor]] = {}  # by weight its gradient and mask
+        self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
+
+    def before(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Takes the gradients away, so that the optimizer leaves these weights alone."""
+        self.done = {}
+        if len(args) > 1 or kwargs or not _one_pass(optimizer):
+            return
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        for p, mask in self.pairs():
+            if p in own and p.grad is not None and p.grad.layout == torch.strided and p.grad.dtype == p.dtype:
+                self.done[p] = (p.grad, mask)
+                p.grad = None
+
+    @torch.no_grad()
+    def after(self, optimizer: Any, *_: Any) -> None:
+        """The step of these weights."""
+        for group in optimizer.param_groups if self.done else ():
+            params = [p for p in group["params"] if p in self.done]
+            for p in params:
+                p.grad = self.done[p][0]
+                if not optimizer.state[p]:
+                    optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        optimizer.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            states = [optimizer.state[p] for p in params]
+            for dtype in {(p.dtype, p.device) for p in params}:
+                at = [i for i, p in enumerate(params) if (p.dtype, p.device) == dtype]
+                kept = ("exp_avg", "exp_avg_sq", "step")
+                exp_avgs, exp_avg_sqs, steps = ([states[i][name] for i in at] for name in kept)
+                ops.masked_adamw_(
+                    [params[i] for i in at],
+                    [self.done[params[i]][0] for i in at],
+                    exp_avgs,
+                    exp_avg_sqs,
+                    steps,
+                    [self.done[params[i]][1] for i in at],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    grad_scale=getattr(optimizer, "grad_scale", None),
+                    found_inf=getattr(optimizer, "found_inf", None),
+                )
+
+
+def _one_pass(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``masked_adamw_`` makes this optimizer's step: that of PyTorch's fused AdamW with plain options."""
+    if type(optimizer) is not torch.optim.AdamW:
+        return False
+    other = ("amsgrad", "maximize", "capturable", "differentiable")
+    return all(
+        group["fused"]
+        and not any(group[name] for name in other)
+        and not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"]))
+        for group in optimizer.param_groups
+    )
+
+
 def hold(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
     """Makes any PyTorch optimizer hold a model's masks: pruned weights stay +0 and their moments 0, whatever it does.
 
-    Two hooks of the optimizer, before and after its step, over the model's masks as they are at that step. Returns their
-    handles; ``handle.remove()`` lets go. Masks may grow, and ``step(closure)`` makes gradients after the first hook: so
-    moments are masked after each step too. fastlm's trainer needs no such call. Raises ValueError where nothing is masked
-    or a masked weight is a DTensor.
+    Hooks of the optimizer, before and after its step, over the model's masks as they are at that step. Returns their
+    handles; ``handle.remove()`` lets go. ``torch.optim.AdamW(..., fused=True)`` updates and masks in one pass. With others
+    gradients are masked before the step, and weights and moments after it, since masks may grow and ``step(closure)`` makes
+    gradients after the first hook. fastlm's trainer needs no such call. Raises ValueError where nothing is masked or a
+    masked weight is a DTensor.
     """
     found = Masks.of(model)
     if not found.pairs:
         raise ValueError("compress.hold: the model has no mask; prune it first")
     found.moments(optimizer.state)
+    one_pass = OnePass(optimizer, lambda: Masks.of(model).pairs)
+
+    def rest() -> Masks:
+        return Masks(pair for pair in Masks.of(model).pairs if pair[0] not in one_pass.done)
 
     def before(*_: Any) -> None:
-        Masks.of(model).gradients()
+        rest().gradients()
 
     def after(*_: Any) -> None:
-        held = Masks.of(model)
+        held = rest()
         held.weights()
         held.moments(optimizer.state)
 
-    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    own = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    return [*one_pass.handles, *own]

@@ -177,3 +177,37 @@ def _bits(source: Tensor, target: Tensor, columns: int, packing: bool) -> None:
         (source.data_ptr(), kind, 0, 0, 0, 0), (target.data_ptr(), kind, 0, 0, 0, 0), rows, columns, packing,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def serves_adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> Support:  # fmt: skip
+    """Contiguous float32, bfloat16 and float16."""
+    for i, p in enumerate(params):
+        found = _serves(FLOATS, p)
+        if not found.ok:
+            return found
+        if not (p.is_contiguous() and exp_avgs[i].is_contiguous() and exp_avg_sqs[i].is_contiguous()):
+            return Support(False, "the cpu kernel takes contiguous weights and moments")
+        if grad_scale is not None and not grads[i].is_contiguous():
+            return Support(False, "the cpu kernel unscales contiguous gradients")
+    return YES
+
+
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    """As ``fastlm.reference.prune_mask.adamw``."""
+    options = _native._C.AdamW(lr, beta1, beta2, eps, weight_decay)
+    threads, scalar = torch.get_num_threads(), _native.scalar
+    for p, g, m, v, step, mask in zip(params, grads, exp_avgs, exp_avg_sqs, steps, masks, strict=True):
+        g, mask = g.contiguous(), mask.contiguous()
+        rows, columns = (1, p.numel()) if p.shape[-1] % 8 == 0 else (p.numel() // p.shape[-1], p.shape[-1])
+        _native._C.masked_adamw_cpu(
+            rows, columns, scalar(p), scalar(g), scalar(m), scalar(v), scalar(step), scalar(mask), options,
+            scalar(grad_scale), scalar(found_inf), threads,
+        )  # fmt: skip

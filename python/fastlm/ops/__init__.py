@@ -3,6 +3,7 @@
 from fastlm.ops.attention import attention
 from fastlm.ops.dropout_add_norm import dropout_add_norm, norm
 from fastlm.ops.int8_matmul import int8_matmul
+from fastlm.ops.masked_adamw import masked_adamw_
 from fastlm.ops.prune_mask import apply_mask_, bool_to_mask, mask_and, mask_count, mask_to_bool, prune_mask
 from fastlm.ops.quantize_int8 import quantize_int8
 from fastlm.ops.rotary import rotary
@@ -16,6 +17,7 @@ __all__ = [
     "mask_and",
     "mask_count",
     "mask_to_bool",
+    "masked_adamw_",
     "norm",
     "prune_mask",
     "quantize_int8",

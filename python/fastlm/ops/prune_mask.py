@@ -21,14 +21,18 @@ OP = "prune_mask"
 SCOPES = ("tensor", "row", "global")
 
 
-def _define(name: str, schema: str, function: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator ``fastlm::<name>``, which runs ``function`` of a backend's prune_mask."""
+def define(
+    name: str, schema: str, function: str, fake: Callable[..., Any],
+    written: Callable[..., Sequence[Tensor]] = lambda *args: (),
+) -> Callable[..., Any]:  # fmt: skip
+    """The operator ``fastlm::<name>``, which runs ``function`` of a backend's prune_mask. ``written``: what it changes."""
 
     def run(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         out = backend.run(OP, function, first.device, args)
-        if function == "apply" and not first.is_inference():
-            torch.autograd.graph.increment_version(first)  # a kernel writes behind PyTorch's back
+        for t in written(*args):
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)  # a kernel writes behind PyTorch's back
         return out
 
     LIBRARY.define(name + schema)
@@ -42,22 +46,28 @@ def _mask_like(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
 
 
-_prune_mask = _define(
+_prune_mask = define(
     OP,
     "(Tensor[] scores, Tensor[] scales, float? sparsity, str pattern, int dim, str scope, bool magnitude, bool check)"
     " -> Tensor[]",
     "forward",
     lambda scores, *options: [_mask_like(s) for s in scores],
 )
-_apply = _define("apply_mask_", "(Tensor(a!) weight, Tensor mask) -> ()", "apply", lambda weight, mask: None)
-_count = _define("mask_count", "(Tensor mask) -> Tensor", "count", lambda mask: mask.new_empty((), dtype=torch.int64))
-_unpack = _define(
+_apply = define(
+    "apply_mask_",
+    "(Tensor(a!) weight, Tensor mask) -> ()",
+    "apply",
+    lambda weight, mask: None,
+    lambda weight, mask: (weight,),
+)
+_count = define("mask_count", "(Tensor mask) -> Tensor", "count", lambda mask: mask.new_empty((), dtype=torch.int64))
+_unpack = define(
     "mask_to_bool",
     "(Tensor mask, SymInt columns) -> Tensor",
     "unpack",
     lambda mask, columns: mask.new_empty((*mask.shape[:-1], columns), dtype=torch.bool),
 )
-_pack = _define("bool_to_mask", "(Tensor keep) -> Tensor", "pack", _mask_like)
+_pack = define("bool_to_mask", "(Tensor keep) -> Tensor", "pack", _mask_like)
 
 
 def check_sparsity(sparsity: float | None, kind: str, pattern: str) -> float | None:
@@ -181,7 +191,7 @@ def prune_mask(
     return masks[0] if isinstance(score, Tensor) else masks
 
 
-def _check_mask(mask: Tensor, name: str, op: str, shape: Sequence[int] | None = None, device: Any = None) -> None:
+def check_mask(mask: Tensor, name: str, op: str, shape: Sequence[int] | None = None, device: Any = None) -> None:
     check_tensor(mask, name, op, dtypes=(torch.uint8,), device=device, required=True)
     if mask.dim() == 0:
         raise ValueError(f"{op}: {name} has no dimension; it must be [..., ceil(C/8)]")
@@ -199,14 +209,14 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     check_tensor(weight, "weight", "apply_mask_", dtypes=FLOATS, required=True)
     if weight.dim() == 0:
         raise ValueError("apply_mask_: weight has no dimension; it must be [..., C]")
-    _check_mask(mask, "mask", "apply_mask_", weight.shape, weight.device)
+    check_mask(mask, "mask", "apply_mask_", weight.shape, weight.device)
     _apply(weight.detach(), mask)
     return weight
 
 
 def mask_and(first: Tensor, second: Tensor) -> Tensor:
     """The mask that keeps what both keep: uint8, both of one shape. Raises TypeError or ValueError."""
-    _check_mask(first, "first", "mask_and")
+    check_mask(first, "first", "mask_and")
     check_tensor(
         second, "second", "mask_and", dtypes=(torch.uint8,), shape=first.shape, device=first.device, required=True
     )
@@ -215,14 +225,14 @@ def mask_and(first: Tensor, second: Tensor) -> Tensor:
 
 def mask_count(mask: Tensor) -> Tensor:
     """How many elements a mask keeps, int64 [] on its device. Raises TypeError or ValueError."""
-    _check_mask(mask, "mask", "mask_count")
+    check_mask(mask, "mask", "mask_count")
     out: Tensor = _count(mask)
     return out
 
 
 def mask_to_bool(mask: Tensor, columns: int) -> Tensor:
     """bool [..., columns], True = keep, of a mask [..., ceil(columns/8)]. Raises TypeError or ValueError."""
-    _check_mask(mask, "mask", "mask_to_bool")
+    check_mask(mask, "mask", "mask_to_bool")
     if isinstance(columns, bool) or not isinstance(columns, (int, torch.SymInt)):
         raise TypeError(f"mask_to_bool: columns is a {type(columns).__name__}; it must be an int")
     if columns < 0 or (columns + 7) // 8 != mask.shape[-1]:

@@ -254,3 +254,30 @@ def pack(keep: Tensor) -> Tensor:
     """uint8 [..., ceil(C/8)] of bool [..., C]."""
     bits = F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (bits << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def serves_adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> Support:  # fmt: skip
+    """Everything for which PyTorch has a fused AdamW."""
+    return YES
+
+
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    """PyTorch's fused AdamW, and then the masks."""
+    from torch.optim.adamw import adamw as fused
+
+    fused(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], list(steps), fused=True, amsgrad=False,
+        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False, grad_scale=grad_scale,
+        found_inf=found_inf,
+    )  # fmt: skip
+    for *held, mask in zip(params, exp_avgs, exp_avg_sqs, masks, strict=True):
+        for t in held:
+            apply(t, mask)

@@ -195,7 +195,7 @@ class Trainer:
         multiply_all(grads, factor)
         self.optimizer.set_found_inf(found)
         self.optimizer.step()
-        self.pruning.masks.weights()
+        self.pruning.after_step()
         self.layout.zero_grad()
         self._after(found)
         self.step += 1

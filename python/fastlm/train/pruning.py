@@ -5,7 +5,8 @@
 such as 2:4: all at once, at the begin. The masks are buffers of the model, so checkpoints hold them and a resume in the
 middle goes on to the bit. What is zero stays zero.
 
-Gradients are masked before they are clipped, so moments stay 0; weights after the step, since Muon's is not elementwise.
+Gradients are masked before they are clipped, so moments stay 0. AdamW updates and masks in one pass; other optimizers'
+weights are masked after the step, since Muon's is not elementwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import compress, ops
-from fastlm.compress.masks import MASK, Masks
+from fastlm.compress.masks import MASK, Masks, OnePass
 from fastlm.data.errors import InputError
 from fastlm.nn import MaskedLinear
 from fastlm.train.checkpoint import Stored
@@ -76,6 +77,7 @@ class Pruning:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.refresh()
+        self.one_pass = [OnePass(part, lambda: self.masks.pairs) for part in trainer.optimizer.parts]
 
     def refresh(self) -> None:
         """After the model's masks have changed or come."""
@@ -113,6 +115,10 @@ class Pruning:
         self.masks.weights()
         self.masks.moments(self.trainer.optimizer.state)
         self.average()
+
+    def after_step(self) -> None:
+        """Pruned weights are +0 where the optimizer did not see to it itself."""
+        Masks(pair for pair in self.masks.pairs if not any(pair[0] in one.done for one in self.one_pass)).weights()
 
     def average(self) -> None:
         """The moving average of a pruned weight is 0 too."""
