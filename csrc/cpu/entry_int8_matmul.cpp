@@ -16,6 +16,7 @@ FASTLM_DECLARE(void, int8_weight_only, (const Call&, const Tiles&, char*))
 namespace {
 constexpr int64_t kParallelProducts = 1 << 20;  // below, a second thread costs more than it saves
 constexpr int64_t kFirstCache = 24 * 1024;      // bytes of a panel of weights
+constexpr int64_t kFloatRows = 192;             // most rows of a weight-only task
 
 void run(const Call& call, const Tiles& tiles, char* scratch) {
   if (call.a_dtype == kInt8) {
@@ -33,23 +34,37 @@ void check(bool holds, const char* what) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Tasks of as many rows as pay for a panel, and of as many columns as leave each thread a few tasks.
-Tiles cut(const Call& call) {
+// Weight-only: as many rows as make what the floats of a panel cost small beside the products with it.
+Tiles cut_floats(const Call& call) {
   Tiles t;
-  const bool floats = call.a_dtype != kInt8;
   t.gather_a = call.a_stride[1] != 1 && call.k > 1;
   t.gather_b = call.b_stride[0] != 1 && call.k > 1;
-  t.panel = floats ? 16 : std::clamp<int64_t>(kFirstCache / std::max<int64_t>(call.k, 1) / 16 * 16, 16, 64);
-  t.rows = std::min<int64_t>(call.m, floats ? 96 : t.gather_b || t.gather_a ? 256 : 128);
+  t.panel = int8_matmul_call::kMostFloatPanel;
+  const int64_t cuts = (call.m + kFloatRows - 1) / kFloatRows;
+  t.rows = std::min(call.m, ((call.m + cuts - 1) / cuts + 5) / 6 * 6);
+  const int64_t down = (call.m + t.rows - 1) / t.rows, wanted = std::max<int64_t>(1, 4 * call.threads / down);
+  const int64_t share = std::clamp<int64_t>((call.n + wanted - 1) / wanted, 256, 1024);
+  t.columns = std::min((share + t.panel - 1) / t.panel, (call.n + t.panel - 1) / t.panel) * t.panel;
+  const int64_t depth = (call.k + 15) / 16 * 16, block = std::min(depth, int8_matmul_call::kFloatBlock);
+  // One or two rows, which the last task may have, are whole; else a panel, eight lines, and all rows with some space.
+  const int64_t whole = std::min<int64_t>(t.rows, 2) * depth;
+  const int64_t many = (block + 16) * (t.panel + 8) + (t.rows + 6) * (block + 64);
+  t.scratch = aligned(4 * (t.rows * t.columns + std::max(whole, many)) + 64);
+  return t;
+}
+
+// Tasks of as many rows as pay for a panel, and of as many columns as leave each thread a few tasks.
+Tiles cut(const Call& call) {
+  if (call.a_dtype != kInt8) return cut_floats(call);
+  Tiles t;
+  t.gather_a = call.a_stride[1] != 1 && call.k > 1;
+  t.gather_b = call.b_stride[0] != 1 && call.k > 1;
+  t.panel = std::clamp<int64_t>(kFirstCache / std::max<int64_t>(call.k, 1) / 16 * 16, 16, 64);
+  t.rows = std::min<int64_t>(call.m, t.gather_b || t.gather_a ? 256 : 128);
   const int64_t down = (call.m + t.rows - 1) / t.rows, wanted = std::max<int64_t>(1, 8 * call.threads / down);
-  const int64_t share = std::max<int64_t>((call.n + wanted - 1) / wanted, t.gather_a || floats ? 256 : 1);
+  const int64_t share = std::max<int64_t>((call.n + wanted - 1) / wanted, t.gather_a ? 256 : 1);
   t.columns = (share + t.panel - 1) / t.panel * t.panel;
-  if (floats) {
-    t.scratch = 4 * (t.rows * ((call.k + 15) / 16 * 16) + t.rows * t.panel + 1024 * t.panel);
-  } else {
-    t.scratch = 8 * t.rows + (t.gather_a ? t.rows * call.k : 0) + (t.gather_b ? t.panel * call.k : 0);
-  }
-  t.scratch = aligned(t.scratch + 64);
+  t.scratch = aligned(8 * t.rows + (t.gather_a ? t.rows * call.k : 0) + (t.gather_b ? t.panel * call.k : 0) + 64);
   return t;
 }
 }  // namespace

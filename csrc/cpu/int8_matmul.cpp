@@ -11,10 +11,8 @@
 // loaded for each 8 products of four bytes. Bytes of a call: M K + N K + 4 M N,
 // operations 2 M N K. Integers are exact, and each float sum has one order,
 // whatever the task: the same bits at any thread count.
-#include "cpu/int8_matmul.h"
-
 #include "cpu/int8_epilogue.h"
-#include "cpu/int8_simd.h"
+#include "cpu/int8_tasks.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -23,8 +21,6 @@ using int8_matmul_call::Call;
 using int8_matmul_call::Tiles;
 
 namespace {
-
-FASTLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of int8: [count] runs of bytes, `stride` apart.
 struct Rows {
@@ -146,24 +142,6 @@ void product_task(const Call& call, const Tiles& tiles, int64_t row, int64_t col
     if (r < rows) {
       rows_by_panel<1, false>(call, {a.at + r * a.stride, a.stride}, b, info + r, columns, row + r, c, count);
     }
-  }
-}
-
-template <class Task>
-void each_task(const Call& call, const Tiles& tiles, char* scratch, Task task) {
-  const int64_t across = (call.n + tiles.columns - 1) / tiles.columns;
-  const int64_t count = (call.m + tiles.rows - 1) / tiles.rows * across;
-#ifdef _OPENMP
-  if (call.threads > 1) {
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) {
-      task(call, tiles, i / across * tiles.rows, i % across * tiles.columns, scratch + thread_number() * tiles.scratch);
-    }
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < count; ++i) {
-    task(call, tiles, i / across * tiles.rows, i % across * tiles.columns, scratch);
   }
 }
 

@@ -5,6 +5,9 @@
 namespace fastlm {
 namespace int8_matmul_call {
 
+constexpr int64_t kFloatBlock = 1024;    // of K: what a sum of floats adds before it is folded (int8_weight_only.cpp)
+constexpr int64_t kMostFloatPanel = 32;  // columns of a panel of floats, of any instruction set
+
 enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 
 struct Call {

@@ -152,12 +152,15 @@ def test_threads_change_no_bit(shape):
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
 
 
-def test_weight_only_rows_are_the_same_bits_alone_and_together():
-    """The product of a row depends on no other row: few rows take another path than many."""
-    (w, s), x = quantize(torch.randn(67, 1500)), torch.randn(100, 1500)
-    whole = op(x, w.t(), b_scale=s)
-    for rows in (1, 2, 3, 16):
-        torch.testing.assert_close(op(x[:rows], w.t(), b_scale=s), whole[:rows], rtol=0, atol=0)
+@pytest.mark.parametrize("group", [None, 32])
+def test_weight_only_rows_are_the_same_bits_alone_and_together(group):
+    """The product of a row depends on no other row, nor on how the weight lies: few rows take another path than many."""
+    (w, s), x = quantize(torch.randn(67, 1500), group=group), torch.randn(200, 1500)
+    b, scale = w.t(), s.t() if group else s
+    whole = op(x, b, b_scale=scale)
+    for rows in (1, 2, 3, 16, 100):
+        for same in (b, b.contiguous(), w.repeat_interleave(2, 1)[:, ::2].t()):
+            torch.testing.assert_close(op(x[:rows], same, b_scale=scale), whole[:rows], rtol=0, atol=0)
 
 
 def test_the_tests_catch_a_wrong_product():
