@@ -22,6 +22,7 @@ COMMANDS = {
     "data prepare": {"data": GROUPS["data"]},
     "data show": {"data": GROUPS["data"]},
     "data augment": {"how": Augment},
+    "data filter": {},
 }
 
 

@@ -163,6 +163,7 @@ def show(
 OTHERS = {  # each in a module of its own, imported when called
     "augment": ("fastlm.cli.augment", "IN ... --out FILE"),
     "clean": ("fastlm.cli.clean", "IN ... --out FOLDER"),
+    "filter": ("fastlm.cli.filter", "LABELLED --out FOLDER"),
     "card": ("fastlm.cli.card", "[CORPUS ...] [--model RUN]"),
     "tasks": ("fastlm.cli.tasks", "IN ... --out FILE"),
     "labels": ("fastlm.cli.labels", "EXPORT ... --out FILE"),

@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("fastlm.cli.train", "train a language model on text"),
     "generate": ("fastlm.cli.generate", "continue a prompt with a trained model"),
     "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
-    "data": ("fastlm.cli.data", "prepare, show, clean, augment, describe a corpus; tasks and labels for annotators"),
+    "data": ("fastlm.cli.data", "prepare, show, clean, augment, describe, filter a corpus; tasks and labels"),
     "compress": ("fastlm.cli.compress", "a trained model made smaller: int8"),
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
     "plan": ("fastlm.cli.plan", "what training takes of each device under every mesh, and which to take"),

@@ -1,0 +1,342 @@
+"""`fastlm data filter`: folding, attacks, what is learnt, the policy, the folder, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastlm.cli.main import main
+from fastlm.data.errors import InputError
+from fastlm.data.filter import attacks, features, identity, labelled, learn, lists, load, model, policy
+from fastlm.data.filter.fold import fold
+
+BAD = ("grobble", "snarkfit", "plimbus", "vortnag")  # the swear words of these tests
+GOOD = (
+    "garden",
+    "window",
+    "letter",
+    "summer",
+    "bridge",
+    "coffee",
+    "music",
+    "paper",
+    "river",
+    "teacher",
+    "kitchen",
+    "station",
+)
+
+
+def texts(seed: int, count: int) -> list[dict[str, str]]:
+    draw, rows = random.Random(seed), []
+    for number in range(count):
+        words = draw.choices(GOOD, k=8)
+        label = ("harmless", "insult", "threat")[number % 3]
+        if label != "harmless":
+            words[draw.randrange(8)] = draw.choice(BAD[:2] if label == "insult" else BAD[2:])
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts(1, 600)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(rows: Path) -> Path:
+    pytest.importorskip("sklearn")
+    out = rows.parent / "filter"
+    assert main(["data", "filter", str(rows), "--out", str(out)]) == 0
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------- folding and attacks
+
+
+@pytest.mark.parametrize("written", [
+    "grobble", "GROBBLE", "g r o b b l e", "g.r.o.b.b.l.e", "g-r-o-b-b-l-e", "gr0bbl3", "grоbblе", "ｇｒｏｂｂｌｅ", "𝐠𝐫𝐨𝐛𝐛𝐥𝐞",
+    "gr\u200bob\u00adble", "gróbblé", "g̶r̶o̶b̶b̶l̶e̶", "grobbbble", "gro_bble", "gr*obble", "&#103;robble",
+])  # fmt: skip
+def test_folding_undoes_what_hides_a_word(written: str) -> None:
+    assert fold(f"you {written} there") == ["you", "grobble", "there"]
+
+
+@pytest.mark.parametrize(("written", "words"), [
+    ("The 3rd of 10 at 24h, 5k runs", ["the", "3rd", "of", "10", "at", "24h", "5k", "runs"]),
+    ("Hello! Is it good?", ["hello", "is", "it", "good"]), ("a good book", ["a", "good", "book"]),
+    ("see https://a.example/b?c=1 now", ["see", "now"]), ("naïve café", ["naive", "cafe"]), ("", []), ("\u200b", []),
+])  # fmt: skip
+def test_folding_leaves_what_is_plain(written: str, words: list[str]) -> None:
+    assert fold(written) == words
+
+
+def test_folding_survives_any_string() -> None:
+    draw = random.Random()
+    for _ in range(300):
+        text = "".join(chr(draw.choice((draw.randrange(0x300), draw.randrange(0x110000)))) for _ in range(30))
+        assert all(isinstance(word, str) and word for word in fold(text)), ascii(text)
+        features.places(text.encode("utf-8", "replace").decode())
+
+
+@pytest.mark.parametrize("family", attacks.FAMILIES)
+def test_a_family_changes_the_word_and_nothing_else(family: str) -> None:
+    draw, changed = random.Random(), 0
+    for word in BAD:
+        made = attacks.rewrite(f"the {word}, at home.", family, BAD, draw)
+        assert made.startswith("the ")
+        assert made.endswith(", at home.")
+        changed += made != f"the {word}, at home."
+    assert changed >= 3, "one of the words has no sound that is written otherwise"
+    assert attacks.rewrite("", family, BAD, draw) == ""
+    assert attacks.rewrite("1 2 3 !", family, BAD, draw) == "1 2 3 !"
+    for letters in ("a", "ab", "abc", "zzzz", "ñandú", "ßß"):
+        attacks.FAMILIES[family](letters, draw)
+
+
+def test_families_that_folding_undoes_leave_no_trace() -> None:
+    draw = random.Random()
+    for family in ("look-alikes", "zero-width", "accents"):
+        for _ in range(20):
+            assert fold(attacks.FAMILIES[family]("plimbus", draw)) == ["plimbus"], family
+
+
+def test_one_edit_leaves_features_in_common() -> None:
+    """A letter dropped, added, exchanged or swapped with the next: two words share a word with a letter left out."""
+    own = set(features.of_word("plimbus").tolist())
+    far = len(own & set(features.of_word("teacher").tolist()))
+    for edited in ("plmbus", "plimbuss", "plimbxus", "plimbas", "pilmbus", "plimbsu", "plmbs"):
+        assert len(own & set(features.of_word(edited).tolist())) > far + 3, edited
+    assert set(features.places("pli mbus").tolist()) & own
+
+
+# --------------------------------------------------------------------------------------------------------- what is learnt
+
+
+def test_a_filter_finds_what_it_learnt_and_names_the_category(folder: Path) -> None:
+    found = load(folder)
+    assert found.categories == ("insult", "threat", "any")
+    for word, name in ((BAD[0], "insult"), (BAD[3], "threat")):
+        verdict = found.judge(f"the garden {word} window")
+        assert verdict is not None
+        assert (verdict.action, verdict.category) == ("drop", name)
+    assert found.judge("the garden and the window") is None
+    assert found.judge("") is None
+    assert found.judge("I am a gay man and I love my garden") is None
+
+
+def test_the_score_is_the_regression_of_scikit_learn(rows: Path, folder: Path) -> None:
+    """Scores by cached words equal the sparse matrix product that was learnt."""
+    found = load(folder)
+    assert isinstance(found.scorer, model.Linear)
+    some = [row["text"] for row in texts(2, 60)] + ["I am a " + word for word in BAD]
+    logits = learn.matrix(some) @ found.scorer.weights.T + found.scorer.bias
+    mine = np.array([found.scorer.scores(text) for text in some])
+    np.testing.assert_allclose(mine, 1 / (1 + np.exp(-logits)), rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_filter(rows: Path, folder: Path) -> None:
+    made, text, _ = learn.learn(labelled.read((str(rows),)))
+    assert made.hash == load(folder).hash
+    assert text == (folder / policy.NAME).read_text()
+    other, _, _ = learn.learn(labelled.read((str(rows),)), seed=2)
+    assert other.hash != made.hash
+
+
+@pytest.mark.slow
+def test_attacked_copies_raise_recall_on_families_never_seen(rows: Path) -> None:
+    """Learnt with every family but one, the filter finds more of that one than a filter without attacks."""
+    pytest.importorskip("sklearn")
+    found = labelled.read((str(rows),))
+    plain, _, _ = learn.learn(found)
+    made, _, figures = learn.learn(found, attack=True)
+    assert {f.name for f in figures.families} == set(attacks.FAMILIES)
+    assert np.mean([f.known for f in figures.families]) > 0.85
+    assert np.mean([f.unseen for f in figures.families]) > 0.75
+    draw = random.Random()
+    bad = [attacks.rewrite(r.text, f, BAD, draw) for r in found[:90] if r.categories for f in attacks.FAMILIES]
+    caught = [np.mean([f.judge(text) is not None for text in bad]) for f in (plain, made)]
+    assert caught[1] > caught[0]
+    assert figures.alarms_attacked < 0.2
+
+
+def test_threshold_is_the_lowest_of_the_wanted_precision() -> None:
+    draw = np.random.default_rng()
+    for _ in range(20):
+        truth = draw.random(300) < 0.4
+        scores = np.round(draw.random(300) + truth * 0.4, 2)
+        for wanted in (0.6, 0.8, 0.95):
+            found = learn.threshold(scores, truth, wanted)
+            fit = [t for t in np.unique(scores) if (took := scores >= t).sum() and truth[took].mean() >= wanted
+                   and truth[took].sum() >= truth.sum() / 20]  # fmt: skip
+            assert found == (min(fit) if fit else None)
+    assert learn.threshold(np.zeros(10), np.arange(10) < 5, 0.9) is None
+
+
+def test_harmless_sentences_name_every_group() -> None:
+    made = identity.sentences(1)
+    assert len(set(made)) > 2000
+    assert all("{" not in text for text in made)
+    low = "\n".join(made).lower()
+    assert all(term.lower() in low for term in (*identity.ADJECTIVES, *identity.GROUPS))
+
+
+# ------------------------------------------------------------------------------------------------------- policy and folder
+
+
+def test_the_policy_decides(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path, first = tmp_path / policy.NAME, load(folder)
+    path.write_text("# other comments\n" + path.read_text())
+    assert load(tmp_path).hash == first.hash, "comments change nothing"
+    path.write_text('format = 1\n[category.insult]\nthreshold = 0.5\naction = "mask"\n')
+    mask = load(tmp_path)
+    assert mask.hash != first.hash
+    good = "the garden and the window in summer."
+    long = "\n".join([good] * 30 + [f"you {BAD[0]}, you {BAD[0]}"])
+    verdict = mask.judge(long)
+    assert verdict is not None
+    assert verdict.action == "mask"
+    assert [long[a:b] for a, b in verdict.spans] == [f"you {BAD[0]}, you {BAD[0]}"]
+    assert mask.masked(long) == "\n".join([good] * 30 + [model.MASK])
+    assert mask.judge(f"a {BAD[3]}") is None, "threat is not in the policy"
+    path.write_text("format = 1\n[category.insult]\nthreshold = 0.5\nshare = 0.2\n")
+    assert load(tmp_path).judge(long) is None, "a small part of a long text"
+    assert load(tmp_path).judge(long, whole=True) is not None
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("format = 1\n[category.spam]\nthreshold = 0.5", "category 'spam' is unknown to the filter; it knows insult, threat, any"),
+    ("format = 1\n[category.any]\nthreshold = 2", "threshold of the category 'any' must be a number from 0 to 1; it is 2"),
+    ("format = 1\n[category.any]\nthreshold = true", "must be a number from 0 to 1"),
+    ("format = 1\n[category.any]\nthreshold = nan", "must be a number from 0 to 1"),
+    ("format = 1\n[category.any]\naction = 'drop'", "has no threshold"),
+    ("format = 1\n[category.any]\nthreshold = 0.5\naction = 'burn'", "must be one of drop, review, mask; it is 'burn'"),
+    ("format = 1\n[category.any]\nthreshold = 0.5\nlimit = 1", "has 'limit'"),
+    ("format = 2\n[category.any]\nthreshold = 0.5", "format must be 1"), ("format = 1", "names no category"),
+    ("format = 1\nx = 3\n[category.any]\nthreshold = 0.5", "'x' is no part of a policy"), ("format = ", "is not TOML"),
+    ("format = 1\ncategory = 3", "names no category"),
+])  # fmt: skip
+def test_a_policy_that_cannot_be_used_is_named(folder: Path, tmp_path: Path, text: str, said: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / policy.NAME).write_text(text)
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert said in str(error.value)
+
+
+def test_a_folder_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no policy\.toml"):
+        load(tmp_path)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "weights.safetensors").write_bytes(b"PK not safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors cannot be read"):
+        load(tmp_path)
+    about = json.loads((tmp_path / "filter.json").read_text())
+    (tmp_path / "filter.json").write_text(json.dumps(about | {"format": 9}))
+    with pytest.raises(InputError, match="of another version"):
+        load(tmp_path)
+    (tmp_path / "filter.json").write_text("{}")
+    with pytest.raises(InputError, match=r"filter\.json cannot be read"):
+        load(tmp_path)
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".toml", ".safetensors"}, "never a pickle"
+
+
+def test_a_word_list_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("grobble\nplim bus  # two\n\n# none\n")
+    assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "f")]) == 0
+    found = load(tmp_path / "f")
+    for text in ("you Gr0bble", "plim  bus", "g.r.o.b.b.l.e"):
+        verdict = found.judge(text)
+        assert verdict is not None, text
+        assert verdict.category == "listed"
+    assert found.judge("grobbles in the grobbl") is None
+    words.write_text("# nothing\n")
+    assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "g")]) == 2
+    assert "holds no word" in capsys.readouterr().err
+    pytest.importorskip("better_profanity")
+    assert len(lists.read("auto")) > 500
+
+
+def test_passages_hold_all_words_and_are_short() -> None:
+    draw = random.Random()
+    for _ in range(50):
+        text = "".join(draw.choice(["word ", "end. ", "line\n", "x" * 300 + " ", "\n\n", "? "]) for _ in range(60))
+        found = [m[0] for m in model.PASSAGE.finditer(text)]
+        assert "".join(found).split() == "".join(found).split()
+        assert " ".join(found).split() == text.split()
+        assert all(len(p) <= model.LONG + 301 and "\n" not in p.strip() for p in found)
+    assert [m[0] for m in model.PASSAGE.finditer("One. Two three")] == ["One. Two three"]
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_sentence(
+    rows: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> str:
+        assert main(["data", "filter", *words]) == 2
+        text = capsys.readouterr().err
+        assert "\n" not in text.strip()
+        return text
+
+    def written(name: str, lines: list[str]) -> str:
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    out = ("--out", str(tmp_path / "out"))
+    one = written("one.jsonl", ['{"text": "a", "label": "insult"}'] * 50)
+    assert "all 50 texts are labelled 'insult'; a filter needs harmful and harmless ones" in said(one, *out)
+    two = written("two.jsonl", ['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'] * 30)
+    assert "which of the labels x, y means that a text is harmless?" in said(two, *out)
+    assert "--harmless z: no text has this label; there are x, y" in said(two, *out, "--harmless", "z")
+    few = written("few.jsonl", ['{"text": "a", "label": "x"}'] * 30 + ['{"text": "b", "label": 0}'])
+    assert "30 harmful and 1 harmless texts; at least 20 of each" in said(few, *out)
+    broken = written("broken.jsonl", ['{"text": "a", "label": "x"}', '{"text": '])
+    assert "broken.jsonl, line 2 is not JSON" in said(broken, *out)
+    bare = written("bare.csv", ["text,label", "a,x", "b"])
+    assert "bare.csv, line 3 has no label in the field 'label'" in said(bare, *out)
+    assert "has no text in the field 'body'" in said(str(rows), *out, "--field", "body")
+    assert "labelled texts are rows of" in said(written("a.txt", ["x"]), *out)
+    assert "cannot be read" in said(str(tmp_path / "none.jsonl"), *out)
+    assert "--out FOLDER is needed" in said(str(rows))
+    assert "give labelled texts or --words" in said(*out)
+    assert "--attack needs labelled texts" in said("--words", "auto", "--attack", *out)
+    assert "--precision must be" in said(str(rows), *out, "--precision", "1.5")
+    assert "holds a filter, whose policy may have been edited" in said(str(rows), "--out", str(folder))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert "is not empty and holds no filter" in said(str(rows), "--out", str(tmp_path / "full"))
+    assert "is a file" in said(str(rows), "--out", one)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_may_be_csv_json_and_what_labels_writes(tmp_path: Path) -> None:
+    some = texts(3, 90)
+    (tmp_path / "a.csv").write_text(
+        "text,label\n" + "".join(f'"{r["text"]}",{int(r["label"] != "harmless")}\n' for r in some)
+    )
+    found = labelled.read((str(tmp_path / "a.csv"),))
+    assert {c for row in found for c in row.categories} == {"toxic"}
+    (tmp_path / "a.json").write_text(json.dumps([{"text": r["text"], "label": [r["label"], "threat"]} for r in some[1:60]]
+                                                + [{"text": "a", "label": False}] * 30))  # fmt: skip
+    found = labelled.read((str(tmp_path / "a.json"),), harmless=("False", "harmless"))
+    assert sum(not row.categories for row in found) == 30
+    crowd = tmp_path / "crowd.jsonl"
+    crowd.write_text("".join(json.dumps({**r, "label": "insult|threat" if r["label"] != "harmless" else "neither", "group": "g",
+                                         "confidence": 1.0}) + "\n" for r in some))  # fmt: skip
+    found = labelled.read((str(crowd),))
+    assert {row.categories for row in found} == {frozenset(), frozenset({"insult", "threat"})}
+    assert len({row.mark for row in found}) == 1, "copies of a group stay together"
+    assert math.isfinite(found[0].mark)
