@@ -69,6 +69,7 @@ COMMAND_LINES = {
     "data card": ["data", "card", "book.txt", "--out", "carded"],
     "data tasks": ["data", "tasks", "book.txt", "--out", "tasks.json"],
     "data labels": ["data", "labels", "labels.json", "--out", "labelled.jsonl"],
+    "data filter": ["data", "filter", "--words", "book.txt", "--out", "filter"],
     "data augment": ["data", "augment", "book.txt", "--out", "more.jsonl", "--shuffle", "1"],
     "bench": ["bench", "--status"],
     "version": ["--version"],
@@ -145,6 +146,7 @@ NAMED = {
     "data clean": ["data", "clean", "{}.txt", "--out", "{}.cleaned", "--quality", "off", "--repetition", "off"],
     "data tasks": ["data", "tasks", "{}.txt", "--out", "{}.tasks"],
     "data labels": ["data", "labels", "{}.labels", "--out", "{}.jsonl"],
+    "data filter": ["data", "filter", "--words", "{}.txt", "--out", "{}.filter"],
     "data augment": ["data", "augment", "{}.txt", "--out", "{}.more.jsonl", "--shuffle", "1"],
     "missing": ["eval", "{0}/{0}", "{}.none"],
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_attacked_copies_raise_recall_on_families_never_seen(rows: Path) -> None
     assert figures.alarms_attacked < 0.2
 
 
-def test_threshold_is_the_lowest_of_the_wanted_precision() -> None:
+def test_threshold_takes_all_from_the_lowest_score_of_the_wanted_precision() -> None:
     draw = np.random.default_rng()
     for _ in range(20):
         truth = draw.random(300) < 0.4
@@ -175,7 +176,9 @@ def test_threshold_is_the_lowest_of_the_wanted_precision() -> None:
             found = learn.threshold(scores, truth, wanted)
             fit = [t for t in np.unique(scores) if (took := scores >= t).sum() and truth[took].mean() >= wanted
                    and truth[took].sum() >= truth.sum() / 20]  # fmt: skip
-            assert found == (min(fit) if fit else None)
+            assert (found is None) == (not fit)
+            if found is not None:
+                assert scores[scores >= found].min() == min(fit)
     assert learn.threshold(np.zeros(10), np.arange(10) < 5, 0.9) is None
 
 
@@ -314,7 +317,11 @@ def test_bad_input_is_one_sentence(
     assert "give labelled texts or --words" in said(*out)
     assert "--attack needs labelled texts" in said("--words", "auto", "--attack", *out)
     assert "--precision must be" in said(str(rows), *out, "--precision", "1.5")
-    assert "holds a filter, whose policy may have been edited" in said(str(rows), "--out", str(folder))
+    shutil.copytree(folder, tmp_path / "edited")
+    path = tmp_path / "edited" / policy.NAME
+    path.write_text(path.read_text().replace("share = 0.1", "share = 0.5"))
+    assert "holds a filter whose policy was edited" in said(str(rows), "--out", str(path.parent))
+    assert "share = 0.5" in path.read_text()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     assert "is not empty and holds no filter" in said(str(rows), "--out", str(tmp_path / "full"))

@@ -57,10 +57,8 @@ def filter(
         raise InputError(f"--out {out} is a file; it must be a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / policy.NAME).is_file():
         raise InputError(f"--out {out} is not empty and holds no filter: give another folder")
-    if (folder / policy.NAME).is_file():
-        raise InputError(
-            f"--out {out} holds a filter, whose policy may have been edited: give another folder, or delete it"
-        )
+    if (folder / policy.NAME).is_file() and (old := load(folder, "--out")).hash != old.about.get("policy"):
+        raise InputError(f"--out {out} holds a filter whose policy was edited: give another folder, or delete it")
     if bool(words) == bool(labelled):
         raise InputError("give labelled texts or --words FILE (auto: a list of English swear words), one of them")
     if words:

@@ -91,14 +91,17 @@ def judged(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def threshold(scores: np.ndarray, truth: np.ndarray, wanted: float) -> float | None:
-    """The lowest score from which on the wanted share of what scores as high is of the category; None if there is none that
-    finds a twentieth of the category."""
+    """Just below the lowest score from which on the wanted share of what scores as high is of the category; None if there is
+    none that finds a twentieth of the category."""
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], np.cumsum(truth[order])
     good = hits / np.arange(1, len(order) + 1) >= wanted
     good[:-1] &= ranked[:-1] != ranked[1:]  # of equal scores all are found, or none
     places = np.flatnonzero(good & (hits >= max(truth.sum() / 20, 1)))
-    return float(ranked[places[-1]]) if len(places) else None
+    if not len(places):
+        return None
+    last = places[-1]
+    return float(ranked[last : last + 2].mean())  # halfway to the next lower one
 
 
 class _Sets:
@@ -116,6 +119,7 @@ class _Sets:
                 self.rows.append(row)
                 families.append(family)
         extra = identity.sentences(seed)
+        extra = draw.sample(extra, min(len(extra), max(len(texts), 1000)))
         weight = min(1.0, IDENTITY * len(texts) / len(extra))
         note(f"features of {len(texts):,} texts and {len(extra):,} harmless sentences that name a group")
         self.matrix = matrix([*texts, *extra])

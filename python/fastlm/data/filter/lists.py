@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 from fastlm.data.augment.text import needed
@@ -22,12 +21,8 @@ def read(name: str) -> list[str]:
     """
     path = Path(name).expanduser()
     if name == AUTO:
-        needed("better_profanity", "the word list", "safety")
-        (path,) = (
-            Path(str(f.locate()))
-            for f in metadata.files("better-profanity") or ()
-            if f.name == "profanity_wordlist.txt"
-        )
+        package = needed("better_profanity", "the word list", "safety")
+        path = Path(package.__file__).parent / "profanity_wordlist.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

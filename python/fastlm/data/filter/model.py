@@ -153,7 +153,7 @@ class Filter:
             (folder / "words.txt").write_text("\n".join(self.scorer.words) + "\n", encoding="utf-8")
         (folder / policy.NAME).write_text(policy_text, encoding="utf-8")
         said = {"format": FORMAT, "kind": "linear" if isinstance(self.scorer, Linear) else "words",
-                "categories": list(self.categories), **self.about}  # fmt: skip
+                "categories": list(self.categories), **self.about, "policy": self.policy.hash}  # fmt: skip
         (folder / "filter.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
