@@ -42,7 +42,7 @@ SMALLER = ("heads:0.25", "channels:0.3", "layers:1")
 PARTS = ("model", "one-shot", "healed", "gradual", "smaller")
 BARS = {"50%": 0.5, "70%": 0.5, "2:4": 0.35}  # SparseGPT's increase of the loss against magnitude's
 OF = ("fastlm.compress.prune", "fastlm.compress.shrink", "fastlm.compress.calibrate", "fastlm.compress.masks",
-      "fastlm.train.pruning","fastlm.train.compress_pruning",
+      "fastlm.train.pruning", "fastlm.train.compress_pruning",
       "fastlm.train.healing", "fastlm.reference.prune_mask")  # fmt: skip
 Found = dict[str, dict[str, Any]]  # by "method target" (and " healed"): loss, seconds, parameters
 

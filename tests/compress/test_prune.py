@@ -437,6 +437,34 @@ def test_an_error_comes_before_the_first_change(method, bad):
     assert model.training
 
 
+@pytest.mark.parametrize(
+    "method, fault", [("sparsegpt", ValueError), ("sparsegpt", KeyboardInterrupt), ("wanda", ValueError)]
+)
+def test_a_method_that_fails_half_way_leaves_the_model_as_it_was(method, fault, monkeypatch):
+    model = gpt()
+    compress.prune(model, 0.3, include="qkv")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    classes = {name: type(m) for name, m in model.named_modules()}
+    own, calls = getattr(calibrate, method), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise fault("no more")
+        return own(*args)
+
+    monkeypatch.setattr(calibrate, method, failing)
+    with pytest.raises(fault, match="no more"):
+        compress.prune(
+            model, 0.6, method=method, calibration=[torch.randint(model.config.vocab, (2, 16)) for _ in range(2)]
+        )
+    assert len(calls) == 6
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+
+
 def test_sparsegpt_keeps_earlier_zeros():
     layer, x = nn.Linear(32, 8), torch.randn(100, 32)
     compress.prune(layer, 0.7)

@@ -5,6 +5,7 @@ from fastlm.compress.held import Held, held
 from fastlm.compress.masks import Masks, attach, hold, masked, masks, split
 from fastlm.compress.prune import Pruned, prune, unprune
 from fastlm.compress.quantize import Converted, convert, plan, restore
+from fastlm.compress.semi_structured import check_24, pack_24, unpack_24
 from fastlm.compress.shrink import KINDS, Shrunk, shrink
 from fastlm.compress.smooth import Smoothed, smooth
 
@@ -17,16 +18,19 @@ __all__ = [
     "Shrunk",
     "Smoothed",
     "attach",
+    "check_24",
     "convert",
     "held",
     "hold",
     "masked",
     "masks",
+    "pack_24",
     "plan",
     "prune",
     "restore",
     "shrink",
     "smooth",
     "split",
+    "unpack_24",
     "unprune",
 ]

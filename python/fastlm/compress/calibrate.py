@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.compress.masks import MASK
+from fastlm.nn.masked import hold_, release_
 from fastlm.reference.prune_mask import parse, pruned_of
 
 COLUMNS = 128  # of a block of SparseGPT
@@ -141,7 +142,10 @@ def run(
     pattern: str,
     put: Put,
 ) -> dict[str, str]:
-    """Prunes ``layers`` by "wanda" or "sparsegpt"; ``put`` gives a layer its mask. Returns a note for each."""
+    """Prunes ``layers`` by "wanda" or "sparsegpt"; ``put`` gives a layer its mask. Returns a note for each.
+
+    Whatever it raises, the model is what it was: a copy of the weights that changed is kept until the end.
+    """
     if not batches:
         raise ValueError("prune: calibration is empty; it must be one batch at least")
     for path, module in layers.items():
@@ -150,6 +154,7 @@ def run(
     training = {m: m.training for m in model.modules()}
     model.eval()
     notes: dict[str, str] = {}
+    before: dict[str, tuple[Tensor, Tensor | None]] = {}  # what changed layers were
     try:
         order = _order(model, layers, batches)
         blocks: dict[str, dict[str, nn.Linear]] = {}
@@ -160,6 +165,7 @@ def run(
                 if not inputs.sums.isfinite().all():
                     raise ValueError(f"prune: the inputs of {path} are not finite on the calibration")
                 module = block[path]
+                before[path] = module.weight.clone(), module._buffers.get(MASK)
                 if method == "wanda":
                     put(module, wanda(module.weight, inputs.sums.sqrt().float(), sparsity, pattern))
                     notes[path] = f"{inputs.tokens:,} tokens"
@@ -169,6 +175,13 @@ def run(
                 module.weight.copy_(weight)
                 put(module, mask)
                 notes[path] = f"{inputs.tokens:,} tokens, damping {damping:g}"
+    except BaseException:  # an interrupt too: a model that is pruned in part is none that anybody wants
+        for path, (weight, old) in before.items():
+            release_(layers[path])
+            if old is not None:
+                hold_(layers[path], old)
+            layers[path].weight.copy_(weight)
+        raise
     finally:
         for one, was in training.items():
             one.training = was
