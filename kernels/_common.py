@@ -36,11 +36,31 @@ def to_dtype(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def widened(value):
+    """A loaded tensor as float32; the interpreter's own cast takes bfloat16's denormals for other numbers."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
 def rounded(value, dtype: tl.constexpr):
     """A float32 tensor rounded to the values that ``dtype`` has, as float32."""
     if dtype == tl.float32:
         return value
     return to_dtype(value, dtype).to(tl.float32)
+
+
+@triton.jit
+def line_offset(row_R, n1, n2, s0, s1, s2, AXES: tl.constexpr, VEC: tl.constexpr):
+    """Offset of the first element of each row, int64: row = (i0 * n1 + i1) * n2 + i2; AXES 1: it is i2. Strides in VEC."""
+    if AXES == 1:
+        return row_R.to(tl.int64) * s2 * VEC
+    i2_R = row_R % n2
+    rest_R = row_R // n2
+    base_R = i2_R.to(tl.int64) * s2 * VEC
+    base_R += (rest_R % n1).to(tl.int64) * s1 * VEC
+    return base_R + (rest_R // n1).to(tl.int64) * s0 * VEC
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], list[list[int]]]:
@@ -80,7 +100,7 @@ class OfflineCase:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     divisible: tuple[str, ...]
-    options: dict[str, int]  # num_warps, num_stages
+    options: dict[str, int]  # num_warps, num_stages, and enable_fp_fusion where it is off
     programs: int
     bytes_moved: int
     flops: int
@@ -126,7 +146,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _recording.cases is None:
         kernel[grid](*args, **constants)
         return
-    options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    options: dict[str, int] = {n: constants.pop(n) for n in _OPTIONS if n in constants}
     signature, constexprs, divisible = {}, dict(constants), []
     values = dict(zip(kernel.arg_names, args)) | constants
     for parameter in kernel.params:  # as Triton's own launcher specialises them
@@ -166,6 +186,7 @@ def _cuda_arch(device: torch.device) -> int:
     return major * 10 + minor
 
 
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _POINTER = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.bool: "i1",
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",

@@ -18,6 +18,7 @@ import triton.language as tl
 # XORed into the seed, low and high word, so that two ops given the same seed draw unrelated masks.
 KEY_DROPOUT_ADD_NORM = 0x9E3779B97F4A7C15
 KEY_ATTENTION = 0xD1B54A32D192ED03
+KEY_QUANTIZE_INT8 = 0x8CB92BA72F3D8DD7
 
 
 @triton.jit

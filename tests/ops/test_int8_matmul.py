@@ -13,6 +13,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(bool(_native.missing()), reason="no compiled core")),
+    pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.slow]),  # quickly in tests/kernels
 ]
 op, quantize = fastlm.ops.int8_matmul, fastlm.ops.quantize_int8
 
@@ -137,6 +138,7 @@ def test_activations_as_exact_as_torch(backend, activation):
     assert_as_exact_as_torch(draw)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
 @pytest.mark.parametrize("rows", [1, 3, 16, 37])
@@ -199,6 +201,7 @@ def test_activation_with_gradient_and_autocast(backend):
         torch.autograd.grad(torch.autograd.grad(op(a, w.t()).square().sum(), a, create_graph=True)[0].sum(), a)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 def test_opcheck_and_compile(backend):
     torch._dynamo.reset()
     (a, sa), (w, s) = quantize(torch.randn(5, 70)), quantize(torch.randn(9, 70))

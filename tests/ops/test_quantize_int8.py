@@ -13,6 +13,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(bool(_native.missing()), reason="no compiled core")),
+    pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.slow]),  # quickly in tests/kernels
 ]
 op = fastlm.ops.quantize_int8
 
@@ -162,8 +163,9 @@ def test_stochastic_rounding_has_the_mean_of_x_and_depends_on_seed_and_place(bac
     assert torch.equal(q, op(x.t(), dim=0, stochastic=True, seed=5)[0].t())
     ratio = x / scale.unsqueeze(1)
     assert ((q - ratio).abs() < 1).all()
-    many = torch.stack([op(x[:4], stochastic=True, seed=s)[0].float() for s in range(400)])
-    assert (many.mean(0) - ratio[:4]).abs().max() < 6 * 0.5 / 20
+    seeds = 36 if backend == "triton" else 400
+    many = torch.stack([op(x[:4], stochastic=True, seed=s)[0].float() for s in range(seeds)])
+    assert (many.mean(0) - ratio[:4]).abs().max() < 6 * 0.5 / seeds**0.5
     assert abs(float((q - ratio).mean())) < 6 * 0.41 / ratio.numel() ** 0.5
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -172,6 +174,7 @@ def test_stochastic_rounding_has_the_mean_of_x_and_depends_on_seed_and_place(bac
         assert torch.equal(a, op(x, stochastic=True)[0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 def test_opcheck_and_compile(backend):
     torch._dynamo.reset()
     x = torch.randn(5, 70).t()
