@@ -16,6 +16,9 @@ FASTLM_DECLARE(void, int8_weight_only, (const Call&, const Tiles&, char*))
 namespace {
 constexpr int64_t kParallelProducts = 1 << 20;  // below, a second thread costs more than it saves
 constexpr int64_t kFirstCache = 24 * 1024;      // bytes of a panel of weights
+constexpr int64_t kPairsFrom = 96;              // rows from which operands of int16 pay on AVX2
+constexpr int64_t kPairRows = 252;              // most rows of a task of them
+constexpr int64_t kPairBlock = 512;             // of K
 constexpr int64_t kFloatRows = 192;             // most rows of a weight-only task
 
 void run(const Call& call, const Tiles& tiles, char* scratch) {
@@ -37,6 +40,7 @@ int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 // Weight-only: as many rows as make what the floats of a panel cost small beside the products with it.
 Tiles cut_floats(const Call& call) {
   Tiles t;
+  t.block = 0;
   t.gather_a = call.a_stride[1] != 1 && call.k > 1;
   t.gather_b = call.b_stride[0] != 1 && call.k > 1;
   t.panel = int8_matmul_call::kMostFloatPanel;
@@ -53,10 +57,28 @@ Tiles cut_floats(const Call& call) {
   return t;
 }
 
+// AVX2 has no product of bytes: many rows pay for int16. A panel of a block and six rows stay in the first cache.
+Tiles cut_pairs(const Call& call) {
+  Tiles t;
+  t.gather_a = t.gather_b = false;  // widened from wherever they lie
+  t.panel = 16;
+  const int64_t blocks = (call.k + kPairBlock - 1) / kPairBlock;
+  t.block = ((call.k + blocks - 1) / blocks + 15) / 16 * 16;
+  const int64_t cuts = (call.m + kPairRows - 1) / kPairRows;
+  t.rows = std::min(call.m, ((call.m + cuts - 1) / cuts + 5) / 6 * 6);
+  const int64_t down = (call.m + t.rows - 1) / t.rows, wanted = std::max<int64_t>(1, 4 * call.threads / down);
+  const int64_t share = std::clamp<int64_t>((call.n + wanted - 1) / wanted, 128, 512);
+  t.columns = std::min((share + 15) / 16, (call.n + 15) / 16) * 16;
+  t.scratch = aligned(4 * t.rows * t.columns + 2 * t.block * 16 + 2 * t.rows * (t.block + 16) + 64);
+  return t;
+}
+
 // Tasks of as many rows as pay for a panel, and of as many columns as leave each thread a few tasks.
 Tiles cut(const Call& call) {
   if (call.a_dtype != kInt8) return cut_floats(call);
+  if (isa() == Isa::avx2 && call.m >= kPairsFrom && call.k > 0) return cut_pairs(call);
   Tiles t;
+  t.block = 0;
   t.gather_a = call.a_stride[1] != 1 && call.k > 1;
   t.gather_b = call.b_stride[0] != 1 && call.k > 1;
   t.panel = std::clamp<int64_t>(kFirstCache / std::max<int64_t>(call.k, 1) / 16 * 16, 16, 64);

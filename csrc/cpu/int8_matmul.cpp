@@ -1,17 +1,15 @@
 // int8_matmul on the CPU, compiled once for each instruction set.
 //
-//   y = activation((float(a @ b) * a_scale) * b_scale + bias)            a, b
-//   int8: int8_product y = activation(a @ (b * b_scale) + bias) a floating:
-//   int8_weight_only
+//   y = activation((float(a @ b) * a_scale) * b_scale + bias)   a, b int8: int8_product
+//   y = activation(a @ (b * b_scale) + bias)                    a floating: int8_weight_only
 //
-// A weight [N, K] lies in memory as it is saved; every sum is a dot product of
-// a row of a and a row of the weight, so nothing is packed. A task is a block
-// of rows and columns. Within it a panel of columns stays in the first cache
-// while all rows pass by, two rows and four columns at a time: 4 (2 + 4) bytes
-// loaded for each 8 products of four bytes. Bytes of a call: M K + N K + 4 M N,
-// operations 2 M N K. Integers are exact, and each float sum has one order,
-// whatever the task: the same bits at any thread count.
+// A weight [N, K] lies in memory as it is saved; every sum is a dot product of a row of a and a row of the weight, so
+// nothing is packed. A task is a block of rows and columns. Within it a panel of columns stays in the first cache while
+// all rows pass by, two rows and four columns at a time: 4 (2 + 4) bytes loaded for each 8 products of four bytes. Many
+// rows on AVX2 go by int8_pairs.h. Bytes of a call: M K + N K + 4 M N, operations 2 M N K. Integers are exact, and each
+// float sum has one order, whatever the task: the same bits at any thread count.
 #include "cpu/int8_epilogue.h"
+#include "cpu/int8_pairs.h"
 #include "cpu/int8_tasks.h"
 
 namespace fastlm {
@@ -148,6 +146,9 @@ void product_task(const Call& call, const Tiles& tiles, int64_t row, int64_t col
 }  // namespace
 
 void int8_product(const Call& call, const Tiles& tiles, char* scratch) {
+#if FASTLM_ISA_avx2
+  if (tiles.block) return each_task(call, tiles, scratch, pairs::task);
+#endif
   each_task(call, tiles, scratch, product_task);
 }
 

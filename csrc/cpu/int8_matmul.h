@@ -32,6 +32,7 @@ struct Call {
 // the shape and of the layouts alone.
 struct Tiles {
   int64_t rows, columns;    // of a task
+  int64_t block;            // of K, of operands widened to int16 (int8_pairs.h); 0: bytes as they lie
   int64_t panel;            // columns whose weights stay in the cache while the rows of a task pass by
   bool gather_a, gather_b;  // rows of a, columns of b are no runs of bytes: each task gathers what it reads
   int64_t scratch;          // bytes a thread

@@ -9,6 +9,7 @@
 // the tree of sum(); the blocks in order. The panel holds lane after lane, [16][block / 16][columns], and the tree is
 // walked lane by lane. A scale of a column multiplies the sum, that of a group the weight.
 #include "cpu/int8_epilogue.h"
+#include "cpu/int8_squares.h"
 #include "cpu/int8_tasks.h"
 
 namespace fastlm {
@@ -57,23 +58,41 @@ FASTLM_INLINE Vec weights(const Call& call, const int8_t* b, const float* scales
   return scales ? w * set1(scales[k / call.group * call.b_group_stride]) : w;
 }
 
-// kCount rows by kColumns columns of weights as they lie: sums over [from, to)
-// of K. More than one chain of sums where there is but one row: the latency of
-// a sum must not hold the memory up.
-template <int kCount, int kColumns>
+// kCount rows by kColumns columns of weights as they lie: sums over [from, to) of K. More than one chain of sums where
+// there is but one row: the latency of a sum must not hold the memory up. A turn takes one cache line of each column
+// and asks for that of the next columns: a weight's row may end with its page, and processors do not look past it.
+template <int kCount, int kColumns, bool kGroups>
 FASTLM_INLINE void direct(const Call& call, const float* a, int64_t stride, const int8_t* b, const float* scales,
                           int64_t from, int64_t to, float* sums, int64_t step) {
+  constexpr int kLine = 64;
+  const int64_t apart = call.b_stride[1], ahead = kColumns * apart;
   Vec s[kCount][kColumns];
 #pragma GCC unroll 4
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) s[r][c] = zero();
   }
-  for (int64_t k = from; k < to; k += kLanes) {
+  int64_t k = from;
+  for (; k + kLine <= to; k += kLine) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) prefetch(b + c * apart + ahead + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLine; i += kLanes) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) {
+        Vec w = int8_to_float(b + c * apart + k + i);
+        if (kGroups) {
+          w = w * set1(scales[c * call.b_scale_stride + (k + i) / call.group * call.b_group_stride]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kCount; ++r) s[r][c] = fma(load(a + r * stride + k + i), w, s[r][c]);
+      }
+    }
+  }
+  for (; k < to; k += kLanes) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      prefetch(b + (c + kColumns) * call.b_stride[1] + k);  // the next columns: a weight's row may end with its page
-      const Vec w = weights(call, b + c * call.b_stride[1], scales ? scales + c * call.b_scale_stride : nullptr, k);
+      const Vec w = weights(call, b + c * apart, kGroups ? scales + c * call.b_scale_stride : nullptr, k);
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; ++r) s[r][c] = fma(load(a + r * stride + k), w, s[r][c]);
     }
@@ -88,10 +107,15 @@ FASTLM_INLINE void direct(const Call& call, const float* a, int64_t stride, cons
 template <int kCount, int kColumns>
 FASTLM_INLINE void all_blocks(const Call& call, const float* a, int64_t stride, int64_t column, float* sums,
                               int64_t step) {
-  const float* scales = call.group ? call.b_scale + column * call.b_scale_stride : nullptr;
   const int8_t* b = call.b + column * call.b_stride[1];
   for (int64_t from = 0; from < call.k; from += kFloatBlock) {
-    direct<kCount, kColumns>(call, a, stride, b, scales, from, lesser(call.k, from + kFloatBlock), sums, step);
+    const int64_t to = lesser(call.k, from + kFloatBlock);
+    if (call.group) {
+      const float* scales = call.b_scale + column * call.b_scale_stride;
+      direct<kCount, kColumns, true>(call, a, stride, b, scales, from, to, sums, step);
+    } else {
+      direct<kCount, kColumns, false>(call, a, stride, b, nullptr, from, to, sums, step);
+    }
   }
 }
 template <int kCount, int kColumns>
@@ -122,53 +146,6 @@ void two_rows(const Call& call, int64_t row, int64_t rows, int64_t column, int64
 }
 
 // --- many rows ---
-
-#if FASTLM_ISA_avx2 || FASTLM_ISA_avx512
-// Sixteen lines of sixteen bytes, `stride` apart, with rows and columns exchanged.
-FASTLM_INLINE void exchange(const int8_t* from, int64_t stride, int8_t (*to)[kLanes]) {
-  __m128i x[16], y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));
-  // Four times: line i and line i + 8 interleaved, which turns the index (line, byte) by one bit.
-#pragma GCC unroll 4
-  for (int turn = 0; turn < 4; ++turn) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]);
-      y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) x[i] = y[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to[i]), x[i]);
-}
-#else
-FASTLM_INLINE void exchange(const int8_t* from, int64_t stride, int8_t (*to)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) to[j][i] = from[i * stride + j];
-  }
-}
-#endif
-
-// Sixteen weights along K, from k on, of sixteen columns: [k][column], 0 beyond the last of either.
-FASTLM_INLINE void square(const Call& call, int64_t k, int64_t column, int columns, int8_t (*to)[kLanes]) {
-  const int8_t* b = call.b + k * call.b_stride[0] + column * call.b_stride[1];
-  const int64_t depth = lesser(kLanes, call.k - k);
-  if (depth == kLanes && columns == kLanes && call.b_stride[0] == 1) {
-    exchange(b, call.b_stride[1], to);
-    return;
-  }
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if (i < depth && columns == kLanes && call.b_stride[1] == 1) {
-      memcpy(to[i], b + i * call.b_stride[0], kLanes);
-      continue;
-    }
-    for (int64_t j = 0; j < kLanes; ++j) {
-      to[i][j] = i < depth && j < columns ? b[i * call.b_stride[0] + j * call.b_stride[1]] : int8_t{0};
-    }
-  }
-}
 
 // The weights of kPanel columns as floats, times the scales of their groups: [16][steps][kPanel].
 FASTLM_NOINLINE void fill_panel(const Call& call, int64_t from, int64_t steps, int64_t column, int count, float* w) {

@@ -103,7 +103,7 @@ def digest() -> str:
             total.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
 
     generator = torch.Generator().manual_seed(3)
-    for m, n, k in ((1, 5, 33), (17, 70, 257), (2, 64, 100), (130, 33, 64), (4, 9, 4097)):
+    for m, n, k in ((1, 5, 33), (17, 70, 257), (2, 64, 100), (130, 33, 600), (4, 9, 4097)):
         x = torch.randn(m, k, generator=generator) * 10 ** torch.randn(m, 1, generator=generator)
         weight, bias = torch.randn(n, k, generator=generator), torch.randn(n, generator=generator)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -133,6 +133,16 @@ def test_same_bits_on_every_instruction_set_and_in_the_reference():
         assert used == isa
         found[used] = value
     assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("m", [95, 96, 97, 253, 300])
+def test_exact_for_many_rows(m):
+    """From 96 rows on AVX2 widens both operands: every tail of rows, columns and blocks along K, -128 on both sides."""
+    for n, k in ((1, 1), (15, 17), (16, 512), (33, 513), (130, 1040), (5, 0)):
+        a, b = integers(m, k), integers(n, k)
+        a[-1], b[-1] = -128, -128
+        for left, right in itertools.product((a, a.t().contiguous().t()), (b.t(), b.t().contiguous())):
+            assert torch.equal(op(left, right).long(), exact(a, b.t())), (n, k)
 
 
 @pytest.mark.parametrize("shape", [(1, 700, 4096), (130, 300, 513), (16, 257, 1024)])
