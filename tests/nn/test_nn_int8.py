@@ -257,6 +257,15 @@ def test_second_derivatives_raise() -> None:
             dx.sum().backward()
 
 
+def test_a_layer_whose_sums_could_pass_int32_is_refused_at_once() -> None:
+    for sizes, name in (((131_072, 4), "in_features"), ((4, 131_072), "out_features")):
+        with pytest.raises(ValueError, match=f"{name} is 131072 in mode 'dynamic'; it must be at most 131071"):
+            Int8Linear(*sizes, device="meta")
+        with pytest.raises(ValueError, match=f"{name} is 131072"):
+            Int8Linear.from_linear(torch.nn.Linear(*sizes, device="meta"))
+        assert Int8Linear(*sizes, device="meta", mode="weight_only").weight.dtype == torch.int8
+
+
 def test_to_linear_and_bad_arguments() -> None:
     made = layer(bias=False)
     plain = made.to_linear()

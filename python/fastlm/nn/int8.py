@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.ops._library import autocast_dtype
+from fastlm.ops.int8_matmul import K_MOST
 
 MODES = ("dynamic", "weight_only")
 GROUPS = (32, 64, 128)
@@ -84,7 +85,7 @@ class Int8Linear(nn.Module):
     or of autocast's where that is on. ``from_linear`` makes one of a trained layer.
 
     Raises:
-        ValueError: an unknown mode or group.
+        ValueError: an unknown mode or group; "dynamic" with more than 131,071 inputs or outputs.
     """
 
     weight: Tensor
@@ -110,6 +111,7 @@ class Int8Linear(nn.Module):
     ) -> None:
         super().__init__()
         check_mode(mode, group)
+        _check_width(in_features, out_features, mode)  # before memory is asked for
         # values as nn.Linear draws them, so that a new module is of use before anything is loaded
         _hold(self, nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), mode, group)
 
@@ -192,6 +194,15 @@ def check_mode(mode: str, group: int | None) -> None:
         raise ValueError(f"Int8Linear: group is {group} in mode 'dynamic'; it must be None there (use 'weight_only')")
 
 
+def _check_width(in_features: int, out_features: int, mode: str) -> None:
+    """Raises ValueError for a "dynamic" layer whose sums, over inputs or in the backward over outputs, could pass int32."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if mode == "dynamic" and size > K_MOST:
+            raise ValueError(
+                f"Int8Linear: {name} is {size} in mode 'dynamic'; it must be at most {K_MOST} there (use 'weight_only')"
+            )
+
+
 def _hold(
     module: Any,
     linear: Any,
@@ -203,6 +214,7 @@ def _hold(
     """Gives ``module`` the attributes of an Int8Linear with the values of ``linear`` (which may be ``module`` itself)."""
     weight = linear.weight.detach()
     weight = weight.t() if transposed else weight
+    _check_width(weight.shape[1], weight.shape[0], mode)
     q, scale = quantize_weight(weight, group) if values is None else values
     bias = linear.bias
     for name in ("weight", "bias"):
