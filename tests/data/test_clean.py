@@ -265,7 +265,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no policy\.toml"):
         clean(path, tmp_path / "out3", filter=str(tmp_path))
     (tmp_path / "policy.toml").write_text("")
-    with pytest.raises(InputError, match="no scorer for it yet"):
+    with pytest.raises(InputError, match=r"filter\.json cannot be read"):
         clean(path, tmp_path / "out3", filter=str(tmp_path))
     for wrong in ({"dedup": 2.0}, {"pii_kinds": ("name",)}, {"lang": ("English",)}, {"executor": "slurm"}):
         with pytest.raises(InputError, match="--"):

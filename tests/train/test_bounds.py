@@ -38,6 +38,7 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are no datac
     "generate": {
         "tokens": Range(0, COUNT), "num": Range(1, COUNT), "temperature": Range(0), "top_k": Range(0, COUNT),
         "top_p": Range(above=0, high=1), "min_p": Range(0, 1), "seed": Range(*SEED),
+        "redraw": Range(0, COUNT),
     },
     "data prepare": {"context": Range(1, COUNT)},
     "data show": {"context": Range(1, COUNT), "seed": Range(*SEED)},

@@ -12,6 +12,7 @@ import tyro
 from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.data import corpus as corpora
+from fastlm.data import filter as filters
 from fastlm.data.card import bias, markdown, page, scan
 from fastlm.data.card.card import Card
 from fastlm.data.clean import CleanOptions
@@ -48,12 +49,9 @@ def card(
         seed: Seed of the bootstrap.
     """
     needed("card")
-    options = CleanOptions(dedup=dedup, field=field, separator=separator, workers=workers)
+    options = CleanOptions(dedup=dedup, field=field, separator=separator, workers=workers, filter=filter)
     options.check()
-    if filter:
-        from fastlm.data.clean.scorer import load
-
-        load(Path(filter))
+    policy = filters.load(filter).hash if filter else ""
     run = job.find_run(model) if model else None
     if run is not None and not corpus and (run / "config.json").is_file():
         _, corpus = job.read_config(run)
@@ -73,7 +71,7 @@ def card(
             raise
         raise InputError(f"{error.strerror}; {_kept(work)}: make room and the same command goes on") from error
     title = name or ", ".join(Path(n).name for n in corpus) or "The source of Python's standard library"
-    made = Card(title, corpus, datetime.date.today().isoformat(), facts, copies)
+    made = Card(title, corpus, datetime.date.today().isoformat(), facts, copies, policy=policy)
     if run is not None:
         from fastlm.cli.augment import scorer
 

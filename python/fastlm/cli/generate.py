@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import tyro
 
 from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, special_tokens_of
+from fastlm.data.filter import Verdict, load
 from fastlm.train import job
 from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.generation import TextStream
@@ -33,6 +36,8 @@ def generate(
     special_tokens: SpecialTokens = "run",
     device: str = "auto",
     out: str = "runs",
+    filter: str = "",
+    redraw: int = 3,
 ) -> int:
     """Continue a prompt with a trained model.
 
@@ -50,6 +55,8 @@ def generate(
             generated are shown. run: as the run was trained.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
+        filter: Folder of a filter. A text is shown when it is whole and the filter's policy finds nothing in it.
+        redraw: How often a text that the filter finds something in is drawn again before it is withheld.
     """
     for name, value, allowed in (
         ("tokens", tokens, Range(0, COUNT)),
@@ -59,31 +66,60 @@ def generate(
         ("top_p", top_p, Range(above=0, high=1)),
         ("min_p", min_p, Range(0, 1)),
         ("seed", seed, Range(*SEED)),
+        ("redraw", redraw, Range(0, COUNT)),
     ):
         check(name, value, allowed)
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise job.InputError(f"--prompt must be UTF-8; it is {os.fsencode(prompt)!r}") from None
+    found = load(filter) if filter else None
     model, tokenizer = job.load(job.find_run(run, out), device, special_tokens_of(special_tokens))
     ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
     start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
+    judge = functools.partial(found.judge, whole=True) if found else None
     choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
+    show = sys.stdout.write
     for number in range(num):
         if num > 1:
             print(f"--- {number + 1} of {num}")
-        text = TextStream(tokenizer, ids if prompt else ())
 
-        def stream(logits: torch.Tensor, text: TextStream = text) -> torch.Tensor:
-            token = choose(logits)
-            sys.stdout.write(text.push(int(token)))
-            sys.stdout.flush()
-            return token
+        def draw(show: Callable[[str], object]) -> None:
+            text = TextStream(tokenizer, ids if prompt else ())
 
-        sys.stdout.write(prompt)
-        model.generate(start, tokens, stream)
-        sys.stdout.write(text.end() + "\n")
+            def stream(logits: torch.Tensor) -> torch.Tensor:
+                token = choose(logits)
+                show(text.push(int(token)))
+                sys.stdout.flush()
+                return token
+
+            show(prompt)
+            model.generate(start, tokens, stream)
+            show(text.end())
+
+        if judge is None:
+            draw(show)
+        else:
+            show(_passed(draw, judge, redraw))
+        show("\n")
     return 0
+
+
+def _passed(
+    draw: Callable[[Callable[[str], object]], None], judge: Callable[[str], Verdict | None], redraw: int
+) -> str:
+    """The first of so many more draws that a filter finds nothing in; else what it found, in the text's place.
+
+    A text is judged when it is whole: what is shown is never taken back.
+    """
+    for _ in range(redraw + 1):
+        parts: list[str] = []
+        draw(parts.append)
+        verdict = judge("".join(parts))
+        if verdict is None:
+            return "".join(parts)
+    assert verdict is not None
+    return f"[withheld: {verdict.category}; drawn {redraw + 1} times]"
 
 
 def main(argv: list[str]) -> int:

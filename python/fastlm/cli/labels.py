@@ -14,7 +14,12 @@ from fastlm.train.files import write_text
 
 
 def tasks(
-    corpus: tyro.conf.Positional[tuple[str, ...]], out: str, n: int = 500, seed: int = 1, field: str = "text"
+    corpus: tyro.conf.Positional[tuple[str, ...]],
+    out: str,
+    n: int = 500,
+    seed: int = 1,
+    field: str = "text",
+    filter: str = "",
 ) -> int:
     """Write documents as tasks that Label Studio imports.
 
@@ -24,10 +29,11 @@ def tasks(
         n: Documents to draw.
         seed: Same seed, same documents.
         field: The field of rows that holds the text.
+        filter: Folder of a filter: not drawn, but those that it is least sure of, these first.
     """
     check("n", n, Range(1, COUNT))
     check("seed", seed, Range(*SEED))
-    found = annotate.tasks(corpus, n, seed, field)
+    found = annotate.tasks(corpus, n, seed, field, filter)
     write_text(Path(out), dumps(found, indent=1) + "\n")
     print(f"{len(found):,} tasks; {out}")
     return 0

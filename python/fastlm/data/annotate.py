@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data import corpus, groups
+from fastlm.data import filter as filters
 from fastlm.data.augment.text import needed
 from fastlm.data.errors import InputError
 
 
-def tasks(names: tuple[str, ...], count: int, seed: int, field: str = "text") -> list[dict[str, Any]]:
-    """`count` documents, drawn by the seed, in Label Studio's import format. Raises InputError if there is none."""
+def tasks(names: tuple[str, ...], count: int, seed: int, field: str = "text", filter: str = "") -> list[dict[str, Any]]:
+    """`count` documents, drawn by the seed, in Label Studio's import format; with the folder of a filter those whose scores
+    are nearest to a threshold of its policy, the nearest first. Raises InputError if there is none."""
+    worst = filters.load(filter).worst if filter else None
     found = []
     for path in corpus.expand(names):
         for piece in corpus.documents(path, field):
@@ -25,6 +28,10 @@ def tasks(names: tuple[str, ...], count: int, seed: int, field: str = "text") ->
             found.append({"data": {"text": text, "group": group, "source": path.name}})
     if not found:
         raise InputError(f"{' '.join(names)} holds no text to label")
+    if worst is not None:
+        unsure = [abs(worst(one["data"]["text"])) for one in found]
+        nearest = sorted(range(len(found)), key=unsure.__getitem__)[:count]
+        return [{"id": i + 1, **found[at]} for i, at in enumerate(nearest)]
     chosen = sorted(random.Random(seed).sample(range(len(found)), min(count, len(found))))
     return [{"id": i + 1, **found[at]} for i, at in enumerate(chosen)]
 

@@ -23,7 +23,8 @@ LISTED = 0.01  # share of the documents from which a language stands in the card
 
 @dataclass
 class Card:
-    """All that a page shows. `model` names the run that `bias` was measured with; `date` is a day, YYYY-MM-DD."""
+    """All that a page shows. `model` names the run that `bias` was measured with; `policy` is the
+    filter's hash; `date` is a day, YYYY-MM-DD."""
 
     title: str
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class Card:
     facts: Facts
     copies: Copies
     model: str = ""
+    policy: str = ""
     bias: list[bias.Bias] = field(default_factory=list)
 
     def about(self) -> str:
@@ -53,7 +55,14 @@ class Card:
         yield from PERSONAL
 
     def toxicity(self) -> str:
-        return "Not measured: no filter was given."
+        if not self.policy:
+            return "Not measured: no filter was given."
+        total, found = self.facts.sums["documents"], self.facts.harmful
+        kinds = ", ".join(f"{name} {n:,}" for name, n in found.most_common()) or "none"
+        return (
+            f"{found.total():,} of {total:,} documents ({found.total() / total:.1%}) are what the filter's policy "
+            f"{self.policy} takes: {kinds}. A filter errs; its figures are in its filter.json."
+        )
 
     def caution(self) -> str:
         english = self.facts.languages["en"] / self.facts.sums["documents"]

@@ -59,6 +59,7 @@ class Facts:
     vocabulary: Counter[str] = field(default_factory=Counter)
     near: dict[str, Counter[str]] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
+    harmful: Counter[str] = field(default_factory=Counter)
 
     def add(self, text: str, source: str, whole: bool) -> None:
         """Counts one document, or one piece of a document above 8 MiB."""
@@ -117,6 +118,7 @@ class Facts:
             "languages",
             "language_bytes",
             "personal",
+            "harmful",
             "mentions",
             "mentioning",
             "vocabulary",

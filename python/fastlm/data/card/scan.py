@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.data import corpus as corpora
+from fastlm.data import filter as filters
 from fastlm.data import workers
 from fastlm.data.card.facts import Facts
 from fastlm.data.clean.options import CleanOptions, bands
@@ -52,7 +53,8 @@ def scan(names: tuple[str, ...], work: Path, options: CleanOptions, count: int =
     if not found:
         raise InputError(f"the corpus is empty: {len(files)} file(s) without text")
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    _begin(work, hashlib.sha256(repr((1, stats, sorted(options.plan().items()))).encode()).hexdigest())
+    said = options.plan() | ({"filter": filters.load(options.filter).hash} if options.filter else {})
+    _begin(work, hashlib.sha256(repr((1, stats, sorted(said.items()))).encode()).hexdigest())
     total = sum(unit[2] - unit[1] for task in found for unit in task)
     items = (((rank, task), sum(unit[2] - unit[1] for unit in task)) for rank, task in enumerate(found))
     facts, done = Facts(), 0
@@ -107,11 +109,14 @@ def _documents(units: list[Any], options: CleanOptions, facts: Facts, root: str,
 
     from fastlm.data.clean.read import pieces
 
+    judge = filters.load(options.filter).judge if options.filter else lambda text: None
     for unit in units:
         name, label = Path(unit[0]).name, _label(Path(unit[0]), root, by_folder)
         for place, piece in enumerate(pieces(unit, options.field, options.separator)):
             text = piece.text.decode("utf-8", "replace")
             facts.add(text, piece.source or label, piece.first and piece.last)
+            if verdict := judge(text):
+                facts.harmful[verdict.category] += 1
             where = {"source": f"{name}:{unit[1]}+{place}", "group": piece.group}
             yield Document(text, f"{unit[0]}-{place}", metadata=where)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data import corpus as corpora
+from fastlm.data import filter as filters
 from fastlm.data.clean.options import CleanOptions, bands
 from fastlm.data.cutting import WHOLE, Part, parts
 from fastlm.data.errors import FULL, InputError
@@ -86,7 +87,8 @@ class Plan:
         if inside:
             raise InputError(f"--out {self.out} holds {inside[0]}, which is to be cleaned: give another folder")
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        own = hashlib.sha256(repr((FORMAT, stats, sorted(options.plan().items()))).encode()).hexdigest()[:16]
+        said = options.plan() | ({"filter": filters.load(options.filter).hash} if options.filter else {})
+        own = hashlib.sha256(repr((FORMAT, stats, sorted(said.items()))).encode()).hexdigest()[:16]
         if self.path.exists():
             if self.load()["key"] != own:
                 raise InputError(
@@ -105,7 +107,7 @@ class Plan:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps({"key": own, "options": options.plan(), "in": list(names), "tasks": found}))
+        draft.write_text(json.dumps({"key": own, "options": said, "in": list(names), "tasks": found}))
         os.replace(draft, self.path)
         return len(found)
 
@@ -130,6 +132,8 @@ class Plan:
             "documents": found["read"], "bytes": found["read_bytes"], "kept": found["kept"],
             "kept_bytes": found["kept_bytes"], "dropped": rules,
             "found": {k: v for k, v in sorted(found.items()) if k.startswith(("masked:", "found:"))},
+            "passages": {k.partition(":")[2]: v for k, v in sorted(found.items()) if k.startswith("passages:")},
+            "filter": self.load()["options"]["filter"],
         }  # fmt: skip
         draft = self.folder / "table.draft"
         draft.write_text(json.dumps(table, indent=1))
@@ -153,9 +157,9 @@ def pipeline(plan: Plan, options: CleanOptions) -> dict[str, list[Any]]:
         blocks += [rules.C4(*where) if options.c4 == "paper" else rules.Cookies(*where)]
     blocks += [rules.Personal(*where, options.pii, options.pii_kinds)] if options.pii != "off" else []
     if options.filter:
-        from fastlm.data.clean.scorer import load
+        from fastlm.data.clean import scorer
 
-        blocks += [load(Path(options.filter))]
+        blocks += [scorer.Harmful(*where, Path(options.filter).expanduser())]
     return {
         "clean": [*blocks, near.Keep(plan.rows, count, rows)],
         "link": [near.Link(plan.rows, count, options.exact, options.dedup)],
@@ -215,10 +219,6 @@ def clean(names: tuple[str, ...], out: Path, options: CleanOptions, note: Any = 
             raise InputError("--executor ray needs the package ray: pip install -c constraints.txt ray")
     if options.executor == "slurm" and shutil.which("sbatch") is None:
         raise InputError("--executor slurm needs the program sbatch, which is not on this machine")
-    if options.filter:
-        from fastlm.data.clean.scorer import load
-
-        load(Path(options.filter))
     plan = Plan(out)
     count = plan.begin(names, options)
     if not plan.finished():
@@ -266,6 +266,10 @@ def lines(table: dict[str, Any]) -> Iterator[str]:
     yield f"{'read':<30} {table['documents']:>10,} {'':>7} {table['bytes']:>14,}"
     if table["found"]:
         yield "personal data: " + ", ".join(f"{k.replace(':', ' ')} {v:,}" for k, v in table["found"].items())
+    if table.get("passages"):
+        yield "passages masked: " + ", ".join(f"{k} {v:,}" for k, v in table["passages"].items())
+    if table.get("filter"):
+        yield f"filter: policy {table['filter']}"
 
 
 def show_dropped(out: Path, rule: str, count: int = 10) -> Iterator[str]:

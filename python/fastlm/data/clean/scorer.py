@@ -1,18 +1,39 @@
-"""The seam of the toxicity filter: a folder with a policy.toml and a scorer, as one more block of the pipeline."""
+"""A filter of `fastlm data filter` as a block of the pipeline: it drops, masks or keeps apart what its policy names."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
-from fastlm.data.errors import InputError
+from datatrove.data import Document
+
+from fastlm.data.clean.rules import Rule
+from fastlm.data.filter.model import Filter, load
 
 
-def load(folder: Path) -> Any:
-    """The block of a filter's folder: a `rules.Rule` that drops, masks or marks what its policy names.
+def rule_of(prefix: str, category: str) -> str:
+    """The name of a rule in the table and under .clean/dropped."""
+    return f"{prefix}_" + re.sub(r"[^\w-]+", "_", category)
 
-    Raises InputError: the filter that `fastlm data filter` will train is not part of this version.
-    """
-    if not (folder / "policy.toml").is_file():
-        raise InputError(f"--filter {folder} is no filter's folder: it has no policy.toml")
-    raise InputError(f"--filter {folder}: this version of fastlm has no scorer for it yet; clean without --filter")
+
+class Harmful(Rule):
+    """Drops a document (filter_CATEGORY), takes it out for people to judge (review_CATEGORY), or masks its passages."""
+
+    name = "filter"
+
+    def __init__(self, tally: Path, dropped: Path, folder: Path) -> None:
+        super().__init__(tally, dropped)
+        self.folder = folder
+        self._filter: Filter | None = None  # read in the process of the task
+
+    def judge(self, document: Document) -> tuple[str, str] | None:
+        if self._filter is None:
+            self._filter = load(self.folder)
+        verdict = self._filter.judge(document.text)
+        if verdict is None:
+            return None
+        if verdict.action == "mask":
+            self.counts[f"passages:{verdict.category}"] += len(verdict.spans)
+            document.text = self._filter.masked(document.text)
+            return None
+        return rule_of("filter" if verdict.action == "drop" else "review", verdict.category), verdict.why()
