@@ -31,8 +31,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from fastlm.cli import main as cli
 from fastlm.cli import train as command
+from fastlm.data.bounds import Range, flag
 from fastlm.train import Config, callbacks, report
-from fastlm.train.bounds import Range, flag
 from fastlm.train.files import read_metrics
 
 # The run that each flag changes: two layers, two steps, and as much of the rest as shows within them.
@@ -297,8 +297,10 @@ class Walk:
         nothing = self.alone().print
         for mine, other, name in ((first, second, names[0]), (second, first, names[1])):
             told = name in found.err
-            if name == "--clip" and ("optimizer", "lion") in (one, two):
-                continue  # its step is a sign: gradients cut to one length are as good as those cut to another
+            if name in ("--clip", "--kernels") and ("optimizer", "lion") in (one, two):
+                continue  # its step is a sign, which no length and no last bit of a gradient changes
+            if name == "--min-delta":
+                continue  # has a say only where a second evaluation is better by less
             # the one step that a mode adds may be one in which a flag has no say
             if "" not in names and mine.print not in ("", nothing) and found.print == other.print and not told:
                 return f"{name} is left out without a word"

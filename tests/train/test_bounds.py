@@ -7,15 +7,22 @@ import itertools
 import math
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from fastlm.bench.__main__ import RANGES
+from fastlm.cli import data as data_command
+from fastlm.cli import flags
+from fastlm.cli.main import COMMANDS
 from fastlm.cli.main import main as cli
 from fastlm.data import InputError
+from fastlm.data.augment import Augment
+from fastlm.data.bounds import COUNT, SEED, Range, flag
+from fastlm.data.clean import CleanOptions
 from fastlm.train import Config
-from fastlm.train.bounds import COUNT, SEED, Range, flag
 from fastlm.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastlm.train.optim import rate
 
@@ -34,17 +41,32 @@ FREE = {
     "lora_targets",
     "prune",
 }
-OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are no dataclass
+WHOLE = Range(1, COUNT)
+OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are arguments of a function
     "generate": {
-        "tokens": Range(0, COUNT), "num": Range(1, COUNT), "temperature": Range(0), "top_k": Range(0, COUNT),
+        "tokens": Range(0, COUNT), "num": WHOLE, "temperature": Range(0), "top_k": Range(0, COUNT),
         "top_p": Range(above=0, high=1), "min_p": Range(0, 1), "seed": Range(*SEED),
         "redraw": Range(0, COUNT),
     },
-    "data prepare": {"context": Range(1, COUNT)},
-    "data show": {"context": Range(1, COUNT), "seed": Range(*SEED)},
+    "data prepare": {"context": WHOLE},
+    "data show": {"context": WHOLE, "seed": Range(*SEED)},
+    "data tasks": {"n": WHOLE, "seed": Range(*SEED)},
+    "data labels": {"below": Range(0, 2)},
+    "data card": {"dedup": Range(0, 1), "workers": WHOLE, "seed": Range(*SEED)},
+    "compress": {"samples": WHOLE, "seed": Range(*SEED)},
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
+    "bench": RANGES,
+    "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {},
 }  # fmt: skip
-PLACES = {"generate": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "plan": [], "train": ["none"]}
+HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
+    "train": GROUPS, "plan": GROUPS, "data prepare": (DataConfig,), "data show": (DataConfig,), "data clean": (CleanOptions,),
+    "data augment": (Augment,),
+}  # fmt: skip
+PLACES = {  # what each must be given besides
+    "generate": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"], "compress": ["none"],
+    "data tasks": ["none", "--out", "out"], "data labels": ["none", "--out", "out"], "data card": ["none"],
+    "data clean": ["none", "--out", "out"], "data augment": ["none", "--out", "out.jsonl"],
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +74,29 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def numbers() -> dict[str, tuple[Range, bool]]:
+def numbers(*groups: type) -> dict[str, tuple[Range, bool]]:
     """(range, whether a whole number) of each flag that is a number."""
     found = {}
-    for group in GROUPS:
+    for group in groups:
         kinds = get_type_hints(group)
         for one in dataclasses.fields(group):
             if "range" in one.metadata:
                 found[one.name] = one.metadata["range"], "int" in str(kinds[one.name])
     return found
+
+
+def function_of(command: str) -> Callable[..., Any]:
+    """The function whose arguments are the flags of a command, by what it hands to `flags.call`."""
+    found: list[Callable[..., Any]] = []
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        found.append(function)
+        raise InputError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "call", call)
+        cli(command.split())
+    return found[0]
 
 
 def wrong(allowed: Range, whole: bool, draw: random.Random) -> list[str]:
@@ -94,20 +130,38 @@ def test_every_flag_is_free_a_choice_a_switch_or_has_a_range() -> None:
             )
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "data prepare", "data show"])
+@pytest.mark.parametrize("command", HELD)
 def test_numbers_outside_their_range_are_refused_by_name(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is read before: the corpus that is named does not exist. Each flag with one wrong value, drawn by chance."""
     draw = random.Random()
     seed = draw.randrange(2**32)
     draw.seed(seed)
     print("seed", seed)
-    data = {f.name for f in dataclasses.fields(DataConfig)}
-    for name, (allowed, whole) in numbers().items():
-        if command.startswith("data") and name not in data:
-            continue
+    for name, (allowed, whole) in numbers(*HELD[command]).items():
         value = draw.choice(wrong(allowed, whole, draw))
         values = [value, "0.5"] if name == "betas" else [value]
-        refused([*command.split(), *PLACES[command], flag(name), *values], name, capfd)
+        refused([*command.split(), *PLACES.get(command, []), flag(name), *values], name, capfd)
+
+
+@pytest.mark.parametrize("command", sorted(set(OWN) - {"bench"}))
+def test_every_number_of_every_command_is_walked(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    function = function_of(command)
+    kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+    own = {name for name, kind in kinds.items() if {int, float} & {kind, *get_args(kind)}}
+    place = {"n"} if command == "data show" else set()  # no flag; it is held below, among the texts
+    assert own - place == set(OWN[command])
+    held = {kind for kind in kinds.values() if dataclasses.is_dataclass(kind)}
+    assert held == set(HELD.get(command, ()))
+    for group in held:
+        found = {name for name, kind in get_type_hints(group).items() if {int, float} & {kind, *get_args(kind)}}
+        assert found <= set(numbers(group)), group
+
+
+def test_every_command_is_walked() -> None:
+    held = {name for name in COMMANDS if name not in ("data", "doctor")} | {
+        f"data {name}" for name in ("prepare", "show", *data_command.OTHERS)
+    }
+    assert held == set(OWN) | set(HELD)
 
 
 @pytest.mark.parametrize("command", OWN)
@@ -115,7 +169,7 @@ def test_numbers_of_the_other_commands_too(command: str, capfd: pytest.CaptureFi
     for name, allowed in OWN[command].items():
         whole = isinstance(allowed.high, int) and allowed.high > 1
         for value in wrong(allowed, whole, random.Random(1)):
-            refused([*command.split(), *PLACES[command], flag(name), value], name, capfd)
+            refused([*command.split(), *PLACES.get(command, []), f"{flag(name)}={value}"], name, capfd)
 
 
 def test_every_wrong_value_of_every_field_is_refused_in_python() -> None:

@@ -222,6 +222,19 @@ def test_what_cannot_be_pruned_is_refused(book: str, changes: dict, text: str) -
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_run_that_was_not_pruned_is_not_pruned_later(book: str, fork: bool) -> None:  # noqa: F811
+    made = job.start(tiny(name="dense"), (book,))
+    made.trainer.fit()
+    before = (made.folder / "config.json").read_bytes()
+    config, corpus = job.read_config(made.folder)
+    config.optim.prune, config.run.name = "0.5", "forked" if fork else "dense"
+    with pytest.raises(InputError, match=r"--prune is for a run that prunes from its start, .* --init"):
+        job.resume(made.folder, config, corpus, other_data=False, say=str, fork=fork)
+    assert (made.folder / "config.json").read_bytes() == before
+    assert not Path("runs/forked").exists()
+
+
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     from fastlm.data import DatasetSource
 

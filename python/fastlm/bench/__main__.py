@@ -30,6 +30,7 @@ from fastlm import _processor
 from fastlm.bench import ceilings, harness, memory, peers, results, sources
 from fastlm.bench.clock import DTYPES
 from fastlm.bench.suites import load_suite, suites
+from fastlm.data.bounds import Range, check
 
 
 def run(
@@ -121,6 +122,9 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     pictures.draw(data, folder)
 
 
+RANGES = {"seconds": Range(above=0), "budget": Range(above=0), "threads": Range(0, 65536), "threshold": Range(0)}
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     parser = argparse.ArgumentParser("fastlm bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -160,11 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="write the README's and docs' tables from bench/results/")
     args = parser.parse_args(argv)
     try:
-        for flag, value in (("seconds", args.seconds), ("budget", args.budget)):
-            if not value > 0:
-                raise ValueError(f"--{flag} must be greater than 0; it is {value:g}")
-        if not args.threshold >= 0:
-            raise ValueError(f"--threshold must be at least 0; it is {args.threshold:g}")
+        for name, allowed in RANGES.items():
+            check(name, getattr(args, name), allowed)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
             raise ValueError(f"--device must be cpu, cuda or cuda:<number>; it is {args.device!r}")
         if args.device != "cpu" and not torch.cuda.is_available():
@@ -173,8 +174,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--publish names a file: small letters, digits and '-'; it is {args.publish!r}")
         if args.publish and args.case:
             raise ValueError(f"--publish takes whole suites; --case {args.case!r} leaves some of their cases out")
-        if args.threads < 0:
-            raise ValueError(f"--threads must be at least 0 (0: torch's own number); it is {args.threads}")
         if args.compare:
             old, new = (results.load(path) for path in args.compare)
             return int(results.compare(old, new, args.threshold) > 0)

@@ -13,6 +13,7 @@ from fastlm.cli import flags
 from fastlm.cli.data import reading
 from fastlm.data import corpus as corpora
 from fastlm.data import filter as filters
+from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.card import bias, markdown, page, scan
 from fastlm.data.card.card import Card
 from fastlm.data.clean import CleanOptions
@@ -49,6 +50,8 @@ def card(
         seed: Seed of the bootstrap.
     """
     needed("card")
+    check("workers", workers, Range(1, COUNT))
+    check("seed", seed, Range(*SEED))
     options = CleanOptions(dedup=dedup, field=field, separator=separator, workers=workers, filter=filter)
     options.check()
     policy = filters.load(filter).hash if filter else ""
@@ -62,7 +65,7 @@ def card(
     work = folder / ".card"
     try:
         with reading() as note:
-            facts, copies = scan.scan(corpus, work, options, max(workers, 1), note)
+            facts, copies = scan.scan(corpus, work, options, workers, note)
     except KeyboardInterrupt:
         print(f"fastlm data card: interrupted; {_kept(work)}, and the same command goes on", file=sys.stderr)
         return 130

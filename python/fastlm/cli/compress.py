@@ -9,8 +9,8 @@ import tyro
 from fastlm import console
 from fastlm.cli import flags
 from fastlm.cli.data import reading
+from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.train import compressing, job
-from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.compress_pruning import Prune, Shrink, parts
 from fastlm.train.healing import Heal, Stopped
 

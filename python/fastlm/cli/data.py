@@ -16,9 +16,9 @@ from fastlm.cli import flags
 from fastlm.console import Lasting
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
+from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.prepare import PARALLEL, Note
 from fastlm.train import export, job
-from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.config import DataConfig
 
 DEFAULT = DataConfig()

@@ -12,9 +12,9 @@ import tyro
 
 from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, special_tokens_of
+from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.filter import Verdict, load
 from fastlm.train import job
-from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.generation import TextStream
 
 EXAMPLES = """

@@ -8,8 +8,8 @@ import tyro
 
 from fastlm.cli import flags
 from fastlm.data import annotate
+from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.rows import dumps
-from fastlm.train.bounds import COUNT, SEED, Range, check
 from fastlm.train.files import write_text
 
 

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from fastlm.cli import flags
 from fastlm.data import tokenizer as tokenizers
+from fastlm.data.bounds import Range, check
 from fastlm.data.errors import InputError
-from fastlm.train.bounds import Range, check
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastlm.train.machine import memory_limit, pick_device
 from fastlm.train.plan import Plan, plans

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastlm.data.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
-from fastlm.train.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.train.sparsity import target
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base", "head_size")

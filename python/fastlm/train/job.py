@@ -24,10 +24,10 @@ from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
+from fastlm.data.bounds import flag
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
-from fastlm.train.bounds import flag
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig
 from fastlm.train.costs import Costs

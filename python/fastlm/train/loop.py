@@ -22,10 +22,10 @@ from fastlm import _processor
 from fastlm._torch import multiply_all
 from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
+from fastlm.data.bounds import flag
 from fastlm.data.loader import Source
 from fastlm.train import callbacks as events
 from fastlm.train import checkpoint, lock, optim, parallel, pruning, signals, state
-from fastlm.train.bounds import flag
 from fastlm.train.config import Config
 from fastlm.train.guards import Guard, Verdict
 from fastlm.train.kernels import Kernels

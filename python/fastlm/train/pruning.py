@@ -61,8 +61,16 @@ def begin(model: nn.Module, config: OptimConfig) -> None:
 
 
 def expect(model: nn.Module, stored: Stored) -> None:
-    """Masks, to be filled, of the layers that have one in a checkpoint (of a run that began from a pruned model)."""
+    """Masks, to be filled, of the layers that have one in a checkpoint (of a run that began from a pruned model).
+
+    InputError where the model has masks, since --prune asks for them, and the checkpoint has none."""
     _, found = compress.split(dict.fromkeys(stored.names(), torch.empty(0)))
+    apart: frozenset[str] = getattr(model, "saved_apart", frozenset())  # type: ignore[assignment]
+    if compress.masks(model).keys() - apart and not found:
+        raise InputError(
+            f"--prune is for a run that prunes from its start, and {stored} has no masks: leave it out, or give --init "
+            f"that run, whose weights a new run prunes then"
+        )
     for name in found.keys() - compress.masks(model).keys():
         module = model.get_submodule(name.removesuffix(MASK).rstrip("."))
         device = next(model.parameters()).device

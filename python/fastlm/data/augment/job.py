@@ -20,6 +20,7 @@ from typing import Any
 from fastlm.data import corpus, cutting, groups
 from fastlm.data.augment import text as prose
 from fastlm.data.augment import thesaurus, translate
+from fastlm.data.bounds import SEED, bounded, check_fields
 from fastlm.data.errors import InputError
 from fastlm.data.prepare import Options, _Corpus, silent
 from fastlm.data.rows import dumps
@@ -45,22 +46,17 @@ class Augment:
     """
 
     backtranslate: tuple[str, ...] = ()
-    replace: float = 0.0
+    replace: float = bounded(0.0, 0, 1)
     thesaurus: str = "auto"
-    shuffle: int = 0
-    copies: int = 1
-    seed: int = 1
+    shuffle: int = bounded(0, 0)
+    copies: int = bounded(1, 1)
+    seed: int = bounded(1, *SEED)
     lang: str = "en"
     field: str = "text"
     separator: str = ""
 
     def check(self) -> None:
-        if not 0 <= self.replace <= 1:
-            raise InputError(f"--replace is a share of the words, 0 to 1; it is {self.replace}")
-        if self.shuffle < 0 or self.copies < 1:
-            raise InputError(
-                f"--shuffle must be at least 0 and --copies at least 1; they are {self.shuffle}, {self.copies}"
-            )
+        check_fields(self)
         if not (self.backtranslate or self.replace or self.shuffle):
             raise InputError("nothing to do: give --backtranslate, --replace or --shuffle")
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from fastlm.data.bounds import COUNT, Range, bounded, check_fields
 from fastlm.data.errors import InputError
 
 KINDS = ("email", "ip", "iban", "card", "phone")
@@ -29,11 +30,11 @@ class CleanOptions:
     """Gopher's rules on repeated lines, paragraphs and n-grams."""
     c4: Literal["documents", "paper", "off"] = "documents"
     """C4's rules. documents: lorem ipsum goes, and lines of cookie notices. paper: all, lines without a full stop too."""
-    min_words: int = 50
+    min_words: int = bounded(50, 0)
     """Fewest words of a document under Gopher's rules."""
     exact: bool = True
     """Drop exact copies."""
-    dedup: float = 0.7
+    dedup: float = bounded(0.7, 0, 1)
     """Jaccard similarity of 5-word shingles from which documents are near-duplicates; 0: off."""
     copies: Literal["drop", "group"] = "drop"
     """drop: the first of a cluster of near-duplicates stays. group: all stay, with one `group`."""
@@ -49,7 +50,7 @@ class CleanOptions:
     """Text that parts documents within a file."""
     executor: Literal["local", "slurm", "ray"] = dataclasses.field(default="local", compare=False)
     """Which of datatrove's executors runs the tasks."""
-    workers: int = dataclasses.field(default=0, compare=False)
+    workers: int = dataclasses.field(default=0, compare=False, metadata={"range": Range(0, COUNT)})
     """Tasks at a time; 0: one per core. They change no byte of the result."""
     slurm_partition: str = dataclasses.field(default="", compare=False)
     """Partition that --executor slurm submits to."""
@@ -62,10 +63,9 @@ class CleanOptions:
 
     def check(self) -> None:
         """Raises InputError that names the flag."""
-        if not (self.dedup == 0 or 0.3 <= self.dedup <= 1):
+        check_fields(self)
+        if 0 < self.dedup < 0.3:
             raise InputError(f"--dedup must be 0 (off) or lie between 0.3 and 1; it is {self.dedup}")
-        if self.min_words < 0 or self.workers < 0:
-            raise InputError(f"--min-words and --workers must be at least 0; they are {self.min_words}, {self.workers}")
         if wrong := [kind for kind in self.pii_kinds if kind not in KINDS]:
             raise InputError(f"--pii-kinds takes {' '.join(KINDS)}; it is {' '.join(wrong)}")
         if wrong := [code for code in self.lang if not re.fullmatch("[a-z]{2,3}", code)]:
