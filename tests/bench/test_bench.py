@@ -397,10 +397,10 @@ def test_time_is_limited_for_a_case_and_for_all(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--seconds", "0"], "--seconds must be greater than 0; it is 0"),
-    (["--budget", "-1"], "--budget must be greater than 0; it is -1"),
-    (["--threads", "-2"], "--threads must be at least 0 (0: torch's own number); it is -2"),
-    (["--threshold", "-1"], "--threshold must be at least 0; it is -1"),
+    (["--seconds", "0"], "--seconds must be above 0 and finite; it is 0.0"),
+    (["--budget", "-1"], "--budget must be above 0 and finite; it is -1.0"),
+    (["--threads", "-2"], "--threads must be at least 0 and at most 65536; it is -2"),
+    (["--threshold", "-1"], "--threshold must be at least 0 and finite; it is -1.0"),
     (["--device", "gpu"], "--device must be cpu, cuda or cuda:<number>; it is 'gpu'"),
     (["--case", "none such"], "--case must be part of a case's name, such as '"),
     (["--publish", "x", "--case", "float32"], "--publish takes whole suites; --case 'float32' leaves some"),

@@ -208,7 +208,7 @@ def test_bad_input_is_one_sentence(corpus: Path, tmp_path: Path, monkeypatch: py
         return text
 
     assert "nothing to do" in said(str(corpus), *out)
-    assert "--replace is a share" in said(str(corpus), *out, "--replace", "2")
+    assert "--replace must be at least 0 and at most 1; it is 2.0" in said(str(corpus), *out, "--replace", "2")
     assert "apertium:eng-cat" in said(str(corpus), *out, "--backtranslate", "google")
     monkeypatch.setattr(thesaurus, "FOLDERS", (str(tmp_path / "none"),))
     assert "apt-get install mythes-en-us" in said(str(corpus), *out, "--replace", "0.1")

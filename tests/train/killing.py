@@ -148,7 +148,7 @@ class Place:
     def check(self, name: str) -> None:
         """The run is as the one that was never killed."""
         found = self.outcome(name)
-        assert found.keys() == self.expected.keys()
+        assert found.keys() == self.expected.keys(), sorted(found.keys() ^ self.expected.keys())
         different = [key for key, value in self.expected.items() if found[key] != value]
         # names alone: pytest's picture of how two checkpoints differ takes more than ten minutes where CI=true
         assert not different, " ".join(different)

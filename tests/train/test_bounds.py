@@ -238,6 +238,12 @@ def test_a_warm_up_and_a_cooldown_share_the_steps() -> None:
             assert all(abs(a - b) <= slope for a, b in itertools.pairwise(rates))
             assert max(rates) == pytest.approx(min(1.0, 100 / max(o.rise, 1)))
             assert bool(config.notes()) == (o.rise > 100 or o.rise + 100 * cooldown > 100)
+    for schedule, steps, warmup, cooldown in itertools.product(
+        ("constant", "linear", "cosine", "wsd"), (1, 2, 3, 9), (0, 1, 2, 8), (0.0, 0.2, 0.5, 1.0)
+    ):
+        same = {"steps": steps, "warmup": warmup, "schedule": schedule, "cooldown": cooldown}
+        high, low = (OptimConfig(**same, min_lr=m) for m in (1.0, 0.0))  # type: ignore[arg-type]
+        assert high.falls == any(rate(high, i) != rate(low, i) for i in range(steps)), same
     for steps in (1, 2, 50, 499, 500, 2930):
         o = OptimConfig(steps=steps)
         assert max(rate(o, step) for step in range(steps)) == 1.0

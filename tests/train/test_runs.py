@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,8 @@ def test_init_and_resume_take_names_and_out(book: str, capsys: pytest.CaptureFix
     assert cli.main(["train", "--fork", "first", "--out", "elsewhere", "--name", "forked", "--steps", "4"]) == 0
     assert checkpoint.newest(Path("elsewhere/forked")).name == "step-00000004"
     assert not Path("runs").exists()
+    shutil.move("elsewhere/first", "runs/first")  # a run of the default place starts one of another
+    assert cli.main([*tune, "--init", "first", "--out", "elsewhere", "--name", "again", "--quiet"]) == 0
     assert cli.main([*tune, "--init", "nobody"]) == 2
     assert "there is no run nobody" in capsys.readouterr().err
 

@@ -181,6 +181,40 @@ def test_old_checkpoints_go_and_the_best_stays(book: str) -> None:
     checkpoint.verify(best[1])
 
 
+def test_what_a_killed_save_had_not_removed_goes_when_the_run_goes_on(
+    book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the end of its last save, a run is as one that was not: no further save would remove what is too old."""
+    same = {"steps": 6, "save_every": 2, "eval_every": 2, "keep": 1, "lr": 1e-2}
+
+    def names(folder: Path) -> set[str]:
+        return {path.name for path in (folder / "checkpoints").iterdir()}
+
+    whole = job.start(tiny(name="whole", **same), (book,))
+    whole.trainer.fit()
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoint.Saver, "prune", lambda *args: None)
+        made = job.start(tiny(name="killed", **same), (book,))
+        made.trainer.fit()
+    assert names(made.folder) == {f"{kind}-{step:08d}" for kind in ("step", "best") for step in (2, 4, 6)}
+    config, corpus = job.read_config(made.folder)
+    again = job.resume(made.folder, config, corpus, other_data=False, say=str)
+    again.trainer.fit()
+    assert names(made.folder) == names(whole.folder) == {"step-00000006", "best-00000006"}
+
+
+def test_a_damaged_checkpoint_is_none_of_those_to_keep(book: str) -> None:
+    made = job.start(tiny(name="run", steps=4, save_every=2, keep=2), (book,))
+    made.trainer.fit()
+    (made.folder / "checkpoints/step-00000004/manifest.json").write_text("no")
+    config, corpus = job.read_config(made.folder)
+    config.run.save_every, config.run.keep = 1, 1
+    again = job.resume(made.folder, config, corpus, other_data=False, say=str)
+    again.trainer.callbacks.append(StopAt(3))
+    again.trainer.fit()
+    assert checkpoint.newest(made.folder).name == "step-00000003"
+
+
 def test_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2, 2).bfloat16(), "d": torch.tensor(2.0)}
     with checkpoint._Hashed(tmp_path / "x.safetensors") as file:

@@ -378,7 +378,7 @@ class Saver:
                     seal(draft, named, {k: v for m, _ in told for k, v in m.items()}, {"state.json": state})
                     if best:
                         self._link(named, folder)
-                    self._prune(step if best else None)
+                    self.prune(step, step if best else None)
                 except (OSError, CheckpointError) as problem:
                     errors = [(problem.strerror if isinstance(problem, OSError) else "") or str(problem)]
             errors = self.ranks.gather(errors)[0]  # nobody goes on as if saved before the folder has its name
@@ -405,10 +405,14 @@ class Saver:
                 raise CheckpointError(f"{whole} cannot be copied: {error}") from error
         _name(draft, folder)
 
-    def _prune(self, best: int | None) -> None:
-        """Remove the checkpoints that are too old, and where there is a new best one, the best before it."""
-        old = [s for s in steps(self.run, "best") if best is not None and s[0] != best]
-        old += [s for s in steps(self.run)[: -self.keep] if not (self.keep_every and s[0] % self.keep_every == 0)]
+    def prune(self, now: int, best: int | None) -> None:
+        """At step `now`: remove the checkpoints that are too old, and where one is known to be the best, those before it.
+
+        What lies ahead is left: a damaged checkpoint must not count among those to keep, and a run that goes on from an
+        earlier step writes it again. A run that goes on calls it too, for what a killed save had not removed yet."""
+        old = [s for s in steps(self.run, "best") if best is not None and s[0] < now and s[0] != best]
+        so_far = [s for s in steps(self.run) if s[0] <= now]
+        old += [s for s in so_far[: -self.keep] if not (self.keep_every and s[0] % self.keep_every == 0)]
         for _, path in old:
             _remove(path)
 

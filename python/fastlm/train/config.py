@@ -213,6 +213,11 @@ class OptimConfig:
         """Steps of wsd's cooldown, which begins after the warm-up."""
         return max(min(self.steps * self.cooldown, self.steps - self.rise), 0)
 
+    @property
+    def falls(self) -> bool:
+        """Whether the rate of any step is below the peak after the warm-up."""
+        return self.schedule != "constant" and (self.fall > 1 if self.schedule == "wsd" else self.rise + 1 < self.steps)
+
 
 @dataclass
 class RunConfig:
@@ -339,7 +344,7 @@ class Config:
             (d, "vocab", d.tokenizer == "bpe", "--tokenizer bpe"),
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
-            (o, "min_lr", o.schedule != "constant", "a --schedule that falls, and it is constant"),
+            (o, "min_lr", o.falls, "a step whose rate falls (--schedule, --warmup, --cooldown)"),
             (o, "prune_method", bool(o.prune) and target(o.prune)[0] is not None, "--prune with a part such as 0.7"),
             (o, "prune_begin", bool(o.prune), "--prune"),
             (o, "prune_end", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),

@@ -76,7 +76,7 @@ def find_run(name: str | None, out: str = "runs") -> Path:
 
 
 def find_origin(name: str, out: str) -> Path:
-    """The run that --resume or --fork names: in --out, or in runs/, since a fork may go elsewhere than its origin lies."""
+    """The run that --resume or --fork names: in --out, or in runs/, since a run may go elsewhere than its origin lies."""
     if out not in ("", "runs"):
         try:
             return find_run(name, out)
@@ -87,8 +87,8 @@ def find_origin(name: str, out: str) -> Path:
 
 
 def find_init(name: str, out: str) -> Path:
-    """What --init names: a run, checkpoint or exported folder by path, or a run by name."""
-    return Path(name) if Path(name).exists() else find_run(name, out)
+    """What --init names: a run, checkpoint or exported folder by path, or a run by name, in --out or in runs/."""
+    return Path(name) if Path(name).exists() else find_origin(name, out)
 
 
 def has_data(folder: Path) -> bool:
