@@ -53,7 +53,8 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     "data tasks": {"n": WHOLE, "seed": Range(*SEED)},
     "data labels": {"below": Range(0, 2)},
     "data card": {"dedup": Range(0, 1), "workers": WHOLE, "seed": Range(*SEED)},
-    "compress": {"samples": WHOLE, "seed": Range(*SEED)},
+    "compress": {"samples": WHOLE, "seed": Range(*SEED), "heal": WHOLE, "heal_lr": Range(above=0)},
+    "data filter": {"precision": Range(above=0, high=1), "seed": Range(*SEED)},
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
     "bench": RANGES,
     "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {},
@@ -63,7 +64,8 @@ HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
     "data augment": (Augment,),
 }  # fmt: skip
 PLACES = {  # what each must be given besides
-    "generate": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"], "compress": ["none"],
+    "generate": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
+    "compress": ["none", "--prune", "0.5"], "data filter": ["none", "--out", "out"],
     "data tasks": ["none", "--out", "out"], "data labels": ["none", "--out", "out"], "data card": ["none"],
     "data clean": ["none", "--out", "out"], "data augment": ["none", "--out", "out.jsonl"],
 }  # fmt: skip

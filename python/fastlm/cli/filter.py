@@ -8,8 +8,8 @@ import tyro
 
 from fastlm import console
 from fastlm.cli import flags
+from fastlm.data.bounds import SEED, Range, check
 from fastlm.data.errors import InputError
-from fastlm.train.bounds import SEED, Range, check
 
 EXAMPLES = """
 fastlm data filter labelled.jsonl --out filter --attack

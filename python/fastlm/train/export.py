@@ -27,9 +27,9 @@ from fastlm.compress import Held
 from fastlm.console import warn
 from fastlm.data import InputError
 from fastlm.data import tokenizer as tokenizers
+from fastlm.data.bounds import COUNT
 from fastlm.models.gpt import GPTConfig
 from fastlm.train import checkpoint, compressed_tensors, lora, pruning
-from fastlm.train.bounds import COUNT
 from fastlm.train.checkpoint import CheckpointError
 from fastlm.train.config import Config, OptimConfig
 from fastlm.train.files import sync_folder, write_text

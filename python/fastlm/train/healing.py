@@ -21,8 +21,8 @@ import fastlm
 from fastlm import compress
 from fastlm.console import say
 from fastlm.data import InputError, TokenSource
+from fastlm.data.bounds import COUNT, Range, check
 from fastlm.models.gpt import GPT
-from fastlm.train.bounds import COUNT, Range, check
 from fastlm.train.compressing import Text
 from fastlm.train.config import Config, OptimConfig, RunConfig
 from fastlm.train.loop import Trainer
