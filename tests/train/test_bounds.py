@@ -53,7 +53,7 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     "data tasks": {"n": WHOLE, "seed": Range(*SEED)},
     "data labels": {"below": Range(0, 2)},
     "data card": {"dedup": Range(0, 1), "workers": WHOLE, "seed": Range(*SEED)},
-    "compress": {"samples": WHOLE, "seed": Range(*SEED), "heal": WHOLE, "heal_lr": Range(above=0)},
+    "compress": {"samples": WHOLE, "seed": Range(*SEED), "heal": Range(0, COUNT), "heal_lr": Range(above=0)},
     "data filter": {"precision": Range(above=0, high=1), "seed": Range(*SEED)},
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
     "bench": RANGES,
