@@ -64,6 +64,9 @@ def compress(
     """
     check("samples", samples, Range(1, COUNT))
     check("seed", seed, Range(*SEED))
+    check("heal", heal, Range(0, COUNT))
+    if heal_lr is not None:
+        check("heal_lr", heal_lr, Range(above=0))
     if not int8:
         needs = [flag for flag, on in (("--weight-only", weight_only), ("--group", group), ("--smooth", smooth)) if on]
         if needs:
