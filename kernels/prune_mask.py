@@ -463,7 +463,7 @@ def _one(
         gone = pruned_of(part, m.columns)
         if gone in (0, m.columns):
             return _all_or_none(s, gone == 0)
-        columns = min(m.C, 2048)
+        columns = min(m.C, 1024)  # 2,048 spill in bfloat16
         launch(_rows_kernel, (m.rows,), m.x, scale, mask, gone, m.rows, m.columns, -(-m.columns // columns), *strides,
                MAGNITUDE=magnitude, C=columns, num_warps=8, num_stages=1)  # fmt: skip
     return mask
@@ -488,9 +488,10 @@ def _lowest(scores: Sequence[Tensor], scales: Sequence[Tensor | None], magnitude
         for shift, top, bins in PASSES:
             found = torch.zeros(bins, dtype=torch.int64, device=device)
             for (m, scale, _), programs in zip(given, cuts, strict=True):
+                # the last pass has fewer bins, and spills with few warps
                 launch(_count_kernel, (programs,), m.x, scale, state, found, *m.sizes, m.tiles,
                        -(-m.tiles // programs), *m.x.stride(), MAGNITUDE=magnitude, SHIFT=shift, HIGH=top, BINS=bins,
-                       R=m.R, C=m.C, num_warps=8, num_stages=1)  # fmt: skip
+                       R=m.R, C=m.C, num_warps=8 if shift else 16, num_stages=1)  # fmt: skip
             launch(_narrow_kernel, (1,), found, state, SHIFT=shift, BINS=bins, num_warps=8, num_stages=1)
         counts = torch.zeros(sum(cuts), dtype=torch.int64, device=device)
         parts = counts.split(cuts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import fastlm
+import numpy as np
 import pytest
 import torch
 from fastlm import compress, ops
@@ -117,3 +119,16 @@ def test_a_closure_and_a_grad_scaler():
     assert float(optimizer.state[model[0].weight]["step"]) == float(plain.state[other[0].weight]["step"])
     assert torch.allclose(model[0].weight, other[0].weight, atol=1e-5)
     assert not model[0].weight.detach()[~ops.mask_to_bool(model[0].weight_mask, 32)].any()
+
+
+def test_no_gradient_outlives_the_caller_s_and_numbers_of_numpy_are_numbers():
+    model, optimizer = made()
+    compress.hold(optimizer, model)
+    for group in optimizer.param_groups:
+        group["lr"] = np.float32(1e-3)
+    gradients(model, 0)
+    kept = weakref.ref(model[0].weight.grad)
+    optimizer.step()
+    assert model[0].weight.grad is kept()
+    optimizer.zero_grad()
+    assert kept() is None

@@ -136,7 +136,7 @@ def test_a_healing_that_is_stopped_writes_nothing(
     [
         (["--int8", "--heal", "5"], "--heal needs --prune"),
         (["--prune", "0.5", "--heal-lr", "0.1"], "--heal-lr needs --heal"),
-        (["--prune", "0.5", "--heal", "-1"], "--heal must be at least 1"),
+        (["--prune", "0.5", "--heal", "-1"], "--heal must be at least 0"),
         (["--prune", "0.5", "--heal", "5", "--heal-lr", "0"], "--heal-lr must be above 0"),
     ],
 )

@@ -96,7 +96,9 @@ class OnePass:
 
     def __init__(self, optimizer: torch.optim.Optimizer, pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
         self.pairs = pairs
-        self.done: dict[Tensor, tuple[Tensor, Tensor]] = {}  # by weight its gradient and mask
+        self.done: dict[
+            Tensor, tuple[Tensor, Tensor] | None
+        ] = {}  # by weight its gradient and mask, until it is served
         self.handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
 
     def before(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -115,8 +117,9 @@ class OnePass:
         """The step of these weights."""
         for group in optimizer.param_groups if self.done else ():
             params = [p for p in group["params"] if p in self.done]
-            for p in params:
-                p.grad = self.done[p][0]
+            given = [found for p in params if (found := self.done[p]) is not None]
+            for p, pair in zip(params, given, strict=True):
+                p.grad = pair[0]
                 if not optimizer.state[p]:
                     optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     for name in ("exp_avg", "exp_avg_sq"):
@@ -128,18 +131,19 @@ class OnePass:
                 exp_avgs, exp_avg_sqs, steps = ([states[i][name] for i in at] for name in kept)
                 ops.masked_adamw_(
                     [params[i] for i in at],
-                    [self.done[params[i]][0] for i in at],
+                    [given[i][0] for i in at],
                     exp_avgs,
                     exp_avg_sqs,
                     steps,
-                    [self.done[params[i]][1] for i in at],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
+                    [given[i][1] for i in at],
+                    lr=float(group["lr"]),  # numpy's numbers too, which a scheduler may leave
+                    betas=(float(group["betas"][0]), float(group["betas"][1])),
+                    eps=float(group["eps"]),
+                    weight_decay=float(group["weight_decay"]),
                     grad_scale=getattr(optimizer, "grad_scale", None),
                     found_inf=getattr(optimizer, "found_inf", None),
                 )
+        self.done = dict.fromkeys(self.done)  # the gradients are the caller's to drop
 
 
 def _one_pass(optimizer: torch.optim.Optimizer) -> bool:
