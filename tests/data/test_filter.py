@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from fastlm.cli.main import main
 from fastlm.data.errors import InputError
 from fastlm.data.filter import attacks, features, identity, labelled, learn, lists, load, model, policy
-from fastlm.data.filter.fold import fold
+from fastlm.data.filter.fold import _SIGNED, fold
 
 BAD = ("grobble", "snarkfit", "plimbus", "vortnag")  # the swear words of these tests
 GOOD = (
@@ -97,8 +100,9 @@ def test_a_family_changes_the_word_and_nothing_else(family: str) -> None:
     assert changed >= 3, "one of the words has no sound that is written otherwise"
     assert attacks.rewrite("", family, BAD, draw) == ""
     assert attacks.rewrite("1 2 3 !", family, BAD, draw) == "1 2 3 !"
-    for letters in ("a", "ab", "abc", "zzzz", "ñandú", "ßß"):
-        attacks.FAMILIES[family](letters, draw)
+    for letters in ("a", "ab", "abc", "zzzz", "ñandú", "ßß", "İstanbul", "KIRIKKALEİ", "İ"):
+        for _ in range(20):
+            attacks.FAMILIES[family](letters, draw)
 
 
 def test_families_that_folding_undoes_leave_no_trace() -> None:
@@ -115,6 +119,57 @@ def test_one_edit_leaves_features_in_common() -> None:
     for edited in ("plmbus", "plimbuss", "plimbxus", "plimbas", "pilmbus", "plimbsu", "plmbs"):
         assert len(own & set(features.of_word(edited).tolist())) > far + 3, edited
     assert set(features.places("pli mbus").tolist()) & own
+
+
+def _seconds(what: Callable[[], object]) -> float:
+    """Of this process, the least of three."""
+    took = []
+    for _ in range(3):
+        begin = time.process_time()
+        what()
+        took.append(time.process_time() - begin)
+    return min(took)
+
+
+def test_runs_with_signs_are_those_of_the_plain_expression() -> None:
+    plain, draw = re.compile(r"[a-z0-9@$!|+]*[0-9@$!|+][a-z0-9@$!|+]*"), random.Random()
+    for _ in range(3000):
+        text = "".join(draw.choices("abz019@$!|+ .-\n'é", k=draw.randrange(30)))
+        assert [m.span() for m in _SIGNED.finditer(text)] == [m.span() for m in plain.finditer(text)], text
+
+
+def test_passages_are_those_of_the_plain_expression() -> None:
+    plain = re.compile(r"\S[^\n]{0,240}(?=\s*(?:\n|\Z))|\S[^\n]{0,240}[.!?][\"')\]’”]*(?=\s)|\S[^\n]{0,240}\S*")
+    draw = random.Random()
+    for _ in range(300):
+        some = ["word", ".", " ", "\n", "\t", "\r\n", "\u2028", '?"', " " * 300, "x" * 100, "x" * 250, "a b c. " * 20]
+        text = "".join(draw.choices(some, k=draw.randrange(30)))
+        assert [m.span() for m in model.PASSAGE.finditer(text)] == [m.span() for m in plain.finditer(text)], ascii(text)
+
+
+def test_a_word_of_any_length_is_folded_in_time_of_its_length() -> None:
+    draw = random.Random()
+    letters = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=40_000))
+    fold("a1")
+    for made in (letters, "1" * 40_000 + "x!", "a" * 40_000 + "!" * 40_000, "a." * 20_000):
+        short = _seconds(lambda made=made: fold(made[:2000]))
+        assert _seconds(lambda made=made: fold(made)) < 20 * short + 0.2, made[:20]
+
+
+def test_a_run_of_blanks_is_read_few_times() -> None:
+    blanks, words = "a" + " " * 40_000 + "b", "word " * 8_000
+    took, usual = (_seconds(lambda text=text: [*model.PASSAGE.finditer(text)]) for text in (blanks, words))
+    assert took < 10 * usual + 0.005
+    assert [m[0] for m in model.PASSAGE.finditer(blanks)] == ["a" + " " * 240, "b"]
+
+
+def test_caches_hold_the_beginnings_of_words_alone() -> None:
+    scorer = model.Linear(np.ones((1, features.SIZE), np.float32), np.zeros(1, np.float32))
+    begin = "".join(random.Random().choices("bcdfg", k=features.READ))
+    for end in ("", "x", "y" * 1000):
+        np.testing.assert_array_equal(features.of_word(begin + end), features.of_word(begin))
+        scorer.scores(begin + end)
+    assert scorer._of_word.cache_info().currsize == 1
 
 
 # --------------------------------------------------------------------------------------------------------- what is learnt
@@ -174,12 +229,57 @@ def test_threshold_takes_all_from_the_lowest_score_of_the_wanted_precision() -> 
         scores = np.round(draw.random(300) + truth * 0.4, 2)
         for wanted in (0.6, 0.8, 0.95):
             found = learn.threshold(scores, truth, wanted)
-            fit = [t for t in np.unique(scores) if (took := scores >= t).sum() and truth[took].mean() >= wanted
+            fit = [t for t in np.unique(scores) if t > 0 and (took := scores >= t).sum() and truth[took].mean() >= wanted
                    and truth[took].sum() >= truth.sum() / 20]  # fmt: skip
             assert (found is None) == (not fit)
             if found is not None:
                 assert scores[scores >= found].min() == min(fit)
     assert learn.threshold(np.zeros(10), np.arange(10) < 5, 0.9) is None
+
+
+def test_a_threshold_is_never_zero_and_takes_no_lower_score() -> None:
+    every = np.ones(4, bool)
+    assert learn.threshold(np.zeros(4), every, 0.9) is None
+    assert learn.threshold(np.array([0.3, 0.2, 0.0, 0.0]), every, 0.9) == 0.1
+    assert learn.threshold(np.array([1e-9, 3e-9, 0.5, 0.6]), np.arange(4) > 0, 0.9) == pytest.approx(2e-9)
+    high = np.nextafter(0.3, 1)
+    found = learn.threshold(np.array([0.3, high, 0.9]), np.array([False, True, True]), 0.9)
+    assert found == high, "no number lies between"
+
+
+def test_the_threshold_of_the_file_is_the_one_that_was_measured(rows: Path, folder: Path) -> None:
+    made, _, figures = learn.learn(labelled.read((str(rows),)))
+    loaded = load(folder)
+    assert {c.name: c.threshold for c in loaded.policy.categories} == {
+        c.name: c.threshold for c in made.policy.categories
+    }
+    assert {c.name: c.threshold for c in loaded.policy.categories} == {
+        n: f["threshold"] for n, f in figures.categories.items()
+    }
+    tried = [r for r in labelled.read((str(rows),)) if learn.HELD_OUT <= r.mark < 2 * learn.HELD_OUT]
+    for one in loaded.policy.categories:
+        scores = [loaded.scores(r.text)[loaded.categories.index(one.name)] for r in tried]
+        truth = np.array([bool(r.categories) if one.name == "any" else one.name in r.categories for r in tried])
+        said = learn.judged(np.array(scores) >= one.threshold, truth)
+        assert {key: figures.categories[one.name][key] for key in said} == said
+
+
+def test_small_thresholds_are_written_in_full(tmp_path: Path) -> None:
+    draw = random.Random()
+    some = tuple(
+        policy.Category(str(i), x) for i, x in enumerate((1e-27, 2.5e-9, 1 / 3, *(draw.random() for _ in range(50))))
+    )
+    path = tmp_path / policy.NAME
+    path.write_text(policy.text(some, {}), encoding="utf-8")
+    assert policy.read(path, tuple(c.name for c in some), "x").categories == some
+
+
+def test_too_few_texts_to_learn_from_are_named() -> None:
+    pytest.importorskip("sklearn")
+    bad = [labelled.Row("grobble", frozenset({"toxic"}), mark) for mark in (0.05, 0.15, *[0.5] * 19)]
+    good = [labelled.Row("garden", frozenset(), at / 300) for at in range(300)]
+    with pytest.raises(InputError, match=r"321 labelled texts are too few: .* toxic has 19 texts, 20 are needed"):
+        learn.learn(bad + good)
 
 
 def test_harmless_sentences_name_every_group() -> None:
@@ -236,6 +336,26 @@ def test_a_policy_that_cannot_be_used_is_named(folder: Path, tmp_path: Path, tex
     assert said in str(error.value)
 
 
+def test_any_label_is_a_name_in_the_policy(tmp_path: Path) -> None:
+    path = tmp_path / policy.NAME
+    names = ("🤬", "𝐡𝐚𝐭𝐞 speech", 'a "b"\\c', "x\x7fy", "\x01\t\r", "a.b]", "Ünïcode", "\u2028")
+    some = tuple(policy.Category(name, 0.5) for name in names)
+    path.write_text(policy.text(some, {"😡\x7f\n": "1 texts, 20 are needed"}), encoding="utf-8")
+    assert policy.read(path, names, "x").categories == some
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert policy.read(path, names, "x").categories == some, "an editor's byte order mark"
+
+
+@pytest.mark.parametrize("text", [
+    '[category."\\ud83e\\udd2c"]\nthreshold = 0.5', "x = " + "[" * 100_000, "format = 1\n[category.any]\nthreshold = 0.5\x00"
+])  # fmt: skip
+def test_a_policy_that_is_no_toml_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / policy.NAME).write_text(text)
+    with pytest.raises(InputError, match="is not TOML") as error:
+        policy.read(tmp_path / policy.NAME, ("any",), "x")
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no policy\.toml"):
         load(tmp_path)
@@ -247,6 +367,12 @@ def test_a_folder_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
     about = json.loads((tmp_path / "filter.json").read_text())
     (tmp_path / "filter.json").write_text(json.dumps(about | {"format": 9}))
     with pytest.raises(InputError, match="of another version"):
+        load(tmp_path)
+    (tmp_path / "filter.json").write_text(json.dumps(about | {"categories": [1, 2, 3]}))
+    with pytest.raises(InputError, match=r"filter\.json cannot be read"):
+        load(tmp_path)
+    (tmp_path / "filter.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"filter\.json cannot be read"):
         load(tmp_path)
     (tmp_path / "filter.json").write_text("{}")
     with pytest.raises(InputError, match=r"filter\.json cannot be read"):
@@ -267,6 +393,14 @@ def test_a_word_list_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     words.write_text("# nothing\n")
     assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "g")]) == 2
     assert "holds no word" in capsys.readouterr().err
+    words.write_text("***\n!!!\n")
+    assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "g")]) == 2
+    assert "no word to look for: all 2 are left out" in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
+    words.write_bytes(b"\xef\xbb\xbf# a list\ngrobble\n***\n")
+    assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "g")]) == 0
+    assert "1 words; 1 left out" in capsys.readouterr().out
+    assert load(tmp_path / "g").judge("\u200b. ...\n - ") is None
     pytest.importorskip("better_profanity")
     assert len(lists.read("auto")) > 500
 
@@ -304,7 +438,7 @@ def test_bad_input_is_one_sentence(
     two = written("two.jsonl", ['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'] * 30)
     assert "which of the labels x, y means that a text is harmless?" in said(two, *out)
     assert "--harmless z: no text has this label; there are x, y" in said(two, *out, "--harmless", "z")
-    few = written("few.jsonl", ['{"text": "a", "label": "x"}'] * 30 + ['{"text": "b", "label": 0}'])
+    few = written("few.jsonl", ['{"text": "a", "label": "x"}'] * 30 + ['{"text": "b", "label": "none"}'])
     assert "30 harmful and 1 harmless texts; at least 20 of each" in said(few, *out)
     broken = written("broken.jsonl", ['{"text": "a", "label": "x"}', '{"text": '])
     assert "broken.jsonl, line 2 is not JSON" in said(broken, *out)
@@ -347,6 +481,47 @@ def test_rows_may_be_csv_json_and_what_labels_writes(tmp_path: Path) -> None:
     assert {row.categories for row in found} == {frozenset(), frozenset({"insult", "threat"})}
     assert len({row.mark for row in found}) == 1, "copies of a group stay together"
     assert math.isfinite(found[0].mark)
+
+
+@pytest.mark.parametrize(("labels", "safe"), [
+    ((0, 1), "0"), (("False", "True"), "False"), (("no", "YES"), "no"), ((0.0, 1.0), "0"), ((False, True), "False"),
+    ((0, 1, 2), ""), (("0", "1", "2"), ""), (("no", "hate"), ""), ((0, "insult"), ""), ((0, 1, "neither"), ""),
+    ((1, "none"), "none"),
+])  # fmt: skip
+def test_zero_is_harmless_beside_one_alone(tmp_path: Path, labels: tuple[object, ...], safe: str) -> None:
+    """In the set of Davidson et al. 0 is hate, 1 offensive, 2 neither."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{at} {i}", "label": label}) + "\n" for i in range(30)
+                            for at, label in enumerate(labels)))  # fmt: skip
+    if safe:
+        found = labelled.read((str(path),))
+        assert found == labelled.read((str(path),), harmless=(safe,))
+        assert {row.categories for row in found} == {frozenset(), frozenset({"toxic"})}
+    else:
+        with pytest.raises(InputError, match=r"which of the labels .* means that a text is harmless"):
+            labelled.read((str(path),))
+        assert len(labelled.read((str(path),), harmless=(str(labels[-1]),))) == 30 * len(labels)
+
+
+def test_rows_of_other_programs_are_read(tmp_path: Path) -> None:
+    """A byte order mark, numbers with a point, and what is nested too deep."""
+    for name, head, row in (("a.csv", "text,label\n", "a{0},{1}\n"), ("a.tsv", "text\tlabel\n", "a{0}\t{1}\n"),
+                            ("a.jsonl", "", '{{"text": "a{0}", "label": {1}.0}}\n')):  # fmt: skip
+        text = head + "".join(row.format(i, i % 2) for i in range(60))
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        found = labelled.read((str(tmp_path / name),))
+        assert sum(bool(r.categories) for r in found) == 30, name
+    (tmp_path / "b.json").write_text(json.dumps([{"text": f"a{i}", "label": [float(i % 2)]} for i in range(60)]))
+    assert sum(bool(r.categories) for r in labelled.read((str(tmp_path / "b.json"),))) == 30
+    deep = "[" * 100_000
+    for name, said in (("c.json", r"c\.json cannot be read"), ("c.jsonl", r"c\.jsonl, line 1 is not JSON")):
+        (tmp_path / name).write_text(deep)
+        with pytest.raises(InputError, match=said):
+            labelled.read((str(tmp_path / name),))
+    for label, said in (("NaN", "has no label"), ("0.5", "has no label"), ('"\\ud83e"', "half a surrogate pair")):
+        (tmp_path / "d.jsonl").write_text(f'{{"text": "a", "label": {label}}}\n')
+        with pytest.raises(InputError, match=said):
+            labelled.read((str(tmp_path / "d.jsonl"),))
 
 
 # ------------------------------------------------------------------------------------------------------- what it is for
@@ -400,6 +575,34 @@ def test_clean_drops_masks_and_keeps_apart(folder: Path, tmp_path: Path, capsys:
     apart = list((tmp_path / "two" / ".clean" / "dropped" / "review_threat").glob("*.jsonl"))
     assert main(["data", "tasks", *map(str, apart), "--out", str(tmp_path / "tasks.json")]) == 0
     assert [task["data"]["text"] for task in json.loads((tmp_path / "tasks.json").read_text())] == [rows[1]["text"]]
+
+
+def test_masked_passages_of_all_categories_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datatrove")
+    rule = '[category.{}]\nthreshold = 0.5\naction = "mask"\n'
+    made = _folder_with(folder, tmp_path / "f", rule.format("threat") + rule.format("insult"))
+    corpus = tmp_path / "in.jsonl"
+    text = f"the garden {BAD[0]} window\nthe garden {BAD[3]} window\nthe {BAD[1]} garden\nthe letter"
+    corpus.write_text(json.dumps({"text": text}) + "\n")
+    command = [
+        "data",
+        "clean",
+        str(corpus),
+        "--workers",
+        "1",
+        "--quality",
+        "off",
+        "--repetition",
+        "off",
+        "--dedup",
+        "0",
+    ]
+    assert main([*command, "--out", str(tmp_path / "out"), "--filter", str(made)]) == 0
+    assert "passages masked: insult 2, threat 1" in capsys.readouterr().out
+    kept = [json.loads(line)["text"] for path in (tmp_path / "out").glob("*.jsonl") for line in path.open()]
+    assert kept == ["\n".join([model.MASK] * 3 + ["the letter"])]
 
 
 def test_the_card_counts_what_the_policy_takes(folder: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def filter(
         out: The filter's folder.
         attack: Learn from rewritten copies too (look-alikes, digits, gaps, typing errors ...), and measure each kind.
         precision: Share of what is found that is to be harmful; it chooses the thresholds on held-out texts.
-        harmless: Labels that mean no harm; by default those called neither, none, clean, harmless, 0 and the like.
+        harmless: Labels that mean no harm; by default those called neither, none, clean, harmless and the like, and 0 beside 1.
         words: A word list instead of labels: a file with a word a line, or auto for that of better-profanity.
         field: The field of rows that holds the text.
         label: The field of rows that holds the label.
@@ -68,7 +68,8 @@ def filter(
         own = (policy.Category(lists.CATEGORY, 0.5),)
         made = Filter(scorer, (lists.CATEGORY,), policy.Policy(own, policy.digest(own, scorer_hash(scorer))), {})
         text = policy.text(own, {})
-        print(f"{len(scorer.words):,} words")
+        left = f"; {scorer.left_out:,} left out, being signs alone" if scorer.left_out else ""
+        print(f"{len(scorer.words) - scorer.left_out:,} words{left}")
     else:
         found = rows.read(labelled, field, label, harmless)
         bad = sum(bool(row.categories) for row in found)

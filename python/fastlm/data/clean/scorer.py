@@ -29,11 +29,13 @@ class Harmful(Rule):
     def judge(self, document: Document) -> tuple[str, str] | None:
         if self._filter is None:
             self._filter = load(self.folder)
-        verdict = self._filter.judge(document.text)
-        if verdict is None:
+        found = self._filter.verdicts(document.text)
+        if not found:
             return None
-        if verdict.action == "mask":
-            self.counts[f"passages:{verdict.category}"] += len(verdict.spans)
+        verdict = found[0]
+        if verdict.action == "mask":  # so are all
+            for one in found:
+                self.counts[f"passages:{one.category}"] += len(one.spans)
             document.text = self._filter.masked(document.text)
             return None
         return rule_of("filter" if verdict.action == "drop" else "review", verdict.category), verdict.why()

@@ -33,7 +33,7 @@ Attack = Callable[[str, random.Random], str]
 
 def _each(word: str, table: dict[str, str] | dict[str, list[str]], draw: random.Random) -> str:
     """Half of the letters of a table exchanged, at least one."""
-    places = [at for at, letter in enumerate(word.lower()) if letter in table]
+    places = [at for at, letter in enumerate(word) if letter.lower() in table]  # "İ".lower() is two characters
     chosen = set(draw.sample(places, max(-(-len(places) // 2), 1))) if places else set()
     return "".join(draw.choice(table[c.lower()]) if at in chosen else c for at, c in enumerate(word))
 

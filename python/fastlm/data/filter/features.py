@@ -21,6 +21,7 @@ from fastlm.data.filter.fold import fold
 SIZE = 1 << 20  # places of features
 HELD = 1 << 16  # words at hand
 CUT = 5  # letters of the parts of a word that a blank may have cut
+READ = 40  # letters of a word of which runs are made: what a cache of words is keyed by
 LONG = 14  # letters of a word whose deletions count
 _TWICE = re.compile(r"(.)\1+")
 _VOWELS = str.maketrans("", "", "aeiouy")
@@ -59,10 +60,14 @@ def _of_word(word: str) -> Iterator[bytes]:
             yield b"d" + squeezed(once[:at] + once[at + 1 :]).encode()
 
 
-@functools.lru_cache(maxsize=HELD)
 def of_word(word: str) -> np.ndarray:
     """Places of a word's features, int32, each once."""
-    hashes = np.array([*map(zlib.crc32, set(_of_word(word[:40])))], np.uint32)
+    return _of_begin(word[:READ])
+
+
+@functools.lru_cache(maxsize=HELD)
+def _of_begin(word: str) -> np.ndarray:
+    hashes = np.array([*map(zlib.crc32, set(_of_word(word)))], np.uint32)
     return np.unique(hashes % SIZE).astype(np.int32)
 
 

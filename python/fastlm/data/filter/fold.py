@@ -42,7 +42,7 @@ _characters = _Characters()
 _signs = str.maketrans(SIGNS)
 _ENTITY = re.compile(r"&#?\w{2,8};")
 _LINK = re.compile(r"(?:https?://|www\.)\S+")
-_SIGNED = re.compile(r"[a-z0-9@$!|+]*[0-9@$!|+][a-z0-9@$!|+]*")
+_SIGNED = re.compile(r"(?<![a-z0-9@$!|+])(?=[a-z]*[0-9@$!|+])[a-z0-9@$!|+]+")  # tried once a run: linear in its length
 _PLAIN = re.compile(r"\d+(?:st|nd|rd|th|[a-z]{0,2})")  # 10, 3rd, 5k, 24h: numbers that stay
 _APART = re.compile(r"(?<![a-z])[a-z](?:[ ._*/\\-]{1,3}[a-z](?![a-z])){2,}")
 _INSIDE = re.compile(r"(?<=[a-z])[.*_'~^#%-]{1,3}(?=[a-z])")

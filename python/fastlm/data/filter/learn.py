@@ -91,17 +91,21 @@ def judged(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def threshold(scores: np.ndarray, truth: np.ndarray, wanted: float) -> float | None:
-    """Just below the lowest score from which on the wanted share of what scores as high is of the category; None if there is
-    none that finds a twentieth of the category."""
+    """Just below the lowest score above 0 from which on the wanted share of what scores as high is of the category.
+
+    None if there is none that finds a twentieth of the category.
+    """
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], np.cumsum(truth[order])
     good = hits / np.arange(1, len(order) + 1) >= wanted
     good[:-1] &= ranked[:-1] != ranked[1:]  # of equal scores all are found, or none
+    good &= ranked > 0  # a threshold of 0 would take every text
     places = np.flatnonzero(good & (hits >= max(truth.sum() / 20, 1)))
     if not len(places):
         return None
-    last = places[-1]
-    return float(ranked[last : last + 2].mean())  # halfway to the next lower one
+    lowest, *after = map(float, ranked[places[-1] : places[-1] + 2])
+    half = (lowest + after[0]) / 2 if after else lowest  # halfway to the next lower one
+    return half if not after or half > after[0] else lowest
 
 
 class _Sets:
@@ -174,6 +178,9 @@ def learn(rows: list[Row], attack: bool = False, precision: float = 0.98, seed: 
         if not 0 < sum(bool(r.categories) for r in part) < len(part):
             raise InputError(f"{len(rows):,} labelled texts are too few: a tenth of them, by hash, has one class alone")
     names, left_out = categories_of(own)
+    if not names:
+        few = "; ".join(f"{name} has {why}" for name, why in left_out.items())
+        raise InputError(f"{len(rows):,} labelled texts are too few: of the four fifths to learn from, {few}")
     targets = telling([r.text for r in own], [bool(r.categories) for r in own])
     sets = _Sets(own, attack, seed, targets, note)
     fitted = [sets.fit(name) for name in names]
@@ -190,7 +197,7 @@ def learn(rows: list[Row], attack: bool = False, precision: float = 0.98, seed: 
         said = judged(second[:, at] >= own_threshold, np.array([_is(r, name) for r in tried]))
         figures.categories[name] = said | {"threshold": own_threshold}
         about = f"precision {said['precision']:.3f}, recall {said['recall']:.3f} on {len(tried):,} held-out texts"
-        found.append(policy.Category(name, math.floor(own_threshold * 1e4) / 1e4, about=about))
+        found.append(policy.Category(name, own_threshold, about=about))
     if not found:
         raise InputError(
             f"no category reaches a precision of {precision} on {len(chosen):,} held-out texts: lower --precision"
@@ -239,7 +246,7 @@ def lines(figures: Figures) -> Iterator[str]:
     for name, said in figures.categories.items():
         yield (
             f"{name:<20} {said['texts']:>7,.0f} {said['precision']:>9.3f} {said['recall']:>7.3f} {said['f1']:>7.3f} "
-            f"{said['false_alarms']:>12.3f} {said['threshold']:>9.4f}"
+            f"{said['false_alarms']:>12.3f} {said['threshold']:>9.4g}"
         )
     for name, why in figures.missed.items():
         yield f"{name:<20} is not looked for: {why}"

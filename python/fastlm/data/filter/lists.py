@@ -24,7 +24,7 @@ def read(name: str) -> list[str]:
         package = needed("better_profanity", "the word list", "safety")
         path = Path(package.__file__).parent / "profanity_wordlist.txt"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--words {name} cannot be read: {error}") from None
     found = sorted({word for line in lines if (word := line.partition("#")[0].strip().lower())})
@@ -39,11 +39,20 @@ def plain(words: Iterable[str]) -> set[str]:
 
 
 class WordList:
-    """Scores 1 where a word of the list stands in a text, else 0."""
+    """Scores 1 where a word of the list stands in a text, else 0.
+
+    `left_out` counts the words of which folding leaves nothing, such as signs alone. Raises InputError where all are.
+    """
 
     def __init__(self, words: list[str]) -> None:
         self.words = words
-        folded = sorted({" ".join(fold(word)) for word in words} - {""}, key=lambda w: (-len(w), w))
+        read = [" ".join(fold(word)) for word in words]
+        self.left_out = read.count("")
+        folded = sorted({*read} - {""}, key=lambda w: (-len(w), w))
+        if not folded:
+            raise InputError(
+                f"the word list has no word to look for: all {len(words):,} are left out, being signs alone"
+            )
         self.expression = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, folded))})(?!\S)")
 
     def scores(self, text: str) -> tuple[float, ...]:

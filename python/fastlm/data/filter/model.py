@@ -25,8 +25,10 @@ from fastlm.data.filter.fold import fold
 FORMAT = 1
 MASK = "[FILTERED]"
 LONG = 240  # characters of a passage, and the rest of its last word
-PASSAGE = re.compile(  # the rest of a line, else up to the last end of a sentence, else of a word
-    rf"\S[^\n]{{0,{LONG}}}(?=\s*(?:\n|\Z))|\S[^\n]{{0,{LONG}}}[.!?][\"')\]’”]*(?=\s)|\S[^\n]{{0,{LONG}}}\S*"
+# The rest of a line, else up to the last end of a sentence, else of a word. The first is captured and called back so that it
+# is tried at its full length alone: a shorter one would read a long run of blanks again.
+PASSAGE = re.compile(
+    rf"(?=(\S[^\n]{{0,{LONG}}}))\1(?=[^\S\n]*(?:\n|\Z))|\S[^\n]{{0,{LONG}}}[.!?][\"')\]’”]*(?=\s)|\S[^\n]{{0,{LONG}}}\S*"
 )
 
 
@@ -58,7 +60,7 @@ class Linear:
         if not words:
             return (0.0,) * len(self.bias)  # nothing is said
         pairs = [place for pair in itertools.pairwise(words) for place in features.of_pair(*pair)]
-        count, *sums = (math.fsum(column) for column in zip(*map(self._of_word, words)))
+        count, *sums = (math.fsum(column) for column in zip(*(self._of_word(w[: features.READ]) for w in words)))
         length = math.sqrt(count + len(pairs))
         return tuple(
             _logistic((total + math.fsum([row[at] for at in pairs])) / length + float(b))
@@ -115,6 +117,10 @@ class Filter:
 
     def judge(self, text: str, whole: bool = False) -> Verdict | None:
         """What the policy does with a text, or None; with `whole` one passage is enough, whatever the policy's share."""
+        return next(iter(self.verdicts(text, whole)), None)
+
+    def verdicts(self, text: str, whole: bool = False) -> list[Verdict]:
+        """Of all categories that apply, the one that is followed first."""
         spans = [m.span() for m in PASSAGE.finditer(text)]
         found = [self.scorer.scores(text[a:b]) for a, b in spans]
         total = sum(b - a for a, b in spans)
@@ -127,7 +133,7 @@ class Filter:
                 out.append(
                     Verdict(one.action, one.name, max(s for _, s in over), share, tuple(span for span, _ in over))
                 )
-        return min(out, key=lambda v: policy.ACTIONS.index(v.action), default=None)
+        return sorted(out, key=lambda v: policy.ACTIONS.index(v.action))
 
     def masked(self, text: str) -> str:
         """The text with every passage that a category with the action mask names in the place of which MASK stands."""
@@ -175,7 +181,9 @@ def load(folder: str | Path, flag: str = "--filter") -> Filter:
     try:
         about = dict(json.loads((folder / "filter.json").read_text(encoding="utf-8")))
         form, kind, categories = about.pop("format"), about.pop("kind"), tuple(about.pop("categories"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(name, str) for name in categories):
+            raise TypeError("categories must be names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{flag} {folder}: filter.json cannot be read ({error!r})") from None
     if form != FORMAT:
         raise InputError(f"{flag} {folder} is of another version: its format is {form!r}, and this one reads {FORMAT}")

@@ -56,14 +56,19 @@ def digest(categories: tuple[Category, ...], scorer: str) -> str:
     return hashlib.sha256(json.dumps([FORMAT, scorer, sorted(said)]).encode()).hexdigest()[:16]
 
 
+def _quoted(name: str) -> str:
+    """As a TOML string, which knows no pairs of surrogates and takes no bare U+007F."""
+    return json.dumps(name, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def text(categories: tuple[Category, ...], left_out: dict[str, str]) -> str:
     """The file. `left_out` says why a category is not looked for."""
     parts = [HEAD]
     for one in categories:
         about = f"  # {one.about}" if one.about else ""
-        parts.append(f"[category.{json.dumps(one.name)}]\nthreshold = {one.threshold!r}{about}\nshare = {one.share!r}\n"
-                     f"action = {json.dumps(one.action)}\n")  # fmt: skip
-    parts += [f"# {json.dumps(name)} is not looked for: {why}\n" for name, why in left_out.items()]
+        parts.append(f"[category.{_quoted(one.name)}]\nthreshold = {one.threshold!r}{about}\nshare = {one.share!r}\n"
+                     f"action = {_quoted(one.action)}\n")  # fmt: skip
+    parts += [f"# {_quoted(name)} is not looked for: {why}\n" for name, why in left_out.items()]
     return "\n".join(parts)
 
 
@@ -75,8 +80,10 @@ def _toml(path: Path) -> dict[str, Any]:
 
         tomllib = needed("tomli", "policy.toml", "safety")
     try:
-        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
     return found
 
