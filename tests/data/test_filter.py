@@ -159,13 +159,13 @@ def test_a_word_of_any_length_is_folded_in_time_of_its_length() -> None:
 def test_a_run_of_blanks_is_read_few_times() -> None:
     blanks, words = "a" + " " * 40_000 + "b", "word " * 8_000
     took, usual = (_seconds(lambda text=text: [*model.PASSAGE.finditer(text)]) for text in (blanks, words))
-    assert took < 10 * usual + 0.005
+    assert took < 10 * usual + 0.1  # the old expression takes seconds
     assert [m[0] for m in model.PASSAGE.finditer(blanks)] == ["a" + " " * 240, "b"]
 
 
 def test_caches_hold_the_beginnings_of_words_alone() -> None:
     scorer = model.Linear(np.ones((1, features.SIZE), np.float32), np.zeros(1, np.float32))
-    begin = "".join(random.Random().choices("bcdfg", k=features.READ))
+    begin = ("bcdfg" * features.READ)[: features.READ]  # no letter twice in a row, which folding would take away
     for end in ("", "x", "y" * 1000):
         np.testing.assert_array_equal(features.of_word(begin + end), features.of_word(begin))
         scorer.scores(begin + end)
