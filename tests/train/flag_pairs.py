@@ -301,6 +301,8 @@ class Walk:
                 continue  # its step is a sign, which no length and no last bit of a gradient changes
             if name == "--min-delta":
                 continue  # has a say only where a second evaluation is better by less
+            if frozenset((one, two)) in SAME:
+                continue
             # the one step that a mode adds may be one in which a flag has no say
             if "" not in names and mine.print not in ("", nothing) and found.print == other.print and not told:
                 return f"{name} is left out without a word"
@@ -317,6 +319,14 @@ UNSEEN = {
     "clip", "recompute", "micro", "kernels", "compile",  # equal to rounding, which may be none
     "tokenizer", "special_tokens", "field", "separator", "warmup", "bias", "tied", "kv_heads", "rows", "init",
 }  # fmt: skip
+
+
+# Pairs of which one asks for what the other one gives anyway.
+SAME = {
+    frozenset({("heads", 1), ("kv_heads", 1)}),  # one head has one key head
+    frozenset({("context", 1), ("rope_base", 0.5)}),  # the only position is 0, which no base turns
+    frozenset({("batch", 1), ("ramp", 1)}),  # a batch of one cannot start smaller
+}
 
 
 @contextlib.contextmanager

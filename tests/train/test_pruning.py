@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fastlm import compress, ops
+from fastlm.cli import main as cli
 from fastlm.data import InputError
 from fastlm.models.gpt import GPT
 from fastlm.train import Trainer, checkpoint, export, job, pruning, report, state
@@ -233,6 +236,22 @@ def test_a_run_that_was_not_pruned_is_not_pruned_later(book: str, fork: bool) ->
         job.resume(made.folder, config, corpus, other_data=False, say=str, fork=fork)
     assert (made.folder / "config.json").read_bytes() == before
     assert not Path("runs/forked").exists()
+
+
+@pytest.mark.slow  # two ranks
+@pytest.mark.parametrize("mesh", ["fsdp=2", "dp=2"])
+def test_masks_of_two_ranks_are_those_of_one(book: str, mesh: str) -> None:  # noqa: F811
+    shape = "--layers 1 --heads 2 --width 32 --context 16 --batch 8 --steps 30 --eval-every 0 --sample 0 --dropout 0"
+    words = ["train", book, *shape.split(), "--prune", "0.5", "--threads", "1", "--quiet"]
+    assert cli.main([*words, "--name", "one"]) == 0
+    two = [sys.executable, "-m", "fastlm", *words, "--name", "two", "--mesh", mesh, "--nproc", "2"]
+    subprocess.run(two, check=True, timeout=300)
+    one, found = (export.read_model(Path("runs") / name) for name in ("one", "two"))
+    assert found.masks
+    for name, mask in one.masks.items():
+        assert torch.equal(found.masks[name], mask)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -201,6 +202,22 @@ def test_what_a_killed_save_had_not_removed_goes_when_the_run_goes_on(
     again = job.resume(made.folder, config, corpus, other_data=False, say=str)
     again.trainer.fit()
     assert names(made.folder) == names(whole.folder) == {"step-00000006", "best-00000006"}
+
+
+def test_a_resume_that_is_refused_at_its_last_file_removes_nothing(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job.start(tiny(name="run", steps=6, save_every=2, keep=3), (book,))
+    made.trainer.fit()
+    config, corpus = job.read_config(made.folder)
+    config.run.keep, config.optim.steps = 1, 8
+    again = job.resume(made.folder, config, corpus, other_data=False, say=str)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job, "write_config", full)
+    with pytest.raises(OSError, match="No space left"):
+        again.trainer.fit()
+    assert [step for step, _ in checkpoint.steps(made.folder)] == [2, 4, 6]
 
 
 def test_a_damaged_checkpoint_is_none_of_those_to_keep(book: str) -> None:

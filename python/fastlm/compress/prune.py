@@ -160,7 +160,8 @@ def prune(
     """Prunes the linear layers of ``model`` in place. They become ``fastlm.nn.MaskedLinear`` by their class alone.
 
     Each weight keeps its key and holds zeros; the mask is one more key, ``weight_mask``, of one bit a weight. A mask that
-    is there already stays: what is zero stays zero, so pruning to a half twice is a half.
+    is there already stays: what is zero stays zero, so pruning to a half twice is a half. "wanda" and "sparsegpt" keep a
+    copy of the weights that they changed until they end, so that what fails half way leaves the model as it was.
 
     Args:
         sparsity, pattern: as of ``fastlm.ops.prune_mask``.

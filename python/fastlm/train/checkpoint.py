@@ -409,7 +409,7 @@ class Saver:
         """At step `now`: remove the checkpoints that are too old, and where one is known to be the best, those before it.
 
         What lies ahead is left: a damaged checkpoint must not count among those to keep, and a run that goes on from an
-        earlier step writes it again. A run that goes on calls it too, for what a killed save had not removed yet."""
+        earlier step writes it again. A run that begins calls it too, for what a killed save had not removed yet."""
         old = [s for s in steps(self.run, "best") if best is not None and s[0] < now and s[0] != best]
         so_far = [s for s in steps(self.run) if s[0] <= now]
         old += [s for s in so_far[: -self.keep] if not (self.keep_every and s[0] % self.keep_every == 0)]

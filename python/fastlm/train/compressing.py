@@ -174,7 +174,8 @@ class Compressed:
             for r in rows
         ]
         if a.speed < b.speed:
-            lines.append("the compressed model is slower here: what it saves on this machine is memory and disk")
+            saves = "memory and disk" if a.size < b.size else "nothing by itself"
+            lines.append(f"the compressed model is slower here: what it saves on this machine is {saves}")
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -296,8 +296,6 @@ class Job:
             self._write_base(self.base)
             self.base = None
         checkpoint.clean(self.folder)
-        best = self.trainer.best.get("step")
-        self.trainer.saver.prune(self.trainer.step, None if best is None else int(best))
         report.write_facts(self.folder, self.facts())
         # the last that may refuse: a folder with config.json is a run's that has begun
         write_config(self.folder, self.config, self.corpus, self.shape, self.data, self.origin_of_fork)

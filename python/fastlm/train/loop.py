@@ -126,6 +126,8 @@ class Trainer:
         with signals.heard(self._ask), self.ranks.watch(), self.owned.held():
             self.ranks.in_turn(lambda: events.tell(self.callbacks, "ready", self))
             self.on_begin()
+            best = int(self.best["step"]) if self.best else None
+            self.ranks.in_turn(lambda: self.saver.prune(self.step, best) if self.ranks.first else None)
             events.tell(self.callbacks, "start", self)
             self.load_ahead()
             self._clock = time.perf_counter()

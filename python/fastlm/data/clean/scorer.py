@@ -12,8 +12,8 @@ from fastlm.data.filter.model import Filter, load
 
 
 def rule_of(prefix: str, category: str) -> str:
-    """The name of a rule in the table and under .clean/dropped."""
-    return f"{prefix}_" + re.sub(r"[^\w-]+", "_", category)
+    """The name of a rule in the table and under .clean/dropped; signs that no file name should have by their numbers."""
+    return f"{prefix}_" + re.sub(r"[^\w -]", lambda found: f"U{ord(found[0]):X}", category).replace(" ", "_")
 
 
 class Harmful(Rule):
