@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -134,6 +135,40 @@ def test_the_rules_are_datatrove_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(verdicts) > 8
 
 
+def test_repair_is_ftfy_s() -> None:
+    """Of each text that nothing suspect is in, and of every other one line by line."""
+    ftfy = pytest.importorskip("ftfy")
+    from datatrove.data import Document
+    from ftfy.badness import MOJIBAKE_CATEGORIES
+
+    repair, draw = rules.Repair(Path("unused"), Path("unused")), random.Random(0)
+    ascii_ = [chr(c) for c in range(128)] + [*"aeiouAEIOUn  <&;\n\n"] + ["&amp;", "&#39;", "&eacute;", "<b>"]
+    beyond = [chr(c) for c in [*range(0x80, 0x250), 0x2028, 0x206A, 0xFEFF, 0xFFFC, 0xD800, 0x301, 0x212B, 0x1100]]
+    beyond += [*"".join(MOJIBAKE_CATEGORIES.values())]
+    changed = 0
+    for _ in range(4000):
+        text = "".join(draw.choice(beyond if draw.random() < 0.2 else ascii_) for _ in range(draw.randint(1, 30)))
+        if draw.random() < 0.3:
+            text = text.encode("utf-8", "ignore").decode("latin-1")
+        document = Document(text, "1")
+        repair.judge(document)
+        wanted = ftfy.fix_text(text, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False)
+        assert document.text == wanted, repr(text)
+        changed += wanted != text
+    assert changed > 400
+    plain = "“It’s naïve”, said Zoë — once…\n"  # nothing suspect: ftfy is not asked
+    assert not rules.SUSPECT.search(plain)
+    assert ftfy.fix_text(plain, uncurl_quotes=False) == plain
+
+
+def test_words_are_what_the_pattern_finds() -> None:
+    draw = random.Random(0)
+    signs = [chr(c) for c in [*range(128), *range(0xA0, 0x180), 0x130, 0x2019, 0x2028, 0x3000, 0x4E2D, 0xD800, 0x1F600]]
+    for _ in range(500):
+        text = "".join(draw.choices(signs, k=60))
+        assert words.plain(text) == words.LETTERS.findall(text.lower())
+
+
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A corpus of several tasks, with copies across them."""
@@ -219,6 +254,27 @@ def test_memory_of_linking_is_bounded_by_passes(tmp_path: Path, monkeypatch: pyt
 )
 def test_personal_data(text: str, masked: str | None) -> None:
     assert pii.mask(text, pii.find(text)) == (masked or text)
+
+
+@pytest.mark.parametrize(
+    "kind, before", [("EMAIL", r"[\w.+-]"), ("PHONE", r"[\w.+/:=-]"), ("CARD", r"[\w.+-]"), ("IP4", r"[\w.]")]
+)
+def test_finds_are_those_of_the_plain_pattern(kind: str, before: str) -> None:
+    """Each pattern as it would be written were there no hurry: what must not stand before it comes first."""
+    whole = re.compile(f"(?<!{before})(?:{getattr(pii, kind).pattern})")
+    finder = {"EMAIL": pii._email, "PHONE": pii._phone, "CARD": pii._card, "IP4": pii._ip}[kind]
+    draw, met = random.Random(0), 0
+    signs = "0123456789 .-+()@aB_%\n" + ":" * (kind != "IP4")  # with colons its finder finds those of version 6 too
+    for _ in range(3000):
+        text = "".join(draw.choices(signs, k=40)) + draw.choice(
+            ["", " a.b@c.de", " (212) 555-0142", " 4111 1111 1111 1111", " 8.8.8.8"]
+        )
+        digits = pii.DIGITS.search(text)
+        found = list(finder(text, digits.start() if digits else len(text)))
+        wanted = [m.span() for m in whole.finditer(text)]
+        assert [span for span in wanted if span in found] == found, text
+        met += len(found)
+    assert met > 300
 
 
 def test_steps_mend_and_drop(tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ SAME = {
     frozenset({("heads", 1), ("kv_heads", 1)}),  # one head has one key head
     frozenset({("context", 1), ("rope_base", 0.5)}),  # the only position is 0, which no base turns
     frozenset({("batch", 1), ("ramp", 1)}),  # a batch of one cannot start smaller
+    frozenset({("batch", 1), ("micro", 1)}),  # a batch of one is one part
 }
 
 

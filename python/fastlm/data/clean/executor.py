@@ -44,6 +44,11 @@ def _closed(logfile: Any) -> None:
     logfile.close()
 
 
+def preload(blocks: list[Any]) -> None:
+    """Has the process from which workers are forked import what they run, once: they share its memory."""
+    multiprocess.set_forkserver_preload(sorted({type(block).__module__ for block in blocks} | {__name__}))
+
+
 class Quiet(LocalPipelineExecutor):
     """Runs tasks in processes of this machine; the terminal is the caller's."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from fastlm.data.clean import pii, words
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f&\r]")
+LINE = re.compile(r"[^\n]*\n|[^\n]+")
 SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
@@ -75,18 +76,36 @@ class Rule(BaseFilter):
         (self.tally / f"{rank:05d}-{type(self).__name__}.json").write_text(json.dumps(self.counts))
 
 
+# A line in which nothing matches is one that ftfy leaves as it is: what it takes for badly decoded has two characters beyond
+# ASCII in a row or one of four letters, what it removes or unescapes is named here, and NFC is asked of Unicode's own table.
+SUSPECT = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\r&\x80-\U0010ffff](?:"
+    r"(?<=[\x00-\x1f\x7f-\x9f\u0152\u0153\u00c2\u00c3\u2028\u2029\u206a-\u206f\ufeff\ufff9-\ufffc\ud800-\udfff])"
+    r"|(?<=&)#?[0-9A-Za-z]|(?<=[^\x00-\x7f])[^\x00-\x7f])"
+)
+
+
 class Repair(Rule):
-    """Mends text that was decoded wrongly; quotation marks and ligatures stay as they are."""
+    """Mends text that was decoded wrongly, line by line as ftfy does; quotation marks and ligatures stay as they are."""
 
     name = "repair"
 
     def judge(self, document: Document) -> None:
         text = document.text
-        if text.isascii() and not CONTROL.search(text):
+        if not SUSPECT.search(text) and unicodedata.is_normalized("NFC", text):
             return
         import ftfy
 
-        document.text = ftfy.fix_text(text, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False)
+        tag, at, lines = text.find("<"), 0, LINE.findall(text)
+        for i, line in enumerate(lines):
+            at += len(line)
+            if SUSPECT.search(line) or not unicodedata.is_normalized("NFC", line):
+                # ftfy unescapes HTML up to the first line that holds a tag
+                lines[i] = ftfy.fix_text(
+                    line, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False,
+                    unescape_html="auto" if tag < 0 or at <= tag else False,
+                )  # fmt: skip
+        document.text = "".join(lines)
 
 
 class Html(Rule):
@@ -144,12 +163,14 @@ class Quality(Rule):
     def judge(self, document: Document) -> tuple[str, str] | None:
         text = document.text
         found = words.split(text)
-        plain = [w for w in found if not PUNCTUATION_SET.issuperset(w)]
-        if len(plain) < max(self.min_words, 1):
-            return "gopher_short_doc", f"{len(plain)} words, at least {self.min_words} are wanted"
-        if len(plain) > 100_000:
-            return "gopher_long_doc", f"{len(plain)} words, at most 100000 are wanted"
-        mean = sum(map(len, plain)) / len(plain)
+        counts = Counter(found)
+        marks = [w for w in counts if not w.isalnum() and PUNCTUATION_SET.issuperset(w)]
+        plain = len(found) - sum(counts[w] for w in marks)
+        if plain < max(self.min_words, 1):
+            return "gopher_short_doc", f"{plain} words, at least {self.min_words} are wanted"
+        if plain > 100_000:
+            return "gopher_long_doc", f"{plain} words, at most 100000 are wanted"
+        mean = (sum(map(len, found)) - sum(counts[w] * len(w) for w in marks)) / plain
         if mean < 3:
             return "gopher_below_avg_threshold", f"words have {mean:.1f} letters on average, at least 3 are wanted"
         if mean > 10:
@@ -163,17 +184,17 @@ class Quality(Rule):
             return "gopher_too_many_bullets", "more than 90% of the lines begin with a bullet"
         if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
             return "gopher_too_many_end_ellipsis", "more than 30% of the lines end with an ellipsis"
-        letters = sum(w.isalpha() or any(c.isalpha() for c in w) for w in found)
+        letters = sum(n for w, n in counts.items() if w[0].isalpha() or any(map(str.isalpha, w)))
         if letters < 0.8 * len(found):
             return "gopher_below_alpha_threshold", f"{letters} of {len(found)} words have a letter, 80% are wanted"
-        if len(set(STOP_WORDS).intersection(found)) < 2 and language(text) == "en":
+        if len(set(STOP_WORDS).intersection(counts)) < 2 and language(text) == "en":
             return "gopher_enough_stop_words", f"fewer than 2 of: {' '.join(STOP_WORDS)}"
         return None
 
 
 TOP = ((2, 0.2), (3, 0.18), (4, 0.16))
 AGAIN = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
-PARAGRAPHS, LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
+PARAGRAPHS, LINES = re.compile(r"\n\n+"), re.compile(r"\n\n*")
 
 
 class Repetition(Rule):
@@ -193,40 +214,50 @@ class Repetition(Rule):
                 return f"dup_{unit}_char_frac", f"{letters} of {len(text)} characters are in repeated ones"
         found = words.split(text)
         ids = words.numbers(found)
-        ends = np.concatenate([[0], np.cumsum([len(w) for w in found])])
+        ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, found), np.int64, len(found)))])
+        most = len(ids)
         for n, share in TOP:
-            top = _top(words.runs(ids, n), ends, n)
+            if len(ids) < n or most * _longest(ends, n) <= share * len(text):
+                continue  # no run comes more often than the shorter ones in it
+            top, most = _top(words.runs(ids, n), ends, n)
             if top > share * len(text):
                 return f"top_{n}_gram", f"the commonest run of {n} words takes {top / len(text):.0%}"
+        least = AGAIN[-1][1] * len(text)
         for n, share in AGAIN:
-            again = _again(words.runs(ids, n), ends, n, share * len(text))
+            again, most = _again(words.runs(ids, n), ends, n, share * len(text))
             if again > share * len(text):
                 return f"duplicated_{n}_n_grams", f"repeated runs of {n} words take {again / len(text):.0%}"
+            if most <= least:  # a longer run that comes again is made of shorter ones that do
+                break
         return None
 
 
-def _top(grams: np.ndarray, ends: np.ndarray, n: int) -> int:
-    """Characters of the commonest run of words, with its blanks, times how often it comes."""
-    if not len(grams):
-        return 0
+def _longest(ends: np.ndarray, n: int) -> int:
+    """Characters of the longest run of n words, with its blanks."""
+    return int((ends[n:] - ends[:-n]).max()) + n - 1
+
+
+def _top(grams: np.ndarray, ends: np.ndarray, n: int) -> tuple[int, int]:
+    """Characters of the commonest run of words, with its blanks, times how often it comes; and how often that is."""
     _, first, counts = np.unique(grams, return_index=True, return_counts=True)
-    most = counts.max()
+    most = int(counts.max())
     at = int(first[counts == most].min())
-    return int(most) * int(ends[at + n] - ends[at] + n - 1)
+    return most * int(ends[at + n] - ends[at] + n - 1), most
 
 
-def _again(grams: np.ndarray, ends: np.ndarray, n: int, enough: float) -> int:
-    """Characters in runs of words that came before; a run is not counted twice. 0 where they cannot be `enough`."""
-    _, first = np.unique(grams, return_index=True)
-    if len(first) == len(grams):
-        return 0
+def _again(grams: np.ndarray, ends: np.ndarray, n: int, enough: float) -> tuple[int, int]:
+    """Characters in runs of words that came before, none counted twice (0 if not `enough`), and a bound of them."""
+    ordered = np.sort(grams)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return 0, 0
     again = np.ones(len(grams), bool)
-    again[first] = False
+    again[np.unique(grams, return_index=True)[1]] = False
     covered = np.zeros(len(ends) - 1, bool)
     for i in range(n):
         covered[i : i + len(grams)] |= again
-    if int(np.diff(ends)[covered].sum()) <= enough:
-        return 0
+    most = int(np.diff(ends)[covered].sum())
+    if most <= enough:
+        return 0, most
     seen, total, at, listed = set[int](), 0, 0, grams.tolist()
     while at < len(listed):
         if listed[at] in seen:
@@ -235,7 +266,7 @@ def _again(grams: np.ndarray, ends: np.ndarray, n: int, enough: float) -> int:
         else:
             seen.add(listed[at])
             at += 1
-    return total
+    return total, most
 
 
 class Cookies(Rule):
@@ -263,7 +294,7 @@ class Sentences(WordTokenizer):
     """Words and sentences by rules, for datatrove's blocks: its own tokenizers would need spaCy or a download."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return words.split(text)
+        return list(words.split(text))
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [s for s in SENTENCE.split(text) if s.strip()]

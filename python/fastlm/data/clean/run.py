@@ -22,10 +22,10 @@ from fastlm.data.clean.options import CleanOptions, bands
 from fastlm.data.cutting import WHOLE, Part, parts
 from fastlm.data.errors import FULL, InputError
 
-TASK = 16 << 20  # bytes on disk of a task
+TASK = 8 << 20  # bytes on disk of a task: small enough that workers end at nearly the same time
 TASK_FILES = 256
 STAGES = ("clean", "link", "write")
-FORMAT = 1
+FORMAT = 2
 _Unit = tuple[str, int, int, int, bool, bool]  # path, start, end, size, rows, read in order
 
 
@@ -194,8 +194,9 @@ def _executors(plan: Plan, options: CleanOptions, count: int) -> list[Any]:
 
             made.append(RayPipelineExecutor(**common))
         else:
-            from fastlm.data.clean.executor import Quiet
+            from fastlm.data.clean.executor import Quiet, preload
 
+            preload(list(common["pipeline"]))
             made.append(Quiet(**common))
     return made
 
