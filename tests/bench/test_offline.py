@@ -1,11 +1,14 @@
 """Every Triton kernel in every configuration, compiled without a GPU: no spills, tensor cores where they are promised.
 
-Differences from the committed figures (bench/results/offline.json) are shown as warnings for the same triton and ptxas;
+The default tests compile what is new: a kernel whose source and options are those of committed figures
+(bench/results/offline.json) is taken for them, and the slow tests compile all. Differences from the committed figures are
+shown as warnings for the same triton and ptxas;
 ``python -m fastlm.bench.offline --write bench/results/offline.json`` takes them over.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import warnings
@@ -22,26 +25,49 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results" / "offline.json"
 PARTS = 8  # so that two test workers share the compiling
 
 
+@pytest.fixture(scope="module")
+def stored() -> dict[str, dict[str, dict]]:
+    """The committed figures of this triton and ptxas, by case and architecture."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")).get(offline.key(), {}) if RESULTS.exists() else {}
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_without_spills(request, arch, part):
-    cases = [case for case in offline.cases() if case.arch == arch][part::PARTS]
-    cases = [case for case in cases if not case.thorough or request.config.getoption("--slow")]
-    compiled = {case.name: (case, offline.compile_case(case)[0]) for case in cases}
-    faults = [fault for case, figures in compiled.values() for fault in offline.faults(case, figures)]
+def test_kernels_compile_without_spills(request, stored, arch, part):
+    slow = request.config.getoption("--slow")
+    cases = [case for case in offline.cases() if case.arch == arch and (slow or not case.thorough)][part::PARTS]
+    faults = []
+    for case in cases:
+        old = dict(stored.get(case.name, {}).get(f"sm_{arch}", {}))
+        known = old.pop("of", None) == offline.digest(case)
+        figures = offline.Figures(**old) if known and not slow else offline.compile_case(case)[0]
+        faults += offline.faults(case, figures)
+        if asdict(figures) != old:
+            warnings.warn(f"offline figures changed: {case.name} sm_{arch}: {old or 'new'} -> {figures}", stacklevel=1)
     assert not faults, "\n".join(faults)
-    stored = json.loads(RESULTS.read_text(encoding="utf-8")).get(offline.key()) if RESULTS.exists() else None
-    if stored is None:
-        warnings.warn(f"bench/results/offline.json has no figures for {offline.key()}", stacklevel=1)
-        return
-    new = {name: {f"sm_{arch}": asdict(figures)} for name, (_, figures) in compiled.items()}
-    old = {name: {f"sm_{arch}": stored[name][f"sm_{arch}"]} for name in new if f"sm_{arch}" in stored.get(name, {})}
-    for line in offline.changes(old, new):
-        warnings.warn(f"offline figures changed: {line}", stacklevel=1)
 
 
-def test_kernels_that_are_gone_from_the_committed_table_are_shown():
-    stored = json.loads(RESULTS.read_text(encoding="utf-8")).get(offline.key(), {}) if RESULTS.exists() else {}
+def test_a_digest_is_that_of_what_a_kernel_is_made_of(monkeypatch):
+    case = next(case for case in offline.cases() if case.kernel.__name__ == "forward_kernel")
+    assert offline.digest(case) == offline.digest(replace(case, name="another", programs=1, bytes_moved=1))
+    for other in (
+        replace(case, arch=80 if case.arch == 90 else 90),
+        replace(case, constexprs={**case.constexprs, "ROWS": 3}),
+        replace(case, options={**case.options, "num_warps": 32}),
+        replace(case, signature={**case.signature, "x_ptr": "*fp64"}),
+    ):
+        assert offline.digest(other) != offline.digest(case)
+    read = {}
+    offline._sources(case.kernel, read)
+    called = [name for name in read if name.startswith("fastlm.kernels._common.")]
+    assert called, "it calls what lies in another file"
+    before = offline.digest(case)
+    helper = getattr(importlib.import_module("fastlm.kernels._common"), called[0].split()[0].rpartition(".")[2])
+    monkeypatch.setattr(type(helper), "src", property(lambda self: "changed" if self is helper else self._src))
+    assert offline.digest(case) != before
+
+
+def test_kernels_that_are_gone_from_the_committed_table_are_shown(stored):
     for name in gone(stored, {case.name for case in offline.cases()}):
         warnings.warn(f"offline figures of {name} are committed, and no such kernel is compiled now", stacklevel=1)
 

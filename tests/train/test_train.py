@@ -507,6 +507,7 @@ def test_a_short_run_beats_the_trigram(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reached < trigram
 
 
+@pytest.mark.slow  # as long as the run that it is the control of
 def test_shuffled_targets_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reached, trigram = _short(True, "shuffled", monkeypatch)
     assert reached > trigram

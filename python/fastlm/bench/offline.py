@@ -107,6 +107,32 @@ def key() -> str:
     return f"triton {triton.__version__}, ptxas {found.group(1) if found else 'unknown'}"
 
 
+def digest(case: Any) -> str:
+    """A hash of what the machine code of a case comes from: the kernel's source and what it calls and reads, its types,
+    constants and options. Code of the same digest and ``key()`` is the same."""
+    read: dict[str, str] = {}
+    _sources(case.kernel, read)
+    said = (case.arch, read, case.signature, case.constexprs, sorted(case.divisible), case.options)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def _sources(kernel: Any, read: dict[str, str]) -> None:
+    """The source of a jitted function, of those that it calls, and the constants that it reads, by name."""
+    name = f"{kernel.__module__}.{kernel.__name__}"
+    if name in read:
+        return
+    read[name] = kernel.src
+    names, scope = kernel.fn.__code__.co_names, kernel.fn.__globals__
+    found = [(n, scope[n]) for n in names if n in scope]
+    ours = [thing for _, thing in found if getattr(thing, "__name__", "").startswith("fastlm.kernels")]
+    found += [(f"{module.__name__}.{n}", getattr(module, n)) for module in ours for n in names if hasattr(module, n)]
+    for n, thing in found:
+        if hasattr(thing, "src") and hasattr(thing, "fn"):
+            _sources(thing, read)
+        elif isinstance(getattr(thing, "value", thing), bool | int | float | str):
+            read[f"{name} {n}"] = repr(getattr(thing, "value", thing))
+
+
 def _ptxas(arch: int = 0) -> str:
     """The assembler that Triton itself uses for an architecture: Blackwell has one of its own."""
     from triton import knobs
@@ -273,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = predict(case, figures)
         wrong += faults(case, figures)
         if case.arch not in NEWER:
-            table.setdefault(case.name, {})[f"sm_{case.arch}"] = asdict(figures)
+            table.setdefault(case.name, {})[f"sm_{case.arch}"] = asdict(figures) | {"of": digest(case)}
         print(
             f"{figures.registers:5} {figures.spill_bytes:5} {figures.shared:7} {model.occupancy:6.0%} "
             f"{model.waves:6.1f} {model.call_us:8.1f}  sm_{case.arch} {case.name} {figures.tensor_cores}",
