@@ -49,7 +49,7 @@ def test_kernels_compile_without_spills(request, stored, arch, part):
 
 def test_a_digest_is_that_of_what_a_kernel_is_made_of(monkeypatch):
     case = next(case for case in offline.cases() if case.kernel.__name__ == "forward_kernel")
-    assert offline.digest(case) == offline.digest(replace(case, name="another", programs=1, bytes_moved=1))
+    assert offline.digest(case) == offline.digest(replace(case, programs=1, bytes_moved=1))
     for other in (
         replace(case, arch=80 if case.arch == 90 else 90),
         replace(case, constexprs={**case.constexprs, "ROWS": 3}),
@@ -63,7 +63,7 @@ def test_a_digest_is_that_of_what_a_kernel_is_made_of(monkeypatch):
     assert called, "it calls what lies in another file"
     before = offline.digest(case)
     helper = getattr(importlib.import_module("fastlm.kernels._common"), called[0].split()[0].rpartition(".")[2])
-    monkeypatch.setattr(type(helper), "src", property(lambda self: "changed" if self is helper else self._src))
+    monkeypatch.setattr(helper, "_src", "changed")
     assert offline.digest(case) != before
 
 
