@@ -173,28 +173,84 @@ def _lowest(scores: Sequence[Tensor], scales: Sequence[Tensor | None], magnitude
     state = torch.zeros(2, dtype=torch.int64, device=device)
     state[1:].fill_(gone)
     given = [(_matrix(s), scale, i) for i, (s, scale) in enumerate(zip(scores, scales, strict=True)) if s.numel()]
-    cuts = [-(-m.tiles // -(-m.tiles // PROGRAMS)) for m, _, _ in given]  # programs of each
+    cuts = [_programs(m) for m, _, _ in given]
     masks = [_empty_mask(s) for s in scores]
     with torch.cuda.device_of(scores[0]):
         for shift, top, bins in PASSES:
             found = torch.zeros(bins, dtype=torch.int64, device=device)
             for (m, scale, _), programs in zip(given, cuts, strict=True):
-                # the last pass has fewer bins, and spills with few warps
-                launch(count_kernel, (programs,), m.x, scale, state, found, *m.sizes, m.tiles,
-                       -(-m.tiles // programs), *m.x.stride(), MAGNITUDE=magnitude, SHIFT=shift, HIGH=top, BINS=bins,
-                       R=m.R, C=m.C, num_warps=8 if shift else 16, num_stages=1)  # fmt: skip
+                _count(m, scale, programs, state, found, magnitude, shift, top)
             launch(narrow_kernel, (1,), found, state, SHIFT=shift, BINS=bins, num_warps=8, num_stages=1)
-        counts = torch.zeros(sum(cuts), dtype=torch.int64, device=device)
-        parts = counts.split(cuts)
-        for (m, scale, _), own, programs in zip(given, parts, cuts, strict=True):
-            launch(ties_kernel, (programs,), m.x, scale, state, own, *m.sizes, m.tiles, -(-m.tiles // programs),
-                   *m.x.stride(), MAGNITUDE=magnitude, R=m.R, C=m.C, num_warps=8, num_stages=1)  # fmt: skip
-        parts = (counts.cumsum(0) - counts).split(cuts)
-        for (m, scale, i), own, programs in zip(given, parts, cuts, strict=True):
-            launch(write_kernel, (programs,), m.x, scale, state, own, masks[i], *m.sizes, m.tiles,
-                   -(-m.tiles // programs), *m.x.stride(), MAGNITUDE=magnitude, R=m.R, C=m.C, num_warps=8,
-                   num_stages=1)  # fmt: skip
+        _write(given, cuts, state, masks, magnitude)
     return masks
+
+
+def _write(
+    given: list[tuple[_Matrix, Tensor | None, int]], cuts: list[int], state: Tensor, masks: list[Tensor], magnitude: bool
+) -> None:  # fmt: skip
+    """The masks of matrices, by ``programs`` of each. state: int64 [threshold, how many of those equal to it go]."""
+    counts = torch.zeros(sum(cuts), dtype=torch.int64, device=state.device)
+    parts = counts.split(cuts)
+    for (m, scale, _), own, programs in zip(given, parts, cuts, strict=True):
+        launch(ties_kernel, (programs,), m.x, scale, state, own, *m.sizes, m.tiles, -(-m.tiles // programs),
+               *m.x.stride(), MAGNITUDE=magnitude, R=m.R, C=m.C, num_warps=8, num_stages=1)  # fmt: skip
+    parts = (counts.cumsum(0) - counts).split(cuts)
+    for (m, scale, i), own, programs in zip(given, parts, cuts, strict=True):
+        launch(write_kernel, (programs,), m.x, scale, state, own, masks[i], *m.sizes, m.tiles, -(-m.tiles // programs),
+               *m.x.stride(), MAGNITUDE=magnitude, R=m.R, C=m.C, num_warps=8, num_stages=1)  # fmt: skip
+
+
+def _programs(m: _Matrix) -> int:
+    return -(-m.tiles // -(-m.tiles // PROGRAMS))
+
+
+def serves_spread(
+    score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool
+) -> Support:  # fmt: skip
+    """float32, bfloat16 and float16, any strides."""
+    return _refusal(score, FLOATS, "scores")
+
+
+def spread(score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool) -> Tensor:
+    """As ``fastlm.reference.prune_mask.spread``, for the ranges of three passes: they begin at a multiple of their size."""
+    out = torch.zeros(1 + reference.BINS, dtype=torch.int64, device=score.device)
+    if not score.numel():
+        return out
+    scale = None if scale is None else scale.contiguous()
+    if check or score.device.type == "cpu":
+        out[0] = reference.values(score, scale, magnitude).isnan().sum()
+    state = torch.full((2,), low - reference.LOWEST, dtype=torch.int64, device=score.device)
+    ((top, bins),) = ((top, bins) for first, top, bins in PASSES if first == shift)
+    m = _matrix(score)
+    with torch.cuda.device_of(score):
+        _count(m, scale, _programs(m), state, out[1 : 1 + bins], magnitude, shift, top)
+    return out
+
+
+def serves_cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Support:
+    """float32, bfloat16 and float16, any strides."""
+    return _refusal(score, FLOATS, "scores")
+
+
+def cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Tensor:
+    """As ``fastlm.reference.prune_mask.cut``."""
+    mask = _empty_mask(score)
+    if score.numel():
+        state = torch.tensor([key - reference.LOWEST, ties], dtype=torch.int64, device=score.device)
+        m = _matrix(score)
+        with torch.cuda.device_of(score):
+            scale = None if scale is None else scale.contiguous()
+            _write([(m, scale, 0)], [_programs(m)], state, [mask], magnitude)
+    return mask
+
+
+def _count(
+    m: _Matrix, scale: Tensor | None, programs: int, state: Tensor, found: Tensor, magnitude: bool, shift: int, top: int
+) -> None:  # fmt: skip
+    # the last pass has fewer bins, and spills with few warps
+    launch(count_kernel, (programs,), m.x, scale, state, found, *m.sizes, m.tiles, -(-m.tiles // programs),
+           *m.x.stride(), MAGNITUDE=magnitude, SHIFT=shift, HIGH=top, BINS=found.numel(), R=m.R, C=m.C,
+           num_warps=8 if shift else 16, num_stages=1)  # fmt: skip
 
 
 @functools.cache

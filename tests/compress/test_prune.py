@@ -236,18 +236,30 @@ def test_moments_stay_zero_with_a_closure_and_when_masks_grow():
             assert moments[~gone].any()
 
 
-def test_sharded_weights_are_refused_in_a_sentence():
+def test_sharded_weights_are_pruned_and_held():
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    model = nn.Linear(8, 8)
-    compress.prune(model, 0.5)
+    model = nn.Linear(24, 9)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="weight is sharded"):
-            compress.hold(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        model.bias = nn.Parameter(distribute_tensor(model.bias.detach(), mesh, [Shard(0)]))
+        assert compress.prune(model, 0.5).sparsity == 0.5
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        compress.hold(optimizer, model)
+        gone = ~ops.mask_to_bool(model.weight_mask, 24)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = distribute_tensor(torch.randn(p.shape), mesh, [Shard(0)])
+            before = model.weight.to_local().clone()
+            optimizer.step()
+            local = model.weight.to_local().detach()
+            assert not local[gone].view(torch.int32).any()
+            assert (local != before)[~gone].all()
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert not optimizer.state[model.weight][key].to_local()[gone].any()
     finally:
         dist.destroy_process_group()
 

@@ -132,3 +132,21 @@ def test_what_it_does_not_serve_is_said():
         state = [torch.ones(2, 8) for _ in range(4)] + [torch.zeros(())]
         with pytest.raises(fastlm.backend.BackendError, match="no triton kernel of masked_adamw_"):
             ops.masked_adamw_(*([t] for t in state), [torch.zeros(2, 1, dtype=torch.uint8)], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["normal", "few", "equal"])
+def test_parts_of_a_tensor_are_counted_and_cut(kind):
+    from fastlm.ops.prune_mask_parts import Part, _Selection
+
+    x, scale = draw((9, 43), kind), torch.rand(43) + 0.5
+    parts = [Part(x, (9, 43), (0, 0)), Part(x[:5].bfloat16(), (5, 43), (0, 0), (), scale), Part(x[:0], (0, 43), (0, 0))]
+    found = {}
+    for name in ("triton", "reference"):
+        with fastlm.backend.use(name):
+            found[name] = [
+                mask
+                for together in (False, True)
+                for sparsity in (0.37, 1.0)
+                for mask in _Selection(parts, True, False).run(sparsity, together)
+            ]
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))

@@ -239,10 +239,10 @@ def test_a_run_that_was_not_pruned_is_not_pruned_later(book: str, fork: bool) ->
 
 
 @pytest.mark.slow  # two ranks
-@pytest.mark.parametrize("mesh", ["fsdp=2", "dp=2"])
-def test_masks_of_two_ranks_are_those_of_one(book: str, mesh: str) -> None:  # noqa: F811
-    shape = "--layers 1 --heads 2 --width 32 --context 16 --batch 8 --steps 30 --eval-every 0 --sample 0 --dropout 0"
-    words = ["train", book, *shape.split(), "--prune", "0.5", "--threads", "1", "--quiet"]
+@pytest.mark.parametrize(("mesh", "prune"), [("fsdp=2", "0.5"), ("dp=2", "0.5"), ("fsdp=2", "2:4t")])
+def test_masks_of_two_ranks_are_those_of_one(book: str, mesh: str, prune: str) -> None:  # noqa: F811
+    shape = "--layers 1 --heads 2 --width 36 --context 16 --batch 8 --steps 30 --eval-every 0 --sample 0 --dropout 0"
+    words = ["train", book, *shape.split(), "--prune", prune, "--threads", "1", "--quiet"]
     assert cli.main([*words, "--name", "one"]) == 0
     two = [sys.executable, "-m", "fastlm", *words, "--name", "two", "--mesh", mesh, "--nproc", "2"]
     subprocess.run(two, check=True, timeout=300)

@@ -60,13 +60,7 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Those of a model that is whole in this process. Raises ValueError where a weight is sharded."""
-        for path, module in masked(model).items():
-            if sharded(module.weight):
-                raise ValueError(
-                    f"compress.hold: {path}.weight is sharded (a DTensor), and its mask is the whole weight's; fastlm's "
-                    f"trainer holds masks of sharded weights (--mesh fsdp=N)"
-                )
+        """Those of a model. Weights that are DTensors have masks of their wholes."""
         return cls((m.weight, m._buffers[MASK]) for m in masked(model).values())  # type: ignore[misc]
 
     def gradients(self) -> None:
@@ -106,10 +100,17 @@ class OnePass:
         self.done = {}
         if len(args) > 1 or kwargs or not _one_pass(optimizer):
             return
-        own = {p for group in optimizer.param_groups for p in group["params"]}
+        served = {p for group in optimizer.param_groups for p in group["params"]}
         for p, mask in self.pairs():
-            if p in own and p.grad is not None and p.grad.layout == torch.strided and p.grad.dtype == p.dtype:
-                self.done[p] = (p.grad, mask)
+            g = p.grad
+            if (
+                p in served
+                and g is not None
+                and g.layout == torch.strided
+                and g.dtype == p.dtype
+                and _placed_alike(p, g)
+            ):
+                self.done[p] = (g, mask)
                 p.grad = None
 
     @torch.no_grad()
@@ -128,14 +129,14 @@ class OnePass:
             for dtype in {(p.dtype, p.device) for p in params}:
                 at = [i for i, p in enumerate(params) if (p.dtype, p.device) == dtype]
                 kept = ("exp_avg", "exp_avg_sq", "step")
-                exp_avgs, exp_avg_sqs, steps = ([states[i][name] for i in at] for name in kept)
+                exp_avgs, exp_avg_sqs, steps = ([local(states[i][name]) for i in at] for name in kept)
                 ops.masked_adamw_(
-                    [params[i] for i in at],
-                    [given[i][0] for i in at],
+                    [local(params[i]) for i in at],
+                    [local(given[i][0]) for i in at],
                     exp_avgs,
                     exp_avg_sqs,
                     steps,
-                    [given[i][1] for i in at],
+                    [own(params[i], given[i][1]) for i in at],
                     lr=float(group["lr"]),  # numpy's numbers too, which a scheduler may leave
                     betas=(float(group["betas"][0]), float(group["betas"][1])),
                     eps=float(group["eps"]),
@@ -144,6 +145,24 @@ class OnePass:
                     found_inf=getattr(optimizer, "found_inf", None),
                 )
         self.done = dict.fromkeys(self.done)  # the gradients are the caller's to drop
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor: of a DTensor its part, which shares its memory."""
+    return t.detach().to_local() if sharded(t) else t  # type: ignore[attr-defined]
+
+
+def own(weight: Tensor, mask: Tensor) -> Tensor:
+    """The mask of ``local(weight)``, of the whole's."""
+    if not sharded(weight):
+        return mask
+    from fastlm.ops import _dtensor
+
+    return _dtensor.own_mask(weight, mask)
+
+
+def _placed_alike(p: Tensor, g: Tensor) -> bool:
+    return getattr(p, "placements", None) == getattr(g, "placements", None)
 
 
 def _one_pass(optimizer: torch.optim.Optimizer) -> bool:
@@ -165,8 +184,8 @@ def hold(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
     Hooks of the optimizer, before and after its step, over the model's masks as they are at that step. Returns their
     handles; ``handle.remove()`` lets go. ``torch.optim.AdamW(..., fused=True)`` updates and masks in one pass. With others
     gradients are masked before the step, and weights and moments after it, since masks may grow and ``step(closure)`` makes
-    gradients after the first hook. fastlm's trainer needs no such call. Raises ValueError where nothing is masked or a
-    masked weight is a DTensor.
+    gradients after the first hook. Weights may be DTensors (FSDP2, tensor parallelism); each process masks its part. fastlm's
+    trainer needs no such call. Raises ValueError where nothing is masked.
     """
     found = Masks.of(model)
     if not found.pairs:

@@ -21,7 +21,8 @@ from fastlm import ops
 from fastlm.compress import calibrate
 from fastlm.compress.masks import MASK, masked
 from fastlm.nn.masked import hold_, release_
-from fastlm.ops.prune_mask import check_sparsity
+from fastlm.ops._library import sharded
+from fastlm.ops._prune_mask_arguments import check_sparsity
 from fastlm.reference.prune_mask import parse
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -163,6 +164,9 @@ def prune(
     is there already stays: what is zero stays zero, so pruning to a half twice is a half. "wanda" and "sparsegpt" keep a
     copy of the weights that they changed until they end, so that what fails half way leaves the model as it was.
 
+    Weights may be DTensors (FSDP2, tensor parallelism) with "magnitude": every rank calls it. Ranks tell each other counts and
+    bits, no weights; each has the mask of the whole, which is that of one process.
+
     Args:
         sparsity, pattern: as of ``fastlm.ops.prune_mask``.
         method: "magnitude"; "wanda" or "sparsegpt", which run the model on ``calibration`` block by block, each block on
@@ -191,11 +195,16 @@ def prune(
             )
         weights = [m.weight.detach() for m in chosen.values()]
         where = {"layer": "tensor", "row": "row", "global": "global"}[scope]
-        found = ops.prune_mask(weights, sparsity=sparsity, pattern=pattern, scope=where, magnitude=True)
+        found = _magnitude(weights, sparsity=sparsity, pattern=pattern, scope=where, magnitude=True)
         for module, mask in zip(chosen.values(), found, strict=True):
             _put(module, mask)
     else:
         assert calibration is not None
+        if cut := [path for path, module in chosen.items() if sharded(module.weight)]:
+            raise ValueError(
+                f"prune: {cut[0]}.weight is a DTensor; method {method!r} needs weights that are whole in the process, only "
+                f"'magnitude' takes sharded ones"
+            )
         notes = calibrate.run(model, chosen, list(calibration), method, sparsity, pattern, _put)
     report = Pruned(method, pattern, [*left])
     for path, module in chosen.items():
@@ -209,11 +218,28 @@ def prune(
     return report
 
 
+def _magnitude(weights: list[Tensor], **options: Any) -> list[Tensor]:
+    """Masks of the wholes. Of DTensors ranks tell each other counts and bits, and no weights."""
+    if not sharded(*weights):
+        return ops.prune_mask(weights, **options)
+    from fastlm.ops import _dtensor
+
+    if not all(map(sharded, weights)):
+        raise ValueError("prune: some of the weights are DTensors and some are not; all must be, or none")
+    return _dtensor.whole_masks(weights, **options)
+
+
+def _zeros(weight: Tensor) -> int:
+    if not sharded(weight):
+        return weight.numel() - int(weight.count_nonzero())
+    return int((weight == 0).sum().full_tensor())  # type: ignore[attr-defined]
+
+
 def measured(path: str, module: nn.Linear, note: str = "") -> Row:
     """The row of a layer that has a mask, counted now."""
     count = module.weight.numel()
     kept = int(ops.mask_count(module._buffers[MASK]))  # type: ignore[arg-type]
-    zeros = count - int(module.weight.detach().count_nonzero())
+    zeros = _zeros(module.weight.detach())
     shape = (module.weight.shape[0], module.weight.shape[1])
     return Row(path, shape, (count - kept) / max(count, 1), zeros / max(count, 1), note=note)
 

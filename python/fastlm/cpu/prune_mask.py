@@ -11,7 +11,7 @@ from fastlm import _native
 from fastlm._native import DTYPE, FLOATS
 from fastlm.backend import YES, Support
 from fastlm.reference import prune_mask as reference
-from fastlm.reference.prune_mask import nan_message, parse, pruned_of
+from fastlm.reference.prune_mask import BINS, nan_message, parse, pruned_of
 
 
 def serves_forward(
@@ -51,7 +51,7 @@ def forward(
     """As ``fastlm.reference.prune_mask.forward``."""
     kind, a, b = parse(pattern)
     part, threads = (0.0 if sparsity is None else sparsity), torch.get_num_threads()
-    masks = [s.new_empty((*s.shape[:-1], (s.shape[-1] + 7) // 8), dtype=torch.uint8) for s in scores]
+    masks = [_empty_mask(s) for s in scores]
     held: list[Tensor] = []
     scale = lambda i: scales[i] if scales else None
     if scope == "global":
@@ -99,6 +99,42 @@ def _turned(
         reference.check_values([s if i == index else s[:0] for i in range(count)])
         raise
     return pack(unpack(mask, moved.shape[-1]).movedim(-1, along))
+
+
+def serves_spread(
+    score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool
+) -> Support:  # fmt: skip
+    """float32, bfloat16 and float16, any strides."""
+    return _serves(FLOATS, score)
+
+
+def spread(score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool) -> Tensor:
+    """As ``fastlm.reference.prune_mask.spread``; of scores that hold NaN only their count is right."""
+    if not score.numel():
+        return torch.zeros(1 + BINS, dtype=torch.int64)
+    held: list[Tensor] = []
+    one = _pack(score, scale, magnitude, _empty_mask(score), held, True)
+    last = min(low + (BINS << shift), 2**31) - 1
+    found = torch.tensor(_native._C.prune_histogram_cpu(one, low, last, shift, torch.get_num_threads()))
+    return torch.cat([found[:1], found[2:]])
+
+
+def serves_cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Support:
+    """float32, bfloat16 and float16, any strides."""
+    return _serves(FLOATS, score)
+
+
+def cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Tensor:
+    """As ``fastlm.reference.prune_mask.cut``."""
+    mask, held = _empty_mask(score), list[Tensor]()
+    if score.numel():
+        one = _pack(score, scale, magnitude, mask, held, True)
+        _native._C.prune_cut_cpu(one, key, ties, torch.get_num_threads())
+    return mask
+
+
+def _empty_mask(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
 
 
 def _serves(dtypes: tuple[torch.dtype, ...], t: Tensor) -> Support:

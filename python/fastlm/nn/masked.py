@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.ops._library import sharded
 
 MASK = "weight_mask"
 
@@ -29,8 +28,8 @@ class MaskedLinear(nn.Linear):
         hold_(self, ops.bool_to_mask(torch.ones(out_features, in_features, dtype=torch.bool, device=device)))
 
     def apply_mask_(self) -> None:
-        """Sets the weights whose bit is 0 to +0 again. A sharded weight is its trainer's to mask."""
-        if not self.weight.is_meta and not sharded(self.weight):
+        """Sets the weights whose bit is 0 to +0 again; of a weight that is a DTensor this process's part."""
+        if not self.weight.is_meta:
             ops.apply_mask_(self.weight, self.weight_mask)
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
@@ -64,7 +63,7 @@ def hold_(module: nn.Linear, mask: Tensor) -> None:
         module.register_buffer(MASK, mask)
     if type(module) is nn.Linear:
         module.__class__ = MaskedLinear
-    if not module.weight.is_meta and not sharded(module.weight):
+    if not module.weight.is_meta:
         ops.apply_mask_(module.weight, mask)
 
 

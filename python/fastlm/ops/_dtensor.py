@@ -3,7 +3,8 @@
 Served are tensors that are sharded where the op works on each part by itself, with everything else replicated:
 dropout_add_norm by rows (every axis but the last), attention and rotary by batch and heads. Any other placement would need
 a collective that nobody asked for, and raises. All arguments but the DTensors themselves (seed, offset, positions, lengths,
-masks) are those of the whole. Nothing is redistributed; only a seed that is to be drawn is sent to the ranks.
+masks) are those of the whole. Nothing is redistributed; only a seed that is to be drawn is sent to the ranks. prune_mask takes
+any axis: what ranks tell each other are counts.
 
 The public functions come here when `_library.sharded` has found a DTensor, so that nobody else imports this.
 """
@@ -22,6 +23,8 @@ from torch.distributed.tensor.placement_types import Placement
 from fastlm.ops._attention_arguments import Offset, bias_4d, check_shapes, offset_parts, slopes_float32
 from fastlm.ops._library import check_tensor, seed_tensor
 from fastlm.ops._norm_arguments import offset_tensor
+from fastlm.ops._prune_mask_arguments import bool_to_mask, check_mask, mask_to_bool
+from fastlm.ops.prune_mask_parts import Part, prune_mask_parts
 
 
 def _placed(tensor: Any) -> str:
@@ -264,3 +267,78 @@ def rotary(
     if positions is not None and not packed and positions.dim() and positions.shape[0] == x.shape[0]:
         positions = positions.narrow(0, *layout.parts[0])
     return layout.give(run(layout.local, cos, sin, positions=positions, **options), x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- pruning masks
+
+
+def _boxes(scores: Sequence[Tensor]) -> list[_Layout]:
+    return [
+        _Layout("prune_mask", f"score[{i}]", x, {a: f"axis {a}" for a in range(x.dim())}) for i, x in enumerate(scores)
+    ]
+
+
+def _parts(layouts: Sequence[_Layout], scales: Sequence[Tensor] = ()) -> list[Part]:
+    out = []
+    for i, layout in enumerate(layouts):
+        groups = [layout.mesh.get_group(a) for a, p in enumerate(layout.placements) if isinstance(p, Shard)]
+        offset = tuple(first for first, _ in layout.parts.values())
+        scale = layout.whole("scale", scales[i]) if scales else None
+        if scale is not None:
+            check_tensor(scale, "scale", layout.op, dtypes=(torch.float32,), shape=layout.x.shape[-1:])
+            scale = scale.narrow(0, *layout.parts[layout.x.dim() - 1])
+        out.append(Part(layout.local.detach(), tuple(layout.x.shape), offset, tuple(groups), scale))
+    return out
+
+
+def _mask_shape(layout: _Layout) -> tuple[int, ...]:
+    """Of the whole mask. ValueError where a rank's columns are no whole bytes of it."""
+    *rows, columns = layout.x.shape
+    parts = layout.shards[len(rows)]
+    if parts > 1 and -(-columns // parts) % 8:
+        raise ValueError(
+            f"{layout.op}: {layout.name} has {columns} columns, sharded over {parts} ranks; each must hold a multiple of 8 "
+            f"columns, since a byte of the mask holds 8 (fastlm.ops.prune_mask_parts takes any)"
+        )
+    return (*rows, (columns + 7) // 8)
+
+
+def prune_mask(scores: Sequence[Tensor], scales: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """`fastlm.ops.prune_mask` of DTensors cut along any axes: masks placed as their scores are."""
+    layouts = _boxes(scores)
+    shapes = [_mask_shape(layout) for layout in layouts]
+    masks = prune_mask_parts(_parts(layouts, scales), **options)
+    return [layout.give(mask, shape) for layout, mask, shape in zip(layouts, masks, shapes, strict=True)]
+
+
+def whole_masks(scores: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """`prune_mask` of DTensors, as plain masks of the wholes on every rank. Bits travel; columns may be cut anywhere."""
+    layouts, out = _boxes(scores), []
+    for layout, mask in zip(layouts, prune_mask_parts(_parts(layouts), **options), strict=True):
+        columns = layout.x.shape[-1]
+        if layout.shards[layout.x.dim() - 1] == 1:
+            placed = layout.give(mask, (*layout.x.shape[:-1], (columns + 7) // 8))
+            out.append(placed.full_tensor())  # type: ignore[attr-defined]
+        else:
+            keep = layout.give(mask_to_bool(mask, layout.local.shape[-1]), layout.x.shape)
+            out.append(bool_to_mask(keep.full_tensor()))  # type: ignore[attr-defined]
+    return out
+
+
+def own_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """This rank's part of the mask of a DTensor: of a plain (or replicated) one of the whole, or one placed as `weight`."""
+    layout = _Layout("apply_mask_", "weight", weight, {a: f"axis {a}" for a in range(weight.dim())})
+    if isinstance(mask, DTensor) and not layout._replicated(mask):
+        check_mask(mask, "mask", layout.op, weight.shape)
+        _mask_shape(layout)
+        local = layout.alike("mask", mask)
+        assert local is not None
+        return local
+    found: Tensor = mask.to_local() if isinstance(mask, DTensor) else mask
+    check_mask(found, "mask", layout.op, weight.shape, layout.local.device)
+    *rows, last = layout.parts
+    for axis in rows:
+        found = found.narrow(axis, *layout.parts[axis])
+    if layout.shards[last] > 1:
+        found = bool_to_mask(mask_to_bool(found, weight.shape[-1]).narrow(-1, *layout.parts[last]).contiguous())
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._library import check_tensor
-from fastlm.ops.prune_mask import check_mask, define
+from fastlm.ops._prune_mask_arguments import check_mask, define
 
 OP = "masked_adamw_"
 

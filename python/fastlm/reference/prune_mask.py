@@ -29,6 +29,8 @@ from torch import Tensor
 from fastlm.backend import YES, Support
 
 LANES = 16
+BINS = 2048  # of a histogram of keys
+LOWEST = -(2**31)  # a bound of float32 keys, and the key of NaN in a histogram
 LARGEST = 2.0**124  # of a 2:4t score: eight of them can be added
 
 
@@ -212,6 +214,41 @@ def forward(
         gone = lowest(flat, pruned_of(part, flat.numel())).split([x.numel() for x in found])
         return [pack(~g.view(x.shape)) for g, x in zip(gone, found, strict=True)]
     return [pack(~_one(x, part, pattern, dim, scope)) if x.numel() else pack(x.bool()) for x in found]
+
+
+def serves_spread(
+    score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool
+) -> Support:  # fmt: skip
+    """Everything."""
+    return YES
+
+
+def spread(score: Tensor, scale: Tensor | None, magnitude: bool, low: int, shift: int, check: bool) -> Tensor:
+    """int64 [1 + BINS]: how many scores are NaN (on a GPU where ``check``), and how many keys lie in each of the ranges
+    [low + i 2^shift, low + (i + 1) 2^shift). NaN count in the lowest."""
+    out = torch.zeros(1 + BINS, dtype=torch.int64, device=score.device)
+    x = score.reshape(score.shape[:-1].numel(), score.shape[-1])
+    rows = max((1 << 18) // max(x.shape[1], 1), 1)
+    for at in range(0, x.shape[0], rows):
+        found = values(x[at : at + rows], scale, magnitude)
+        if check or score.device.type == "cpu":
+            out[0] += found.isnan().sum()
+        bins = (keys(found).clamp_(min=LOWEST) - low) >> shift
+        out[1:] += torch.bincount(bins[(bins >= 0) & (bins < BINS)], minlength=BINS)
+    return out
+
+
+def serves_cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Support:
+    """Everything."""
+    return YES
+
+
+def cut(score: Tensor, scale: Tensor | None, magnitude: bool, key: int, ties: int) -> Tensor:
+    """The mask where the keys below ``key`` go, and of those equal to it the first ``ties`` by flat index."""
+    found = keys(values(score, scale, magnitude)).clamp_(min=LOWEST)
+    equal = (found == key).flatten()
+    tied = equal & (equal.cumsum(0) <= ties)
+    return pack((found >= key) & ~tied.view(found.shape))
 
 
 def serves_apply(weight: Tensor, mask: Tensor) -> Support:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.data.errors import InputError
+from fastlm.ops import Part
 from fastlm.train.config import Config
 from fastlm.train.mesh import ProcessGroup
 from fastlm.train.pieces import Piece
@@ -136,6 +137,15 @@ class Layout:
         assert self.tensors is not None
         return self.tensors.whole(self.cuts[name], t)
 
+    def rows_each(self, name: str) -> int:
+        """Rows of the parameter `name` that a rank holds, the last ranks fewer."""
+        return self._local[name][0]
+
+    def score(self, name: str) -> Part:
+        """The parameter `name` as a score of `ops.prune_mask_parts`; not of tensor parallelism's."""
+        p = self.params[name].detach()
+        return Part(p, tuple(p.shape), (0,) * p.dim())
+
     def own(self, name: str, t: Tensor) -> Tensor:
         """This rank's piece of a whole tensor."""
         return self.cuts[name].take(t, self.part[0]) if name in self.cuts else t
@@ -247,13 +257,20 @@ class Sharded(Layout):
     def whole(self, name: str, t: Tensor) -> Tensor:
         from fastlm.train.tensor_parallel import all_gather
 
-        shape = self._local[name]
-        most = -(-shape[0] // self._parts)
-        padded = t.new_zeros(most, *shape[1:])
+        rows = self._local[name][0]
+        most = self.rows_each(name)
+        padded = t.new_zeros(most, *t.shape[1:])
         padded[: t.shape[0]] = t
-        out = t.new_empty(most * self._parts, *shape[1:])
+        out = t.new_empty(most * self._parts, *t.shape[1:])
         all_gather(out, padded, group=self._group)
-        return super().whole(name, out[: shape[0]])
+        return super().whole(name, out[:rows])
+
+    def rows_each(self, name: str) -> int:
+        return -(-self._local[name][0] // self._parts)
+
+    def score(self, name: str) -> Part:
+        p = self.params[name].detach()
+        return Part(p, self.shape(name), (self._rows(name)[0], *(0,) * (p.dim() - 1)), (self._group,))
 
     def own(self, name: str, t: Tensor) -> Tensor:
         return super().own(name, t)[slice(*self._rows(name))]

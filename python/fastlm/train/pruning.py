@@ -113,16 +113,27 @@ class Pruning:
         if not config.prune or (now := part(config, step)) is None:
             return
         sparsity, pattern = target(config.prune)
-        layout = self.trainer.layout
-        for name, module in self.modules.items():
-            with torch.no_grad():
-                whole = layout.whole(name, layout.params[name].detach())
-            new = ops.prune_mask(whole, sparsity=None if sparsity is None else now, pattern=pattern, magnitude=True)
+        for name, new in self._masks(None if sparsity is None else now, pattern).items():
+            module = self.modules[name]
             module._buffers[MASK] = ops.mask_and(module._buffers[MASK], new)  # type: ignore[arg-type]
         self.refresh()
         self.masks.weights()
         self.masks.moments(self.trainer.optimizer.state)
         self.average()
+
+    @torch.no_grad()
+    def _masks(self, sparsity: float | None, pattern: str) -> dict[str, Tensor]:
+        """By weight its new mask, whole on every rank. Of sharded weights ranks tell each other counts and bits alone."""
+        layout, out = self.trainer.layout, {}
+        parts = {name: layout.score(name) for name in self.modules}
+        cut = {n for n, p in parts.items() if pattern == "2:4t" and layout.rows_each(n) % 4}  # blocks on two ranks
+        options: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "magnitude": True}
+        names = [name for name in parts if name not in cut]
+        for name, mask in zip(names, ops.prune_mask_parts([parts[n] for n in names], **options), strict=True):
+            out[name] = layout.whole(name, mask)
+        for name in sorted(cut):
+            out[name] = ops.prune_mask(layout.whole(name, parts[name].score), **options)
+        return out
 
     def after_step(self) -> None:
         """Pruned weights are +0 where the optimizer did not see to it itself."""
