@@ -165,8 +165,21 @@ def test_smoothing_heals_planted_outliers(base: str) -> None:
     assert abs(changes[1]) < 0.002  # of so small a model; bench/quality_int8.py holds the default job's to 0.0005
 
 
-def test_lora_trains_on_an_int8_base_and_goes_on(base: str) -> None:
-    shrink(base)
+def weight_bytes(model: torch.nn.Module) -> int:
+    """What the parameters take, and weights and scales in int8."""
+    held = [b for n, b in model.named_buffers() if n.endswith((".weight", ".weight_scale"))]
+    return sum(t.nbytes for t in (*model.parameters(), *held))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="dynamic"),
+        pytest.param({"weight_only": True, "group": 32}, id="groups", marks=pytest.mark.slow),
+    ],
+)
+def test_lora_trains_on_an_int8_base_and_goes_on(base: str, options: dict[str, Any]) -> None:
+    shrink(base, **options)
     same = {"width": None, "layers": None, "heads": None, "context": None, "dropout": 0.2, **LORA}
     whole = job.start(tiny(name="whole", **same), (base,))
     int8 = {n: m for n, m in whole.model.named_modules() if isinstance(m, Int8Linear)}
@@ -176,6 +189,9 @@ def test_lora_trains_on_an_int8_base_and_goes_on(base: str) -> None:
     # the base's layers take at most 0.3 of their bytes in float32
     held = sum(m.weight.numel() + 4 * m.weight_scale.numel() for m in int8.values())
     assert held <= 0.3 * sum(4 * m.weight.numel() for m in int8.values())
+    assert whole.costs.parts["weights"] == weight_bytes(whole.model)
+    floats = job.start(tiny(name="floats", **{**same, "init": "runs/base"}), (base,))
+    assert floats.costs.parts["weights"] == weight_bytes(floats.model) > 2 * weight_bytes(whole.model)
     whole.trainer.fit()
     losses = [r["loss"] for r in read_metrics(whole.folder)]
     assert all(math.isfinite(loss) for loss in losses)
@@ -193,6 +209,7 @@ def test_lora_trains_on_an_int8_base_and_goes_on(base: str) -> None:
     shutil.rmtree("runs/base-int8")  # a run needs nothing but its own folder
     config, corpus = job.read_config(half.folder)
     again = job.resume(half.folder, config, corpus, other_data=False, say=str)
+    assert again.costs == whole.costs
     again.trainer.fit()
     assert losses == [r["loss"] for r in read_metrics(half.folder)]
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters()))

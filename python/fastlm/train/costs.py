@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fastlm.compress.held import Held
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.loss import CHUNK_ELEMENTS
 from fastlm.train import lora
@@ -41,8 +42,11 @@ class Costs:
         return sum(self.parts.values())
 
     @classmethod
-    def of(cls, model: GPTConfig, config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None) -> Costs:
-        """Raises InputError where tensor parallelism cannot cut the model."""
+    def of(
+        cls, model: GPTConfig, config: Config, device: str = "cpu", sizes: Mapping[str, int] | None = None,
+        int8: Held | None = None,
+    ) -> Costs:  # fmt: skip
+        """``int8``: the int8 layers of LoRA's base. Raises InputError where tensor parallelism cannot cut the model."""
         c, m = model, config.model
         mesh = _Mesh(**(sizes or {}))
         stages = mesh.pp * config.run.pp_stages
@@ -59,11 +63,12 @@ class Costs:
         weights = matrices + c.vocab * c.width
         per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.heads * c.size
         shapes = _shapes(plain, mesh.tp)
+        scales = {} if int8 is None else {f"{path}.weight": s.nbytes for path, (_, s) in int8.layers.items()}
         ranks = []
         for at in range(mesh.pp):
             blocks = [i for i in range(c.layers) if stage_of(i, c.layers, stages) % mesh.pp == at]
             own = {n: p for n, p in named.items() if _on(n, at, mesh.pp, blocks)}
-            ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, mesh, at, device))
+            ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, scales, mesh, at, device))
         parts, sent = max(ranks, key=lambda rank: sum(rank[0].values()))
         return cls(parameters, trained, per_token * c.context, parts, sent)
 
@@ -90,11 +95,13 @@ def _rank(
     config: Config,
     named: Mapping[str, nn.Parameter],
     shapes: Mapping[str, torch.Size],
+    scales: Mapping[str, int],
     mesh: _Mesh,
     at: int,
     device: str,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes held and bytes sent by the pipeline's rank `at`, whose stages have the blocks of `c` and the parameters `named`."""
+    """Bytes held and bytes sent by the pipeline's rank `at`, whose stages have the blocks of `c` and the parameters `named`.
+    `scales`: of those that are held in int8 the bytes of their scales."""
     o, fsdp, each = config.optim, mesh.fsdp, config.run.pp_stages if mesh.pp > 1 else 1
     local = {n: shapes[n].numel() for n in named}  # elements that tensor parallelism leaves on a rank,
     held = {n: _ceil(shapes[n][0], fsdp) * shapes[n][1:].numel() for n in named}  # and what FSDP leaves of them
@@ -109,9 +116,10 @@ def _rank(
     micros, tokens = _ceil(share, micro), micro * c.context
     last = at == mesh.pp - 1
     stage = replace(c, layers=_ceil(c.layers, each))
-    kept, working = _activations(stage, config, tokens, mesh.tp, sum(local.values()), size)
+    floats = sum(local[n] for n in named if n not in scales)
+    kept, working = _activations(stage, config, tokens, mesh.tp, floats, size)
     parts = {
-        "weights": 4 * sum(held.values()),
+        "weights": sum(held[n] + scales[n] if n in scales else 4 * held[n] for n in named),
         "gradients": 4 * mine,
         "optimizer": states_bytes,
         "average of weights": 4 * mine if o.ema else 0,
@@ -142,7 +150,7 @@ def _shapes(model: nn.Module, tp: int) -> dict[str, torch.Size]:
 
 def _activations(c: GPTConfig, config: Config, tokens: int, tp: int, parameters: int, size: int) -> tuple[int, int]:
     """Bytes that the forward of one micro-batch through the blocks of `c` leaves for its backward; and in which backwards
-    work, which go one at a time. `parameters` counts those of the rank."""
+    work, which go one at a time. `parameters` counts those of the rank that are float."""
     q, kv = c.heads * c.size, (c.kv_heads or c.heads) * c.size
     branch = (4 if c.mlp == "swiglu" else 2) * c.mlp_width
     block = (7 * c.width + q + 4 * (q + kv)) + branch

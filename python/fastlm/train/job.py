@@ -217,17 +217,20 @@ class Job:
             check_tokenizer(config, tokenizer, given)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes)
+        floats: dict[str, torch.Tensor] = {}
+        self.int8 = None if given is None else given.int8
+        if config.model.lora_rank and origin is not None:
+            floats, self.int8 = export.base_tensors(origin)
+        frozen = self.int8 if config.model.lora_rank else None  # else they train in float
+        self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes, frozen)
         check_memory(self.costs, self.device, self.ranks)
         state.seed_all(config.run.seed)
         model = GPT(self.shape)
         if given is not None:
             state.load_model(model, given.tensors, config.model.init)
             compress.attach(model, given.masks)
-        self.int8 = None if given is None else given.int8
         if config.model.lora_rank:
             if origin is not None:
-                floats, self.int8 = export.base_tensors(origin)
                 floats, masks = compress.split(floats)
                 state.load_model(model, floats, origin / lora.BASE)
                 compress.attach(model, masks)
