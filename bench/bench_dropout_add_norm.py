@@ -70,8 +70,7 @@ def _eager(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
 
 def _ours(i: Inputs, p: float) -> tuple[Tensor, Tensor]:
     out = fastlm.ops.dropout_add_norm(i.x, i.residual, i.weight, i.bias, p=p, seed=i.seed)
-    assert isinstance(out, tuple)
-    return out
+    return out[0], out[1]
 
 
 def _on_backend(name: str, p: float, part: str) -> Contender:

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_cpu", &fastlm::read_cpu, nogil());
   m.def("philox4x32", &fastlm::philox4x32);
   m.def("dropout_add_norm_forward_cpu", &fastlm::dropout_add_norm_forward_cpu, nogil());
+  m.def("dropout_add_norm_int8_cpu", &fastlm::dropout_add_norm_int8_cpu, nogil());
   m.def("dropout_add_norm_backward_cpu", &fastlm::dropout_add_norm_backward_cpu, nogil());
 #ifdef FASTLM_CUDA
   m.def("dropout_add_norm_forward_cuda", &fastlm::dropout_add_norm_forward_cuda, nogil());

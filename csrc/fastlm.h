@@ -29,6 +29,11 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
                                   Tensor rowscale, Tensor seed, Tensor offset, bool offset_per_row, double p,
                                   double eps, double weight_offset, int norm, Tensor y, Tensor z, Tensor mean,
                                   Tensor rstd, int threads);
+// And y as int8 too: q contiguous, q_scale float32 [rows].
+void dropout_add_norm_int8_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor layerscale,
+                               Tensor rowscale, Tensor seed, Tensor offset, bool offset_per_row, double p, double eps,
+                               double weight_offset, int norm, Tensor y, Tensor z, Tensor mean, Tensor rstd, Tensor q,
+                               Tensor q_scale, int threads);
 void dropout_add_norm_backward_cpu(Sizes sizes, Tensor dy, Tensor dz, Tensor z, Tensor x, Tensor weight,
                                    Tensor layerscale, Tensor rowscale, Tensor mean, Tensor rstd, Tensor seed,
                                    Tensor offset, bool offset_per_row, double p, double weight_offset, int norm,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastlm.kernels._common import rounded, to_dtype
+from fastlm.kernels._common import rounded, to_dtype, widened
+from fastlm.kernels._int8_rounding import magnitude_bits, nearest, scale_of
 from fastlm.kernels.philox import KEY_DROPOUT_ADD_NORM, high_word, keep, key_of, low_word
 
 _KEY = tl.constexpr(KEY_DROPOUT_ADD_NORM)
@@ -95,13 +96,16 @@ def _stream(
 
 @triton.jit(do_not_specialize=_FORWARD_INTS.split())
 def forward_kernel(
-    x, residual, weight, bias, layerscale, rowscale, seed, offset, y, z, mean, rstd,
+    x, residual, weight, bias, layerscale, rowscale, seed, offset, y, z, mean, rstd, q, q_scale,
     rows, columns, n1, n2, x0, x1, x2, xc, r0, r1, r2, rc, wc, bc, lc, s0, s1, s2, o,
     threshold, keep_scale, eps, weight_offset,
     NORM: tl.constexpr, GIVEN: tl.constexpr, Z_DTYPE: tl.constexpr, DROPOUT: tl.constexpr, AXES: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of z and y. GIVEN: the statistics are read, and the tile may be narrower than the row."""
+    """A tile of z and y. GIVEN: the statistics are read, and the tile may be narrower than the row.
+
+    q: None, or where y goes as int8 too, whose scale is that of the whole row: not with GIVEN.
+    """
     width = columns * VEC
     first = tl.program_id(1) * COLUMNS
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -135,6 +139,11 @@ def forward_kernel(
         if bias is not None:
             y_RC = y_RC + _load_vector(bias, col_1C, bc, width, UNIT)
         tl.store(y + out_RC, to_dtype(y_RC, y.dtype.element_ty), ok_RC)
+        if q is not None:
+            y_RC = tl.where(ok_RC, widened(to_dtype(y_RC, y.dtype.element_ty)), 0.0)
+            scale_R = scale_of(tl.max(magnitude_bits(y_RC), 1))
+            tl.store(q_scale + row_R, scale_R, row_ok_R)
+            tl.store(q + out_RC, nearest(y_RC, scale_R[:, None]), ok_RC)
 
 
 @triton.jit(do_not_specialize=_FORWARD_INTS.split())

@@ -2,6 +2,7 @@
 
     z = residual + rowscale * layerscale * dropout(x)                          rounded to z's dtype
     y = (z - mean) * rstd * (weight + weight_offset) + bias                    "layer"; "rms": mean = 0; of the rounded z
+    q = y as it was rounded, in int8 with a scale for each row                 on request, as quantize_int8 gives it
     g = rstd * (dy*w - mean_C(dy*w) - xhat * mean_C(dy*w*xhat)) + dz           w = weight + weight_offset, "rms": no mean_C(dy*w)
     dresidual = g,  dx = rowscale * layerscale * mask * keep_scale * g
     dweight = sum_R dy*xhat,  dbias = sum_R dy,  dlayerscale = sum_R g * rowscale * dropout(x)
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import triton
 from fastlm.backend import YES, Support
-from fastlm.kernels import table
+from fastlm.kernels import quantize_int8, table
 from fastlm.kernels._common import TL_DTYPE, OfflineCase, arch_of, collapse, launch, recording
 from fastlm.kernels._dropout_add_norm_kernels import (
     backward_kernel,
@@ -136,6 +137,9 @@ def serves_forward(
     return _place_support(x.shape, [x, residual], [weight, bias, layerscale], rowscale) if support.ok else support
 
 
+serves_forward_int8 = serves_forward
+
+
 def serves_backward(
     dy, dz, z, x, weight, layerscale, rowscale, mean, rstd, seed, offset, p, weight_offset, norm,
     x_dtype, residual_dtype, weight_dtype, bias_dtype, need,
@@ -153,10 +157,28 @@ def _place_support(shape, tensors, vectors, rowscale) -> Support:
     return _Geometry(shape, tensors, vectors, rowscale).support()
 
 
-def forward(
-    x, residual, weight, bias, layerscale, rowscale, seed, offset, p, eps, weight_offset, norm, y_dtype, z_dtype, need_z
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_INT8_COLUMNS = (
+    8192  # wider rows become int8 by a kernel behind: held with their scale they spilled on sm_80 in float32
+)
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of the op's schema; contiguous outputs."""
+    return _forward(None, *args)
+
+
+def forward_int8(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``forward``'s outputs, and y as int8 with its rows' scales. Rows too wide are quantised from y behind."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return (*_forward((q, scale), x, *rest), q, scale)
+
+
+def _forward(
+    int8, x, residual, weight, bias, layerscale, rowscale, seed, offset, p, eps, weight_offset, norm, y_dtype, z_dtype,
+    need_z,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``int8``: None, or (q, scale) to fill."""
     columns = x.shape[-1]
     rows = x.shape[:-1].numel()
     normed = norm != "none"
@@ -169,6 +191,7 @@ def forward(
     place = _Geometry(x.shape, [x, residual], [weight, bias, layerscale], rowscale)
     features = frozenset(("dropout",) if p > 0 else ()) | {norm}
     row_tile, column_tile, whole, config = _tile("dropout_add_norm_forward", x, columns, features)
+    at_once = int8 is not None and whole and column_tile <= _INT8_COLUMNS
     threshold = threshold_of(p)
     x_strides, r_strides = place.tensor
     weight_stride, bias_stride, layerscale_stride = place.vector
@@ -192,10 +215,13 @@ def forward(
         launch(
             forward_kernel, (triton.cdiv(rows, row_tile), triton.cdiv(columns, column_tile)),
             *(x, residual, weight, bias, layerscale, rowscale, seed, offset),
-            *(y if normed else None, z if need_z else None, mean_, rstd_, *stream[:12]),
+            *(y if normed else None, z if need_z else None, mean_, rstd_),
+            *((int8 if at_once else (None, None)) + stream[:12]),
             *(weight_stride, bias_stride, *stream[12:], eps, weight_offset),
             GIVEN=not whole, **constants,
         )  # fmt: skip
+        if int8 is not None and not at_once:
+            quantize_int8.into(y, *int8)
     return y, z, mean, rstd
 
 
@@ -298,6 +324,10 @@ def offline_cases() -> list[OfflineCase]:
             for kind, dtypes in kinds.items():
                 cases += record(arch, 4096, "rms", kind, *dtypes, False)
                 cases += record(arch, 4096, "none", kind, *dtypes, True)
+        sizes = {rule.get("size", 65536) for rule in table.rules("dropout_add_norm_forward")}
+        for columns in sorted(sizes):
+            for kind, dtypes in kinds.items():
+                cases += _offline_forward(arch, columns, "layer", kind, *dtypes, True, int8=True)
     return cases + _measured_cases()
 
 
@@ -377,13 +407,14 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _offline_forward(arch, columns, norm, kind, x, other, full, p=0.1) -> list[OfflineCase]:
+def _offline_forward(arch, columns, norm, kind, x, other, full, p=0.1, int8=False) -> list[OfflineCase]:
     t = _meta(columns, x, other, full)
     vector = t["vector"] if norm != "none" else None
     moved = _bytes(t["x"], t["z"], t["z"], t["y"] if norm != "none" else None)
+    moved += t["x"].numel() if int8 else 0
     name = f"dropout_add_norm forward {norm} {len(t['x'])}x{columns} {kind}{' full' if full else ''}"
-    with recording(arch, name, bytes_moved=moved, flops=12 * t["x"].numel()) as cases:
-        forward(
+    with recording(arch, name + (" int8" if int8 else ""), bytes_moved=moved, flops=12 * t["x"].numel()) as cases:
+        (forward_int8 if int8 else forward)(
             t["x"], t["z"], vector, vector, t["layerscale"], t["rowscale"], t["seed"], t["offset"], p, 1e-5, 0.0, norm,
             x, other, True,
         )  # fmt: skip

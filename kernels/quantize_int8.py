@@ -26,6 +26,7 @@ import triton.language as tl
 from fastlm.backend import YES, Support
 from fastlm.kernels import table
 from fastlm.kernels._common import OfflineCase, arch_of, collapse, launch, line_offset, recording, widened
+from fastlm.kernels._int8_rounding import magnitude_bits, nearest, scale_of
 from fastlm.kernels.philox import KEY_QUANTIZE_INT8, high_word, key_of, low_word, random16
 from fastlm.reference.quantize_int8 import scale_shape
 from torch import Tensor
@@ -33,30 +34,6 @@ from torch import Tensor
 _KEY = tl.constexpr(KEY_QUANTIZE_INT8)
 
 # ------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def magnitude_bits(x):
-    """The bits of |x|, float32, as int32: in the order of magnitudes, with NaN above all."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def scale_of(most):
-    """The scale of a largest magnitude given by its bits: 0 below 2**-126, NaN for a NaN or an infinity."""
-    scale = tl.div_rn(most.to(tl.float32, bitcast=True), 127.0)
-    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-    return tl.where(most < 0x7F800000, scale, float("nan"))
-
-
-@triton.jit
-def nearest(x, scale):
-    """clamp(rint(x / scale), -127, 127) as int8; 0 where scale is 0 or NaN."""
-    live = scale > 0.0
-    ratio = tl.div_rn(x, tl.where(live, scale, 1.0))
-    ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
-    ratio = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2**23: to nearest, ties to even
-    return tl.where(live, ratio, 0.0).to(tl.int8)
 
 
 @triton.jit
@@ -201,6 +178,14 @@ def forward(
         return q.copy_(values.mT if transpose else values), scales
     _launch(lines, out, along, sizes, strides, group, seed, dim is None)
     return q, scale
+
+
+def into(x: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Rows of x, contiguous [..., columns], to q [..., columns] and scale [...], both contiguous."""
+    if x.numel():
+        columns = x.shape[-1]
+        rows, out, along = x.view(-1, columns), q.view(-1, columns), scale.view(-1, 1)
+        _launch(rows, out, along, [len(rows)], [[columns], [columns], [1]], 0, None, False)
 
 
 def _launch(

@@ -34,6 +34,8 @@ struct Forward : Common {
   Operand x, residual, weight, bias, layerscale, rowscale, y, z;  // z null: not stored, but rounded to z.dtype
   float eps;
   float *mean, *rstd;
+  int8_t* q;       // null, or where y goes as int8 too: [rows][columns],
+  float* q_scale;  // and its scales: [rows]
 };
 
 struct Backward : Common {

@@ -5,11 +5,13 @@
 //
 // Reads x and residual once, writes z and y once: 16 bytes an element in float32, 8 in bfloat16; about 10 flops an
 // element, and 0.8 vector instructions of random numbers. The row stays in the first-level cache as float32 between the
-// three passes (z and its sum; the squares about the mean; y).
+// three passes (z and its sum; the squares about the mean; y). With q, each row of y as it was rounded is then turned
+// to int8 with one scale, as quantize_int8 does it: a byte an element more is written and nothing is read.
 //
 // Every sum runs in an order that depends on the shape alone, and nothing contracts a*b+c: the same bits on every
 // instruction set and at any thread count.
 #include "cpu/dropout_add_norm_rows.h"
+#include "cpu/int8_round.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -36,7 +38,25 @@ float sum_of_squares(const float* x, float mean, int64_t columns) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
-template <class B, class S, bool kDrop>
+// A row of float32 to int8 and its scale; `most` holds its largest magnitude, lane by lane.
+void int8_row(const float* row, Vec most, int64_t columns, int8_t* q, float* scale_out) {
+  const float scale = scale_of(largest_bits(most));
+  *scale_out = scale;
+  if (!live(scale)) {
+    memset(q, 0, static_cast<size_t>(columns));
+    return;
+  }
+  const Vec divisor = set1(scale);
+  int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) rounded(load(row + c), divisor, nullptr, q + c);
+  if (c < columns) {
+    int8_t rest[kLanes];
+    rounded(load(row + c), divisor, nullptr, rest);
+    memcpy(q + c, rest, static_cast<size_t>(columns - c));
+  }
+}
+
+template <class B, class S, bool kDrop, bool kInt8>
 void forward_rows(const Forward& a, const float* weight, const float* bias, const float* layerscale, int64_t begin,
                   int64_t end, float* lines) {
   const int64_t columns = a.size[3], line = padded(columns);
@@ -99,35 +119,42 @@ void forward_rows(const Forward& a, const float* weight, const float* bias, cons
     a.rstd[r] = rstd;
 
     const Vec vmean = set1(mean), vrstd = set1(rstd);
+    Vec most = zero();
     const auto normalise = [&](int64_t c, int n) __attribute__((always_inline)) {
       Vec v = (load(wide + c) - vmean) * vrstd;
       if (weight) v = v * load_some(weight + c, n);
       if (bias) v = v + load_some(bias + c, n);
-      Access<B>::put(y, c, v, n, stream_y);
+      v = Access<B>::put(y, c, v, n, stream_y);
+      if (kInt8) {
+        if (n != kLanes) v = first(v, n);
+        store(wide + c, v);
+        most = larger_bits(most, without_sign(v));
+      }
     };
     c = 0;
 #pragma GCC unroll 4
     for (; c + kLanes <= columns; c += kLanes) normalise(c, kLanes);
     if (c < columns) normalise(c, static_cast<int>(columns - c));
+    if (kInt8) int8_row(wide, most, columns, a.q + r * columns, a.q_scale + r);
   }
 }
 
-template <bool kDrop>
+template <bool kDrop, bool kInt8>
 void forward_instance(int instance, const Forward& a, const float* w, const float* b, const float* l, int64_t begin,
                       int64_t end, float* lines) {
   switch (instance) {
     case 0:
-      return forward_rows<F32, F32, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<F32, F32, kDrop, kInt8>(a, w, b, l, begin, end, lines);
     case 1:
-      return forward_rows<BF16, BF16, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<BF16, BF16, kDrop, kInt8>(a, w, b, l, begin, end, lines);
     case 2:
-      return forward_rows<F16, F16, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<F16, F16, kDrop, kInt8>(a, w, b, l, begin, end, lines);
     case 3:
-      return forward_rows<BF16, F32, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<BF16, F32, kDrop, kInt8>(a, w, b, l, begin, end, lines);
     case 4:
-      return forward_rows<F16, F32, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<F16, F32, kDrop, kInt8>(a, w, b, l, begin, end, lines);
     default:
-      return forward_rows<Any, Any, kDrop>(a, w, b, l, begin, end, lines);
+      return forward_rows<Any, Any, kDrop, kInt8>(a, w, b, l, begin, end, lines);
   }
 }
 
@@ -148,10 +175,13 @@ void dropout_add_norm_forward(const Forward& a, float* workspace) {
   on_threads(a.threads, [&](int thread, int threads) {
     float* const lines = workspace + thread * dropout_add_norm::kForwardLines * line;
     const int64_t begin = a.rows * thread / threads, end = a.rows * (thread + 1) / threads;
-    if (a.drop) {
-      forward_instance<true>(instance, a, weight, bias, layerscale, begin, end, lines);
+    if (a.q) {
+      (a.drop ? forward_instance<true, true> : forward_instance<false, true>)(instance, a, weight, bias, layerscale,
+                                                                              begin, end, lines);
+    } else if (a.drop) {
+      forward_instance<true, false>(instance, a, weight, bias, layerscale, begin, end, lines);
     } else {
-      forward_instance<false>(instance, a, weight, bias, layerscale, begin, end, lines);
+      forward_instance<false, false>(instance, a, weight, bias, layerscale, begin, end, lines);
     }
     if (a.stream) stream_fence();
   });

@@ -122,6 +122,14 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
                                   Tensor rowscale, Tensor seed, Tensor offset, bool offset_per_row, double p,
                                   double eps, double weight_offset, int norm, Tensor y, Tensor z, Tensor mean,
                                   Tensor rstd, int threads) {
+  dropout_add_norm_int8_cpu(sizes, x, residual, weight, bias, layerscale, rowscale, seed, offset, offset_per_row, p,
+                            eps, weight_offset, norm, y, z, mean, rstd, Tensor{}, Tensor{}, threads);
+}
+
+void dropout_add_norm_int8_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor layerscale,
+                               Tensor rowscale, Tensor seed, Tensor offset, bool offset_per_row, double p, double eps,
+                               double weight_offset, int norm, Tensor y, Tensor z, Tensor mean, Tensor rstd, Tensor q,
+                               Tensor q_scale, int threads) {
   dropout_add_norm::Forward a;
   set_common(a, sizes, seed, offset, offset_per_row, p, weight_offset, norm, threads);
   if (a.rows == 0 || a.size[3] == 0 || (norm == kNoNorm && z[0] == 0)) return;
@@ -136,6 +144,11 @@ void dropout_add_norm_forward_cpu(Sizes sizes, Tensor x, Tensor residual, Tensor
   a.eps = static_cast<float>(eps);
   a.mean = statistic(mean, "mean", norm == kLayerNorm);
   a.rstd = statistic(rstd, "rstd", norm != kNoNorm);
+  if (q[0] != 0 && (q[1] != kInt8 || norm == kNoNorm)) {
+    throw std::invalid_argument("dropout_add_norm: q must be int8 [rows, columns], with a norm");
+  }
+  a.q = reinterpret_cast<int8_t*>(q[0]);
+  a.q_scale = statistic(q_scale, "q_scale", a.q != nullptr);
   a.stream = past_the_cache(a, {&a.x, &a.residual, &a.y, &a.z});
   const int64_t lines = a.threads * dropout_add_norm::kForwardLines + dropout_add_norm::kVectors;
   run(a, workspace(lines * dropout_add_norm::padded(a.size[3])).get());

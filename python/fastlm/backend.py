@@ -3,7 +3,8 @@
 A backend is a folder with one module per op: ``fastlm.reference.<op>`` (plain PyTorch), ``fastlm.cpu.<op>`` (C++),
 ``fastlm.kernels.<op>`` (Triton) and ``fastlm.cuda.<op>`` (CUDA C++). Such a module defines ``forward`` and ``backward``
 with the arguments of the op's schema, and ``serves_forward`` and ``serves_backward`` which say, for the same arguments,
-whether it can run them and why not. Nothing else needs to know of it.
+whether it can run them and why not; further functions of an op come with their ``serves_...`` too. Nothing else needs to
+know of it.
 
 The first backend of the device's order that serves a call runs it. A call that falls past the first one is logged, once
 per reason. ``FASTLM_BACKEND`` or ``use(...)`` force one backend; if that cannot serve, the call raises.
@@ -66,6 +67,7 @@ _logged: set[tuple[str, str, str]] = set()
 Arguments = Callable[..., tuple[torch.device, tuple[Any, ...]]]
 _arguments: dict[str, Arguments] = {}
 _examples: dict[str, Callable[[str], dict[str, Any]]] = {}
+_functions: dict[str, Callable[..., str]] = {}
 
 
 def _checked(name: str, source: str) -> str:
@@ -141,7 +143,8 @@ def _support(op: str, name: str, direction: str, device: torch.device, args: tup
 
 
 def choose(op: str, direction: str, device: torch.device, args: tuple[Any, ...]) -> Choice:
-    """The backend that runs ``direction`` ("forward" or "backward") of ``op`` for the schema's arguments ``args``.
+    """The backend that runs ``direction`` ("forward", "backward" or another function of it) of ``op`` for the schema's
+    arguments ``args``.
 
     Raises BackendError if the forced backend cannot serve, or none can.
     """
@@ -177,13 +180,20 @@ def run(op: str, direction: str, device: torch.device, args: tuple[Any, ...]) ->
     return getattr(found, direction)(*args)
 
 
-def register(op: str, arguments: Arguments, example: Callable[[str], dict[str, Any]]) -> None:
+def register(
+    op: str,
+    arguments: Arguments,
+    example: Callable[[str], dict[str, Any]],
+    function: Callable[..., str] = lambda *args, **kwargs: "forward",
+) -> None:
     """Makes ``which(op, ...)`` work: ``arguments`` maps the public call to its device and forward-schema arguments.
 
-    ``example(device)`` gives the keyword arguments of a plain call, for which ``fastlm doctor`` asks.
+    ``example(device)`` gives the keyword arguments of a plain call, for which ``fastlm doctor`` asks. ``function`` maps the
+    public call to the function of a backend that runs it.
     """
     _arguments[op] = arguments
     _examples[op] = example
+    _functions[op] = function
 
 
 def example(op: str, device: str) -> dict[str, Any]:
@@ -204,13 +214,13 @@ def which(op: str, *args: Any, **kwargs: Any) -> Choice:
     if op not in _arguments:
         raise ValueError(f"op is {op!r}; it must be one of {', '.join(ops())}")
     device, schema_args = _arguments[op](*args, **kwargs)
-    return choose(op, "forward", device, schema_args)
+    return choose(op, _functions[op](*args, **kwargs), device, schema_args)
 
 
 def why_not(op: str, name: str, *args: Any, **kwargs: Any) -> str:
     """Why backend ``name`` does not run ``fastlm.ops.<op>(*args, **kwargs)`` when nothing is forced."""
     device, schema_args = _arguments[op](*args, **kwargs)
-    support = _support(op, name, "forward", device, schema_args)
+    support = _support(op, name, _functions[op](*args, **kwargs), device, schema_args)
     if not support.ok:
         return support.why
     return "it could; another is forced" if forced() else "it could; a backend before it in the order serves"

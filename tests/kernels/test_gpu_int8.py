@@ -68,3 +68,18 @@ def test_weight_only_is_near_float64(rows, group, dtype):
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     for found, truth in ((y.detach(), x.double() @ weight.t()), (leaf.grad, dy.double() @ weight)):
         assert (found.cpu().double() - truth).abs().max() <= tolerance * truth.abs().max()
+
+
+@pytest.mark.gpu("dropout_add_norm", "triton")
+@pytest.mark.parametrize("columns", [300, 4096, 16384, 40000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_s_int8_rows_are_those_of_its_y(dtype, columns):
+    x, residual = torch.randn(2, 33, columns, device="cuda").to(dtype).unbind()
+    with fastlm.backend.use("triton"):
+        y, z, q, scale = ops.dropout_add_norm(x, residual, p=0.1, seed=3, quantize="int8")
+        plain = ops.dropout_add_norm(x, residual, p=0.1, seed=3)
+        expected = ops.quantize_int8(y)
+    assert torch.equal(y, plain[0])
+    assert torch.equal(z, plain[1])
+    assert torch.equal(q, expected[0])
+    assert torch.equal(scale, expected[1])

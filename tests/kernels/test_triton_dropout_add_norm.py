@@ -6,6 +6,7 @@ the compiler's registers and spills, is in test_offline.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import fastlm
@@ -97,6 +98,27 @@ SHAPES = [replace(RICH, shape=s, norm=n) for s in ((1, 4096), (9, 1031)) for n i
 @pytest.mark.parametrize("case", SHAPES + [replace(m, shape=(2, 4099)) for m in MIXED], ids=str)
 def test_as_exact_as_torch_at_other_shapes(case):
     assert_as_exact_as_torch(lambda generator: draw(case, generator))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_int8_rows_are_those_of_y(dtype, tiled):
+    """Whole rows in the kernel's own registers, and rows that are cut, which are quantised behind."""
+    case = Case((5, 1500), dtype, p=0.2, layerscale=True, rowscale=True)
+    t = inputs(case, torch.Generator().manual_seed(torch.randint(2**31, ()).item()))
+    t["x"][3] = torch.nan
+    given = (t["x"], t["residual"], t["weight"], t["bias"])
+    options = {"p": 0.2, "layerscale": t["layerscale"], "rowscale": t["rowscale"].clamp_min(0.5), "seed": t["seed"]}
+    with table.pinned(TILED) if tiled else nullcontext():
+        y, z, q, scale = op(*given, **options, quantize="int8")
+        plain = op(*given, **options)
+    for found, expected in zip((y, z), plain, strict=True):
+        assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+    with fastlm.backend.use("reference"):
+        expected_q, expected_scale = fastlm.ops.quantize_int8(y)
+    assert torch.equal(q, expected_q)
+    assert torch.equal(scale.nan_to_num(9), expected_scale.nan_to_num(9))
+    assert scale[3].isnan()
 
 
 @pytest.mark.slow

@@ -114,6 +114,13 @@ dist.all_gather(both, found)
 assert both[0].equal(both[1])
 assert 0 < (found == 0).sum() < found.numel()
 
+# int8 rows and their scales lie as the rows do
+x = torch.arange(6 * 32.0).sin().view(6, 32)
+for placement in (Shard(0), R):
+    found = ops.dropout_add_norm(distribute_tensor(x, mesh, [placement]), p=0.4, seed=7, quantize="int8")
+    expected = ops.dropout_add_norm(x, p=0.4, seed=7, quantize="int8")
+    assert all(a.placements == (placement,) and a.full_tensor().equal(b) for a, b in zip(found, expected, strict=True))
+
 
 def refused(message, call, *args, **options):
     with pytest.raises(ValueError, match=message) as found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,12 @@ def serves_forward(
     return _serves(vectors, (("x", x), ("residual", residual)), rowscale)
 
 
+serves_forward_int8 = serves_forward
+
+
+serves_forward_int8 = serves_forward
+
+
 def serves_backward(
     dy: Tensor | None,
     dz: Tensor | None,
@@ -113,7 +121,7 @@ def _offset(offset: Tensor | None, sizes: Sizes) -> tuple[Packed, bool]:
     return _native.per_row(offset, sizes), offset.dim() > 0
 
 
-def forward(
+def _prepared(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -129,8 +137,8 @@ def forward(
     y_dtype: torch.dtype,
     z_dtype: torch.dtype,
     need_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (y, z, mean, rstd) as ``fastlm.reference.dropout_add_norm.forward`` does."""
+) -> tuple[Sizes, tuple[Tensor, Tensor, Tensor, Tensor], Any, list[Tensor]]:
+    """The sizes, the outputs (y, z, mean, rstd), what the compiled function takes up to them, and copies to keep alive."""
     sizes, (x_at, residual_at), rowscale_at, alive = _native.rows(x.shape, (x, residual), rowscale)
     rows = sizes[0] * sizes[1] * sizes[2]
     y = _like(x, y_dtype, norm != "none")
@@ -138,13 +146,31 @@ def forward(
     mean = x.new_empty(rows if norm == "layer" else 0, dtype=torch.float32)
     rstd = x.new_empty(0 if norm == "none" else rows, dtype=torch.float32)
     offset_at, per_row = _offset(offset, sizes)
-    _native._C.dropout_add_norm_forward_cpu(
+    given = (
         sizes, x_at, residual_at, _native.vector(weight), _native.vector(bias), _native.vector(layerscale), rowscale_at,
         _native.scalar(seed), offset_at, per_row, p, eps, weight_offset, _NORM[norm], _native.packed_rows(y, sizes),
-        _native.packed_rows(z, sizes), _statistic(mean), _statistic(rstd), torch.get_num_threads(),
+        _native.packed_rows(z, sizes), _statistic(mean), _statistic(rstd),
     )  # fmt: skip
+    return sizes, (y, z, mean, rstd), given, alive
+
+
+def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (y, z, mean, rstd) as ``fastlm.reference.dropout_add_norm.forward`` does."""
+    _, out, given, alive = _prepared(x, *rest)
+    _native._C.dropout_add_norm_forward_cpu(*(*given, torch.get_num_threads()))
     del alive
-    return y, z, mean, rstd
+    return out
+
+
+def forward_int8(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Returns (y, z, mean, rstd, q, scale) as ``fastlm.reference.dropout_add_norm.forward_int8`` does."""
+    sizes, out, given, alive = _prepared(x, *rest)
+    q = _like(x, torch.int8, 1)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    given = (*given, _native.packed_rows(q, sizes), _statistic(scale), torch.get_num_threads())
+    _native._C.dropout_add_norm_int8_cpu(*given)
+    del alive
+    return (*out, q, scale)
 
 
 def backward(

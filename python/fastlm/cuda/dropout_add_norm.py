@@ -89,6 +89,11 @@ def serves_forward(
     return _serves(vectors, (("x", x), ("residual", residual)), rowscale)
 
 
+def serves_forward_int8(*args: object) -> Support:
+    """Not yet: the Triton kernel does, and is tried before it."""
+    return Support(False, 'the cuda kernel gives no int8 rows (quantize="int8"); the triton kernel does')
+
+
 def serves_backward(
     dy: Tensor | None,
     dz: Tensor | None,

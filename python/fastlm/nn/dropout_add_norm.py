@@ -19,6 +19,7 @@ class DropoutAddNorm(nn.Module):
         elementwise_affine: False for a norm without parameters.
         bias: whether the norm has one; None: LayerNorm has, RMSNorm has not.
         residual_dtype: of the residual stream, for example torch.float32 under autocast; None: as it comes.
+        quantize: "int8": it returns ``(y, new_residual, q, scale)``, y also as 8-bit rows for an Int8Linear that follows.
 
     ``fastlm.rng.set(model, ...)`` fixes its masks; without it they come from torch's default generator.
     """
@@ -37,12 +38,13 @@ class DropoutAddNorm(nn.Module):
         elementwise_affine: bool = True,
         bias: bool | None = None,
         residual_dtype: torch.dtype | None = None,
+        quantize: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.columns, self.p, self.norm, self.eps, self.weight_offset = columns, p, norm, eps, weight_offset
-        self.residual_dtype = residual_dtype
+        self.residual_dtype, self.quantize = residual_dtype, quantize
         affine = norm is not None and elementwise_affine
         with_bias = affine and (norm == "layer" if bias is None else bias)
         self.weight = nn.Parameter(torch.empty(columns, device=device, dtype=dtype)) if affine else None
@@ -56,14 +58,15 @@ class DropoutAddNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """(y, new_residual), or new_residual alone with ``norm=None``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """(y, new_residual), or new_residual alone with ``norm=None``; with ``quantize`` the rows behind them."""
         seed, offset = rng.rows(self, 0, x) if self.training and self.p > 0 else (None, None)
         return ops.dropout_add_norm(
             x, residual, self.weight, self.bias, norm=self.norm, p=self.p, eps=self.eps,
-            weight_offset=self.weight_offset, residual_dtype=self.residual_dtype, seed=seed, offset=offset,
-            training=self.training,
+            weight_offset=self.weight_offset, residual_dtype=self.residual_dtype, quantize=self.quantize, seed=seed,
+            offset=offset, training=self.training,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{self.columns}, p={self.p}, norm={self.norm!r}, eps={self.eps}"
+        end = f", quantize={self.quantize!r}" if self.quantize else ""
+        return f"{self.columns}, p={self.p}, norm={self.norm!r}, eps={self.eps}{end}"

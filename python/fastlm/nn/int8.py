@@ -30,9 +30,33 @@ def _rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _dynamic(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias`` [M, N] in x's dtype, x quantised by rows."""
-    q, q_scale = ops.quantize_int8(x_MK)
+Int8Rows = tuple[Tensor, Tensor]  # int8 [..., K] and float32 scales [...]: what quantize_int8 gives of rows [..., K]
+
+
+def _given(rows: Int8Rows | None, x: Tensor, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """``rows`` of x [..., K] as [M, K] and [M]. TypeError or ValueError of the layer ``name`` where they cannot be x's."""
+    if rows is None:
+        return None, None
+    q, scale = rows
+    for what, t, shape, dtype in (("values", q, x.shape, torch.int8), ("scales", scale, x.shape[:-1], torch.float32)):
+        if t.dtype != dtype:
+            raise TypeError(
+                f"{name}: the {what} of rows are {t.dtype}; they must be {dtype}, as quantize_int8 gives them"
+            )
+        if t.shape != shape:
+            raise ValueError(
+                f"{name}: the {what} of rows have shape {list(t.shape)}; for x of shape {list(x.shape)} they must have "
+                f"{list(shape)}"
+            )
+    return _rows(q), scale.reshape(-1)
+
+
+def _dynamic(
+    x_MK: Tensor, q: Tensor | None, q_scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``x W^T + bias`` [M, N] in x's dtype, x quantised by rows unless it is given as such."""
+    if q is None:
+        q, q_scale = ops.quantize_int8(x_MK)
     return ops.int8_matmul(q, weight_NK.t(), q_scale, scale_N, bias=bias, out_dtype=x_MK.dtype)
 
 
@@ -40,10 +64,13 @@ class _Frozen(torch.autograd.Function):
     """``_dynamic`` of a W that does not train, with the input gradient in int8 too."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_MK: Tensor, q: Tensor | None, q_scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight_NK, scale_N)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _dynamic(x_MK, weight_NK, scale_N, bias)
+        return _dynamic(x_MK, q, q_scale, weight_NK, scale_N, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -54,9 +81,9 @@ class _Frozen(torch.autograd.Function):
             # the scales of W's rows go into dy, so that the product runs over W's int8 as they lie
             q, q_scale = ops.quantize_int8(dy_MN.float() * scale_N)
             dx = ops.int8_matmul(q, weight_NK, q_scale, out_dtype=dy_MN.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
             dbias = dy_MN.float().sum(0).to(ctx.bias_dtype)
-        return dx, None, None, dbias
+        return dx, None, None, None, None, dbias
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,8 +111,14 @@ class Int8Linear(nn.Module):
     ``.half()`` and the like change the bias alone. Input [..., K] of any floating dtype gives [..., N] of the same dtype,
     or of autocast's where that is on. ``from_linear`` makes one of a trained layer.
 
+    In mode "dynamic" ``forward(x, rows)`` takes x already quantised beside it, ``rows`` being what
+    ``ops.quantize_int8(x)`` gives: ``ops.dropout_add_norm(quantize="int8")`` makes them in its own pass, and several layers
+    read the same ones. x then lends its shape and dtype and gets the gradient.
+
     Raises:
-        ValueError: an unknown mode or group; "dynamic" with more than 131,071 inputs or outputs.
+        ValueError: an unknown mode or group; "dynamic" with more than 131,071 inputs or outputs; ``rows`` of another shape
+            than x, or in mode "weight_only".
+        TypeError: ``rows`` of other dtypes than int8 and float32.
     """
 
     weight: Tensor
@@ -124,12 +157,16 @@ class Int8Linear(nn.Module):
         _hold(made, linear, mode, group)
         return made.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Int8Rows | None = None) -> Tensor:
         dtype = autocast_dtype(x.device) or x.dtype
         x_MK, scale = _rows(x).to(dtype), self.weight_scale
         if self.mode == "dynamic":
-            y = _Frozen.apply(x_MK, self.weight, scale, self.bias)
+            y = _Frozen.apply(x_MK, *_given(rows, x, "Int8Linear"), self.weight, scale, self.bias)
         else:
+            if rows is not None:
+                raise ValueError(
+                    "Int8Linear: rows were given in mode 'weight_only', which reads x itself; leave them out"
+                )
             by_column = scale.t() if scale.dim() == 2 else scale
             y = ops.int8_matmul(x_MK, self.weight.t(), None, by_column, bias=self.bias, out_dtype=dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -239,11 +276,14 @@ class _Trained(torch.autograd.Function):
     """``x W^T + bias`` with both factors quantised by rows, and both gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:
-        needs_dw = ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, x_MK: Tensor, q: Tensor | None, q_scale: Tensor | None, weight_NK: Tensor, bias: Tensor | None,
+        narrow: bool,
+    ) -> Tensor:  # fmt: skip
+        needs_dw = ctx.needs_input_grad[3]
         ctx.save_for_backward(x_MK if needs_dw else None, weight_NK)
         ctx.narrow, ctx.bias_dtype = narrow, None if bias is None else bias.dtype
-        return _dynamic(x_MK, *ops.quantize_int8(weight_NK), bias)
+        return _dynamic(x_MK, q, q_scale, *ops.quantize_int8(weight_NK), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -254,12 +294,12 @@ class _Trained(torch.autograd.Function):
             q, q_scale = ops.quantize_int8(dy_MN)
             by_column, scale = ops.quantize_int8(weight_NK, dim=0)
             dx = ops.int8_matmul(q, by_column, q_scale, scale, out_dtype=dy_MN.dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[3]:
             dtype = torch.bfloat16 if ctx.narrow else dy_MN.dtype
             dw = (dy_MN.to(dtype).t() @ x_MK.to(dtype)).to(weight_NK.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             dbias = dy_MN.float().sum(0).to(ctx.bias_dtype)
-        return dx, dw, dbias, None
+        return dx, None, None, dw, dbias, None
 
 
 class Int8TrainingLinear(nn.Linear):
@@ -268,6 +308,7 @@ class Int8TrainingLinear(nn.Linear):
     Parameters, state_dict and optimizers are those of ``nn.Linear``; sharded parameters (FSDP2) are quantised after they
     are gathered. In eval mode it computes as in training. The weight gradient is a product in x's dtype, or with
     ``bfloat16_weight_grad`` in bfloat16, which pays for float32 where the processor multiplies bfloat16 faster.
+    ``forward(x, rows)`` takes x already quantised beside it, as ``Int8Linear``'s.
     """
 
     bfloat16_weight_grad = False
@@ -276,9 +317,10 @@ class Int8TrainingLinear(nn.Linear):
         super().__init__(*args, **named)
         self.bfloat16_weight_grad = bfloat16_weight_grad
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Int8Rows | None = None) -> Tensor:
         dtype = autocast_dtype(x.device) or x.dtype
-        y = _Trained.apply(_rows(x).to(dtype), self.weight, self.bias, self.bfloat16_weight_grad)
+        given = _given(rows, x, "Int8TrainingLinear")
+        y = _Trained.apply(_rows(x).to(dtype), *given, self.weight, self.bias, self.bfloat16_weight_grad)
         return y.view(*x.shape[:-1], self.out_features)
 
 

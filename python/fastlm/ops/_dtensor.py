@@ -140,7 +140,7 @@ def dropout_add_norm(
     offset: int | Tensor | None,
     training: bool,
     **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`fastlm.ops.dropout_add_norm`, which is `run`, of rows of DTensors."""
     rows = {axis: "rows" if axis else "batch" for axis in range(x.dim() - 1)}
     layout = _Layout("dropout_add_norm", "x", x, rows)
@@ -172,9 +172,11 @@ def dropout_add_norm(
     )
 
     def give(local: Tensor) -> Tensor:
-        return x if local is layout.local else layout.give(local, x.shape)
+        if local is layout.local:
+            return x
+        return layout.give(local, x.shape if local.dim() == x.dim() else x.shape[:-1])  # int8 rows have a scale each
 
-    return (give(found[0]), give(found[1])) if isinstance(found, tuple) else give(found)
+    return tuple(map(give, found)) if isinstance(found, tuple) else give(found)
 
 
 def attention(

@@ -31,7 +31,8 @@ class Op:
     ``function.apply`` takes the forward schema's arguments and returns its outputs. An op without a gradient has neither
     it nor a backward: its outputs are constants to autograd. The device of a call is that of its first tensor.
     ``prepare(direction, args)``, where given, sees the real tensors of a call (never fake ones) and returns what a
-    backend gets: the place for checks of values and for views that must not show in a graph.
+    backend gets: the place for checks of values and for views that must not show in a graph. ``runs``: the op and the
+    function of its backends that the forward is, where it is not ``forward`` of this name.
 
     The methods call the operators through PyTorch's dispatcher. Where nothing could tell (``can_skip_dispatcher``), they call
     what it would call: a dispatch into Python is slow, more so after a large op has filled the cache, and a forward with its
@@ -47,8 +48,10 @@ class Op:
         fake_backward: Callable[..., Any] | None,
         function: type[torch.autograd.Function] | None,
         prepare: Callable[[str, tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        runs: tuple[str, str] | None = None,
     ) -> None:
         self.name, self._prepare = name, prepare
+        self._runs = runs or (name, "forward")
         self._apply: Callable[..., Any] | None = None if function is None else function.apply
         kernels: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any], str, Callable[..., Any]]] = {
             "": (self._with_autograd, self._run_forward, forward_schema, fake_forward),
@@ -119,16 +122,16 @@ class Op:
             )
 
     def _run_forward(self, *args: Any) -> Any:
-        return self._run("forward", args)
+        return self._run(self._runs, "forward", args)
 
     def _run_backward(self, *args: Any) -> Any:
-        return self._run("backward", args)
+        return self._run((self.name, "backward"), "backward", args)
 
-    def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
+    def _run(self, runs: tuple[str, str], direction: str, args: tuple[Any, ...]) -> Any:
         if self._prepare is not None:
             args = self._prepare(direction, args)
         device = next(a.device for a in args if isinstance(a, Tensor))
-        return backend.run(self.name, direction, device, args)
+        return backend.run(*runs, device, args)
 
 
 def _differentiable(args: tuple[Any, ...]) -> bool:

@@ -23,6 +23,7 @@ _FORWARD = (
     "Tensor? offset, float p, float eps, float weight_offset, str norm, ScalarType y_dtype, ScalarType z_dtype, "
     "bool need_z) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_FORWARD_INT8 = _FORWARD.replace("-> (Tensor, ", "-> (Tensor, Tensor, Tensor, ")
 _BACKWARD = (
     "(Tensor? dy, Tensor? dz, Tensor? z, Tensor? x, Tensor? weight, Tensor? layerscale, Tensor? rowscale, "
     "Tensor mean, Tensor rstd, Tensor? seed, Tensor? offset, float p, float weight_offset, str norm, "
@@ -42,6 +43,11 @@ def _fake_forward(
         x.new_empty(rows if norm == "layer" else 0, dtype=stats),
         x.new_empty(0 if norm == "none" else rows, dtype=stats),
     )
+
+
+def _fake_forward_int8(x, *rest):
+    out = _fake_forward(x, *rest)
+    return (*out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32))
 
 
 def _is_double(tensor: Tensor | None) -> bool:
@@ -70,7 +76,14 @@ def _fake_backward(
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, layerscale, rowscale, seed, offset, *options):
-        y, z, mean, rstd = _operators.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
+        out = _operators.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
+        _DropoutAddNorm.keep(ctx, out, x, residual, weight, bias, layerscale, rowscale, seed, offset, options)
+        return out
+
+    @staticmethod
+    def keep(ctx: Any, out, x, residual, weight, bias, layerscale, rowscale, seed, offset, options) -> None:
+        """What the backward reads; ``out`` is (y, z, mean, rstd) and what else is without a gradient."""
+        _, z, mean, rstd, *more = out
         p, _, weight_offset, norm, _, _, need_z = options
         # What the backward reads: z for the norm (x itself where they are one), x only for layerscale's gradient.
         saved_z = None if norm == "none" else (z if need_z else x)
@@ -78,12 +91,11 @@ class _DropoutAddNorm(torch.autograd.Function):
         ctx.save_for_backward(saved_z, saved_x, weight, layerscale, rowscale, mean, rstd, seed, offset)
         ctx.options = (p, weight_offset, norm, need_z)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (x, residual, weight, bias))
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd, *more)
         ctx.set_materialize_grads(False)
-        return y, z, mean, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy, dz, _dmean, _drstd):
+    def backward(ctx: Any, dy, dz, *_):
         z, x, weight, layerscale, rowscale, mean, rstd, seed, offset = ctx.saved_tensors
         p, weight_offset, norm, need_z = ctx.options
         # An output that was left empty may still be handed an empty gradient.
@@ -116,7 +128,19 @@ class _DropoutAddNorm(torch.autograd.Function):
         )
 
 
+class _DropoutAddNormInt8(_DropoutAddNorm):
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, layerscale, rowscale, seed, offset, *options):
+        out = _operators_int8.forward(x, residual, weight, bias, layerscale, rowscale, seed, offset, *options)
+        _DropoutAddNorm.keep(ctx, out, x, residual, weight, bias, layerscale, rowscale, seed, offset, options)
+        return out
+
+
 _operators = Op(OP, _FORWARD, _BACKWARD, _fake_forward, _fake_backward, _DropoutAddNorm)
+# With int8 rows, an operator of its own: the plain one stays as fast as it is. Its backward is the plain one's.
+_operators_int8 = Op(
+    f"{OP}_int8", _FORWARD_INT8, None, _fake_forward_int8, None, _DropoutAddNormInt8, runs=(OP, "forward_int8")
+)
 
 
 def _arguments(
@@ -151,10 +175,10 @@ def _arguments(
     if norm is not None and norm not in NORMS[:2]:
         raise ValueError(f'{OP}: norm is {norm!r}; it must be "layer", "rms" or None')
     check_p(p, OP)
-    if quantize is not None:
-        raise ValueError(
-            f"{OP}: quantize is {quantize!r}; it must be None (int8 rows come with fastlm.ops.int8_matmul)"
-        )
+    if quantize not in (None, "int8"):
+        raise ValueError(f'{OP}: quantize is {quantize!r}; it must be None or "int8"')
+    if quantize is not None and norm is None:
+        raise ValueError(f"{OP}: quantize is {quantize!r} with norm None; what it quantises is the norm's output")
     columns = x.shape[-1:]
     check_tensor(residual, "residual", OP, shape=x.shape, device=device)
     for name, vector in (("weight", weight), ("bias", bias), ("layerscale", layerscale)):
@@ -216,7 +240,7 @@ def dropout_add_norm(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
     training: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """``new_residual = residual + rowscale * layerscale * dropout(x)`` and ``y = norm(new_residual)``, fused.
 
     Args:
@@ -233,7 +257,8 @@ def dropout_add_norm(
         residual_dtype: of new_residual; None: residual's dtype, else x's.
         y_dtype: of y; None: the autocast dtype under autocast, else x's.
         return_residual: False where nobody reads new_residual.
-        quantize: None; "int8" comes with the 8-bit matmul.
+        quantize: "int8": y also as 8-bit rows with their scales, from the same pass, for an ``Int8Linear`` that follows
+            (``linear(y, (q, scale))``). y is given all the same, for its gradient. Not with norm None.
         seed: None (drawn from torch's default generator of the device), an int, or an int64 tensor of one element on
             x's device, which is what torch.compile and CUDA graphs carry without recompiling or synchronising.
         offset: where these rows stand in the whole, for shards: the first global row (int or int64 scalar tensor), or
@@ -246,6 +271,8 @@ def dropout_add_norm(
     Returns:
         (y, new_residual), or y alone with ``return_residual=False``; with ``norm=None`` new_residual alone.
         y has y_dtype. It is the norm of the rounded new_residual.
+        With ``quantize="int8"`` q and scale behind them: int8 of x's shape and float32 x.shape[:-1], the bits that
+        ``quantize_int8(y)`` gives. They have no gradient.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -266,9 +293,15 @@ def dropout_add_norm(
         rowscale=rowscale, residual_dtype=residual_dtype, y_dtype=y_dtype, return_residual=return_residual,
         quantize=quantize, seed=seed, offset=offset, training=training,
     )  # fmt: skip
-    y, z, _, _ = _operators(*args)
+    int8: tuple[Tensor, ...] = ()
+    if quantize is None:
+        y, z, _, _ = _operators(*args)
+    else:
+        y, z, _, _, *int8 = _operators_int8(*args)
     if not args[-1] and (norm is None or return_residual):
         z = x  # new_residual is x itself, bit for bit
+    if int8:
+        return (y, z, *int8) if return_residual else (y, *int8)
     if norm is None:
         return z
     return (y, z) if return_residual else y
@@ -301,4 +334,8 @@ def _example(device: str) -> dict[str, Any]:
     return {"x": x, "residual": x, "p": 0.1}
 
 
-backend.register(OP, _arguments, _example)
+def _function(*args: Any, quantize: str | None = None, **named: Any) -> str:
+    return "forward" if quantize is None else "forward_int8"
+
+
+backend.register(OP, _arguments, _example, _function)

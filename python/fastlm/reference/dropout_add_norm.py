@@ -12,11 +12,13 @@ Arithmetic is float32, or float64 where x, z or the residual is float64. Slow, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlm.backend import YES, Support
-from fastlm.reference import philox
+from fastlm.reference import philox, quantize_int8
 
 
 def serves_forward(*args: object) -> Support:
@@ -24,7 +26,7 @@ def serves_forward(*args: object) -> Support:
     return YES
 
 
-serves_backward = serves_forward
+serves_backward = serves_forward_int8 = serves_forward
 
 
 def dropout_mask(rows: int, columns: int, seed: Tensor, offset: Tensor | None, p: float) -> Tensor:
@@ -106,6 +108,12 @@ def forward(
         y = y + bias.to(wide)
     stats_dtype = wide if wide == torch.float64 else torch.float32
     return y.to(y_dtype).reshape(x.shape).contiguous(), z_out, mean.to(stats_dtype), rstd.to(stats_dtype)
+
+
+def forward_int8(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Arguments of ``forward``; its outputs, and y as ``quantize_int8`` gives it: int8 of x's shape, scales x.shape[:-1]."""
+    out = forward(x, *rest)
+    return (*out, *quantize_int8.forward(out[0], -1, 0, None, False, False))
 
 
 def backward(

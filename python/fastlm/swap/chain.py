@@ -100,7 +100,7 @@ class Chains(nn.Module):
             x, residual, arguments.weight, arguments.bias, p=p, residual_dtype=_sum_dtype(x, residual),
             return_residual=both, seed=seed, offset=offset, **arguments.options(),
         )  # fmt: skip
-        return out if isinstance(out, tuple) else (out, out)
+        return (out[0], out[1]) if isinstance(out, tuple) else (out, out)
 
 
 def _arguments(norm: Norm, x: Tensor, residual: Tensor) -> NormArguments | None:

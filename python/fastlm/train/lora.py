@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.data.errors import InputError
 from fastlm.nn import Int8Linear
+from fastlm.nn.int8 import Int8Rows
 from fastlm.nn.masked import MASK, MaskedLinear
 
 BASE = "base"  # the folder of a run that holds what LoRA leaves as it was
@@ -39,18 +40,19 @@ class LoraLinear(nn.Linear):
 
 
 class LoraInt8Linear(Int8Linear):
-    """A frozen Int8Linear and its two trained factors, which are float. Input [..., in], output [..., out]."""
+    """A frozen Int8Linear and its two trained factors, which are float. Input [..., in], also as int8 ``rows``, output
+    [..., out]."""
 
     float_class = LoraLinear
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     lora_scale: float
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Int8Rows | None = None) -> Tensor:
         if MASK in self._buffers:
             added = self.lora_b @ self.lora_a * ops.mask_to_bool(self._buffers[MASK], self.in_features)  # type: ignore[arg-type]
-            return super().forward(x) + F.linear(x, added) * self.lora_scale
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
+            return super().forward(x, rows) + F.linear(x, added) * self.lora_scale
+        return super().forward(x, rows) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
 
 
 ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
