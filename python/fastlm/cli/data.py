@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 import time
@@ -12,14 +13,15 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from fastlm.cli import flags
+from fastlm.cli import flags, marked
 from fastlm.console import Lasting
-from fastlm.data import InputError, Prepared, TokenSource
+from fastlm.data import InputError, Prepared, TokenSource, chat
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.prepare import PARALLEL, Note
 from fastlm.train import export, job
 from fastlm.train.config import DataConfig
+from fastlm.train.folders import find_init
 
 DEFAULT = DataConfig()
 SpecialTokens = Literal["run", "text", "read"]
@@ -70,6 +72,7 @@ def _lines(data: Prepared, seconds: float) -> Iterator[str]:
             full = part["tokens"] / max(part["contexts"] * data.pack, 1)
             line += f", {part['contexts']:,} contexts of {data.pack}, {full:.1%} full"
         yield line
+    yield from job.tuned([data])
     if m.get("left_out"):
         yield f"{m['left_out']:,} documents are on neither side: they, or their groups, are in a --val set"
     if m["undecodable"]:
@@ -80,17 +83,28 @@ def _lines(data: Prepared, seconds: float) -> Iterator[str]:
 PREPARE_EXAMPLES = """
 fastlm data prepare book.txt --tokenizer bpe --vocab 4096
 fastlm data prepare rows.jsonl --packing documents --context 256
+fastlm data prepare chats.jsonl --sft --init myrun
 """
 
 
-def prepare(corpus: flags.Corpus = (), data: DataConfig = DEFAULT, context: int = 128) -> int:
+def _as_init(data: DataConfig, init: str) -> DataConfig:
+    """The data as `fastlm train --init` would read them: by that model's tokenizer and chat template."""
+    folder = find_init(init, "runs") if init else None
+    if folder is not None and data.tokenizer == DEFAULT.tokenizer:
+        data = dataclasses.replace(data, tokenizer=job.tokenizer_of(folder))
+    return dataclasses.replace(data, chat_template=chat.resolve(data.chat_template, folder)) if data.rows else data
+
+
+def prepare(corpus: flags.Corpus = (), data: DataConfig = DEFAULT, context: int = 128, init: str = "") -> int:
     """Turn a corpus into token shards in the cache, and say what came of it.
 
     Args:
         corpus: Files, folders and globs, as `fastlm train` takes them.
-        context: Tokens of a sample, which counts with --packing documents.
+        context: Tokens of a sample, which counts with --packing documents and --sft.
+        init: Take tokenizer and chat template from this model, as `fastlm train --init` does.
     """
     data.check()
+    data = _as_init(data, init)
     check("context", context, Range(1, COUNT))
     with reading() as note:
         start = time.perf_counter()
@@ -105,6 +119,7 @@ def prepare(corpus: flags.Corpus = (), data: DataConfig = DEFAULT, context: int 
 SHOW_EXAMPLES = """
 fastlm data show 17 book.txt --context 256
 fastlm data show 17 --run myrun    # as that run reads it
+fastlm data show 0 chats.jsonl --sft --init myrun    # which tokens are trained, before training
 """
 
 
@@ -115,8 +130,10 @@ def show(
     context: int = 128,
     seed: int = 1,
     run: str = "",
+    init: str = "",
 ) -> int:
-    """Print sample N of a training run as text, with its document borders.
+    """Print sample N of a training run as text, with its document borders; with --sft, which of its tokens are trained on: bold
+    on a terminal, else in [[ ]].
 
     Args:
         n: The sample's number, counted over the whole run from 0.
@@ -124,7 +141,10 @@ def show(
         context: Tokens of a sample.
         seed: The run's seed.
         run: Take corpus, data, context and seed from this run.
+        init: Take tokenizer and chat template from this model, as `fastlm train --init` does.
     """
+    if run and init:
+        raise InputError("--run and --init exclude each other: a run has its tokenizer and chat template")
     if not 0 <= n < 2**62:
         raise InputError(f"the sample's number must be at least 0 and below 2**62; it is {n}")
     data.check()
@@ -137,12 +157,16 @@ def show(
         spec = export.read_tokenizer(folder)
         own = None if spec is None else tokenizers.load(spec)
         data, context, seed = config.data, config.model.length(), config.run.seed
+    else:
+        data = _as_init(data, init)
     with reading() as note:
         found = job.read_data(corpus, data, context, note, own)
-    inputs, targets, *documents = (
-        t[0].numpy() for t in TokenSource(found, context, seed, data.weights).batch(np.array([n]))
-    )
     tokenizer = found[0].tokenizer
+    batch = [t.numpy() for t in TokenSource(found, context, seed, data.weights).batch(np.array([n]))]
+    if data.rows:
+        marked.show(n, batch, tokenizer)
+        return 0
+    inputs, targets, *documents = (t[0] for t in batch)
     predicted = targets >= 0
     if documents:
         borders = np.flatnonzero(np.diff(documents[0][predicted])) + 1

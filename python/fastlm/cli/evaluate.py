@@ -63,7 +63,7 @@ def evaluate(
     with torch.no_grad(), autocast(place, config.run.dtype):
         measured = job.validation(data, config, context, place)(model, True)
     nats, count = measured["val_loss"], int(measured["val_tokens"])
-    size = sum(d.manifest["val"]["bytes"] for d in data)
+    size = sum(d.manifest["val"]["target_bytes" if d.kind else "bytes"] for d in data)
     found = {
         "run": str(folder),
         "tokens": count,

@@ -24,7 +24,8 @@ class Piece:
     """Bytes of one document; `last` closes it, and `first` opens it.
 
     `mark` is what the split goes by where that is not the text: the mark of the row's `group`, or of the document's head
-    where the text is only a part of it. `source` is what the row says it is from.
+    where the text is only a part of it. `source` is what the row says it is from. Of a whole row as JSON `where` names the file
+    and the line or row; where `at` is not -1, the file alone, in which the row's line begins at this byte.
     """
 
     text: bytes
@@ -33,6 +34,12 @@ class Piece:
     mark: float | None = None
     group: str = ""
     source: str = ""
+    where: str = ""
+    at: int = -1
+
+    def place(self) -> str:
+        """Where a whole row stands: its file, and its line or number."""
+        return self.where if self.at < 0 else f"{self.where}, line {line_at(Path(self.where), self.at)}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,16 @@ class Part:
 
 
 Job = tuple["Piece | Part", ...]
+
+
+def line_at(path: Path, at: int) -> int:
+    """The number of the line that begins at a byte of a file."""
+    number = 1
+    with open(path, "rb") as file:
+        while at > 0:
+            read = file.read(min(at, JOB))
+            number, at = number + read.count(b"\n"), at - len(read)
+    return number
 
 
 def mark(text: bytes) -> float:

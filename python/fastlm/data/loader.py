@@ -68,7 +68,12 @@ class TokenSource:
             for s, part in found.items():
                 for column, values in zip(columns, part):
                     column[source == s] = values
-        return tuple(torch.from_numpy(np.ascontiguousarray(c)) for c in columns)
+        return tuple(torch.from_numpy(np.ascontiguousarray(_flat(c))) for c in columns)
+
+
+def _flat(column: np.ndarray) -> np.ndarray:
+    """Both contexts of each sample of pairs, one after the other."""
+    return column.reshape(-1, column.shape[-1])
 
 
 class DatasetSource:
@@ -148,7 +153,7 @@ def corpus_batches(corpus: Prepared, context: int, rows: int, limit: int = 0) ->
     every = max(packed.size * context // limit, 1) if limit else 1
     numbers = np.arange(0, packed.size, every)
     for at in range(0, len(numbers), rows):
-        yield tuple(map(torch.from_numpy, packed.at(numbers[at : at + rows])))
+        yield tuple(torch.from_numpy(_flat(c)) for c in packed.at(numbers[at : at + rows]))
 
 
 def validation_batches(shards: Sequence[np.ndarray], context: int, rows: int, limit: int = 0) -> Iterator[Any]:

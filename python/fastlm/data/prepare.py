@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.data import readers
 from fastlm.data import tokenizer as tokenizers
-from fastlm.data.corpus import expand, jobs, pieces, whole_texts
+from fastlm.data.corpus import documents, expand, jobs, pieces, whole_texts
 from fastlm.data.cutting import BLOCK, Job, Part, Piece, cut, mark
 from fastlm.data.errors import InputError
 from fastlm.data.groups import group_of, is_hash
 from fastlm.data.pack import Packer, Rows
 from fastlm.data.shards import Column, ShardWriter, open_shard
+from fastlm.data.tuning import KEYS, Rendering
 from fastlm.data.workers import ordered
 
 FORMAT = 3
@@ -41,6 +43,7 @@ PARALLEL = 64 << 20  # bytes on disk from which several processes pay for their 
 LARGE = 64 * PARALLEL  # the same where little is to be done with a text: bytes as they are, or counting alone
 ALWAYS_HASHED = 256 << 20  # bytes of shards up to which each opening reads and hashes them all
 SIDES = ("train", "val")
+UINT8 = np.dtype(np.uint8)
 
 Note = Callable[[str, int, int], None]  # (what is done, bytes on disk done, of how many)
 
@@ -52,7 +55,9 @@ def silent(what: str, done: int, total: int) -> None: ...
 class Options:
     """How a corpus becomes shards. `pack`: the context into which documents are packed; 0: contiguous blocks.
 
-    `workers`: processes; 0: one per core for a large corpus. They change no byte of the result.
+    `rows`: "sft" or "dpo" where rows are to be fine-tuned on, as `tuning` has it, with the chat template of this specification;
+    `pack` is then the context that cuts them. `workers`: processes; 0: one per core for a large corpus. They change no byte of
+    the result.
     """
 
     tokenizer: str = "bytes"
@@ -63,6 +68,17 @@ class Options:
     val_fraction: float = 0.05
     pack: int = 0
     workers: int = dataclasses.field(default=0, compare=False, repr=False)
+    rows: str = dataclasses.field(default="", repr=False)
+    chat_template: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def reads(self) -> str:
+        """The field of rows that is read, as the readers take it."""
+        return readers.ROW if self.rows else self.field
+
+    @property
+    def rendering(self) -> Rendering | None:
+        return Rendering(self.rows, self.chat_template, self.pack) if self.rows else None
 
 
 class Prepared:
@@ -79,7 +95,9 @@ class Prepared:
             self.tokenizer = tokenizers.load(self.manifest["tokenizer"])
             self.content: str = self.manifest["content"]
             self.pack: int = self.manifest["pack"]
-            names = [f for side in SIDES for key in ("files", "spans", "rows") for f in self.manifest[side][key]]
+            self.kind: str = self.manifest.get("kind", "")
+            keys = ("files", "spans", "rows", *(["trained"] if self.kind else []))
+            names = [f for side in SIDES for key in keys for f in self.manifest[side][key]]
             times = self.manifest["times"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder / 'manifest.json'} cannot be read ({error!r}): delete its folder") from error
@@ -93,12 +111,19 @@ class Prepared:
 
         self.train, self.val = opened("train", "files"), opened("val", "files")
         self._index = {side: (opened(side, "spans"), opened(side, "rows")) for side in SIDES} if self.pack else {}
+        self._trained = {side: Column(opened(side, "trained")) for side in SIDES} if self.kind else {}
+
+    def bytes_per_target(self, side: str) -> float:
+        """Bytes of text that a token stands for on which a loss is taken."""
+        part = self.manifest[side]
+        return float(part["target_bytes"] / part["targets"] if self.kind else part["bytes"] / part["tokens"])
 
     def rows(self, side: str, seed: int = 0) -> Rows:
         """The packed contexts of a side."""
         tokens = Column(self.train if side == "train" else self.val)
         spans, rows = map(Column, self._index[side])
-        return Rows(tokens, spans, rows, self.pack, self.tokenizer.eot, seed, self.content)
+        trained, answers = self._trained.get(side), 2 if self.kind == "dpo" else 1
+        return Rows(tokens, spans, rows, self.pack, self.tokenizer.eot, seed, self.content, trained, answers)
 
     def text(self, side: str, limit: int | None = None) -> bytes:
         """The bytes of one side (at most about `limit` of them), for the models that count."""
@@ -173,7 +198,7 @@ def _document_mark(piece: Piece) -> float:
 def _marked(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, float, bool, bool]]:
     """(its piece, text, mark, first, last) of each document, or block of one."""
     for piece in pieces(job, name):
-        if not split.block or piece.group:
+        if not split.block or piece.group or piece.where:
             yield piece, piece.text, _document_mark(piece), piece.first, piece.last
             continue
         blocks = cut(piece.text, split.block)
@@ -181,12 +206,12 @@ def _marked(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, f
             yield piece, text, mark(text), piece.first and i == 0, piece.last and i == len(blocks) - 1
 
 
-def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[bytes, bool | None, bool, bool]]:
-    """(text, held out, first, last) of each document, or block of one. None in the place of "held out": on neither side,
-    being of a further validation set."""
+def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, bool | None, bool, bool]]:
+    """(its piece, text, held out, first, last) of each document, or block of one. None in the place of "held out": on neither
+    side, being of a further validation set."""
     for piece, text, own, first, last in _marked(job, split, name):
         foreign = split.without is not None and split.without.has(piece, own)
-        yield text, None if foreign else own < split.limit, first, last
+        yield piece, text, None if foreign else own < split.limit, first, last
 
 
 def _documents(job: Job, split: Split, name: str) -> np.ndarray:
@@ -216,7 +241,7 @@ def _named_and_there(job: Job, split: Split, name: str) -> np.ndarray:
 @dataclass
 class _Counted:
     """Documents without a group: their number, bytes, the largest, and bytes of the last where it goes on in the next
-    job. Rows with a group: their number and bytes."""
+    job. Rows that no block parts, having a group or being read as a whole: their number and bytes."""
 
     documents: int = 0
     total: int = 0
@@ -229,7 +254,7 @@ class _Counted:
 def _count(job: Job, name: str) -> _Counted:
     documents = total = largest = size = rows = rows_total = 0
     for piece in pieces(job, name):
-        if piece.group:
+        if piece.group or piece.where:
             rows, rows_total = rows + 1, rows_total + len(piece.text)
             continue
         size += len(piece.text)
@@ -256,7 +281,7 @@ class _Corpus:
 
     def each(self, what: str, function: Callable[..., Any], *shared: Any) -> Iterator[Any]:
         """function(job, *shared) for each job, in order; progress is told."""
-        found = jobs(self.files, self.options.field, self.options.separator)
+        found = jobs(self.files, self.options.reads, self.options.separator)
         done = 0
         workers = 1 if function is _count and self.disk < LARGE else self.workers
         for result, size in ordered(function, found, workers, *shared):
@@ -267,12 +292,12 @@ class _Corpus:
     def count(self) -> _Counted:
         """Counts documents into `documents` and bytes into `total`; tells those of a group apart."""
         found = _Counted()
-        if whole_texts(self.files, self.options.field, self.options.separator):
+        if whole_texts(self.files, self.options.reads, self.options.separator):
             sizes = [n for n in (f.stat().st_size for f in self.files) if n]
             found = _Counted(len(sizes), sum(sizes), max(sizes, default=0))
         else:
             size = 0
-            for more in self.each("reading", _count, self.options.field):
+            for more in self.each("reading", _count, self.options.reads):
                 found.documents, found.total = found.documents + more.documents, found.total + more.total
                 found.rows, found.rows_total = found.rows + more.rows, found.rows_total + more.rows_total
                 size += more.largest if more.documents else 0  # the first that ends may have begun in an earlier job
@@ -303,8 +328,8 @@ class _Corpus:
             return Split(0, fraction)
         # so few that chance may choose none: then the one with the smallest hash
         lowest, kinds = 1.0, set[float]()
-        for job, _ in jobs(self.files, self.options.field, self.options.separator):
-            for _, _, own, *_ in _marked(job, Split(size, 1.0), self.options.field):
+        for job, _ in jobs(self.files, self.options.reads, self.options.separator):
+            for _, _, own, *_ in _marked(job, Split(size, 1.0), self.options.reads):
                 lowest = min(lowest, own)
                 if len(kinds) < 2:
                     kinds.add(own)
@@ -313,9 +338,11 @@ class _Corpus:
         return Split(size, float(np.nextafter(lowest, 1.0)) if lowest >= fraction and len(kinds) > 1 else fraction)
 
     def train_texts(self, split: Split) -> Iterator[bytes]:
-        done = 0
-        for job, size in jobs(self.files, self.options.field, self.options.separator):
-            yield from (text for text, held, *_ in _parts(job, split, self.options.field) if held is False)
+        done, how = 0, self.options.rendering
+        for job, size in jobs(self.files, self.options.reads, self.options.separator):
+            for _, text, held, *_ in _parts(job, split, self.options.reads):
+                if held is False:
+                    yield from [text] if how is None else how.texts(text)
             done += size
             self.note("learning the tokenizer", done, self.disk)
 
@@ -325,20 +352,53 @@ class _Corpus:
 
 @dataclass
 class _Encoded:
-    """What a job becomes: tokens of both sides, and (side, tokens, first, last) of each text in order."""
+    """What a job becomes: tokens of both sides, and (side, tokens, first, last) of each text in order.
+
+    Of rows to fine-tune on: also which tokens are trained, bytes of their text, and how many sequences were cut; in `texts` a
+    row's sequences follow each other, the first and the last marked.
+    """
 
     tokens: list[np.ndarray]
     texts: list[tuple[int, int, bool, bool]]
     bytes: list[int]
     undecodable: int
     left_out: int = 0
+    trained: list[np.ndarray] = dataclasses.field(default_factory=list)
+    target_bytes: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    cut: int = 0
 
 
-def _encode(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str) -> _Encoded:
+def _encode_rows(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, how: Rendering) -> _Encoded:
+    sides: list[list[Any]] = [[], []]
+    out = _Encoded([], [], [0, 0], 0)
+    for piece, text, held, *_ in _parts(job, split, readers.ROW):
+        if held is None:
+            out.left_out += 1
+            continue
+        try:
+            found = how.sequences(text, tokenizer)
+        except InputError as error:
+            raise InputError(f"{piece.place()}: {error}") from None
+        sides[held] += found
+        out.bytes[held] += len(text)
+        out.target_bytes[held] += sum(one.size for one in found)
+        out.cut += sum(one.cut for one in found)
+        last = len(found) - 1
+        out.texts += [(int(held), len(one.tokens), i == 0, i == last) for i, one in enumerate(found)]
+    out.tokens = [np.concatenate([o.tokens for o in s]) if s else np.empty(0, tokenizer.dtype) for s in sides]
+    out.trained = [np.concatenate([o.trained for o in s]) if s else np.empty(0, np.uint8) for s in sides]
+    return out
+
+
+def _encode(
+    job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str, how: Rendering | None = None
+) -> _Encoded:
+    if how is not None:
+        return _encode_rows(job, split, tokenizer, how)
     sides: list[list[np.ndarray]] = [[], []]
     out = _Encoded([], [], [0, 0], 0)
     eot = np.array([tokenizer.eot], dtype=tokenizer.dtype)
-    for text, held, first, last in _parts(job, split, name):
+    for _, text, held, first, last in _parts(job, split, name):
         if held is None:
             out.left_out += last or bool(split.block)
             continue
@@ -359,38 +419,57 @@ def _encode(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, name: str) 
 
 
 def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
-    pack = corpus.options.pack
+    pack, how = corpus.options.pack, corpus.options.rendering
     writers = [ShardWriter(folder, side, tokenizer.dtype, tokenizer.hash) for side in SIDES]
+    masks = [ShardWriter(folder, f"{side}-trained", UINT8, tokenizer.hash) for side in SIDES]
+    targets, target_bytes, cut, counts = [0, 0], [0, 0], 0, list[int]()
     packers = [Packer(folder, side, pack, tokenizer.hash) for side in SIDES] if pack else []
     size, texts, undecodable, left_out, before = [0, 0], [0, 0], 0, 0, -1
-    for done in corpus.each("encoding", _encode, split, tokenizer, corpus.options.field):
+    for done in corpus.each("encoding", _encode, split, tokenizer, corpus.options.reads, how):
         for side, writer in enumerate(writers):
             writer.append(done.tokens[side])
             size[side] += done.bytes[side]
+            target_bytes[side] += done.target_bytes[side]
+            if how is not None:
+                masks[side].append(done.trained[side])
+                targets[side] += int(done.trained[side].sum())
+        cut += done.cut
         undecodable += done.undecodable
         left_out += done.left_out
         for side, count, first, last in done.texts:
+            if how is not None:
+                texts[side] += last
+                counts = [count] if first else [*counts, count]
+                if last:
+                    packers[side].example(counts)
+                continue
             texts[side] += 1
             if pack:
                 packers[side].add(count, begins=first or side != before)
             before = -1 if last else side
     by_block = f"{'64 KiB' if split.block == BLOCK else f'{split.block} byte'} blocks"
-    by_group = " and groups" if corpus.grouped else ""
+    by_group = " and groups" if corpus.grouped and how is None else ""
+    whole = "documents" if how is None else "rows"
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "documents": corpus.documents,
-        "split": "none" if split.limit > 1 else (by_block if split.block else "documents") + by_group,
+        "split": "none" if split.limit > 1 else (by_block if split.block else whole) + by_group,
         "undecodable": undecodable,
         "left_out": left_out,
         "pack": pack,
         "tokenizer": tokenizer.spec(),
+        **({} if how is None else {"kind": how.kind, "cut": cut}),
     }
-    digest = hashlib.sha256(tokenizer.hash.encode())
+    digest = hashlib.sha256(tokenizer.hash.encode() + (b"" if how is None else how.kind.encode()))
     for number, (name, writer) in enumerate(zip(SIDES, writers)):
         files = writer.close()
         spans, rows, index = packers[number].close() if pack else ([], [], [])
         manifest[name] = {"files": files, "tokens": writer.tokens, "bytes": size[number], "pieces": texts[number]}
         manifest[name] |= {"spans": spans, "rows": rows, "contexts": packers[number].rows if pack else 0}
+        if how is not None:
+            manifest[name] |= {"trained": masks[number].close(), "targets": targets[number]}
+            manifest[name] |= {"target_bytes": target_bytes[number]}
+            index = [*index, *masks[number].content]
         digest.update(json.dumps([name, writer.content, *([pack, index] if pack else [])]).encode())
         if not writer.tokens and not (name == "train" and split.limit > 1):
             empty = "training" if name == "train" else "validation"
@@ -478,7 +557,8 @@ def prepare(
     """
     options = options or Options()
     _check(options, named=tokenizer is None and kept is None)
-    more: tuple[object, ...] = ()
+    options = of_set(corpus, options) if whole else options
+    more: tuple[object, ...] = (options.rows, options.chat_template) if options.rows else ()
     if without is not None and without.groups.size + without.documents.size:
         more += ("without", hashlib.sha256(without.groups.tobytes() + b"|" + without.documents.tobytes()).hexdigest())
     if least > options.val_fraction:
@@ -492,6 +572,8 @@ def prepare(
 
     def make(draft: Path) -> None:
         found = _Corpus(expand(corpus), options, note)
+        if options.rows:
+            _need_rows(corpus, found.files, options.rows)
         if whole:
             found.count()
         split = Split(0, 2.0) if whole else dataclasses.replace(found.split(), without=without)
@@ -510,10 +592,15 @@ def joint_tokenizer(
 ) -> tokenizers.Tokenizer:
     """The tokenizer that the options name; one that learns does so on the training sides of all the corpora."""
     _check(options)
-    key = _key(tuple(name for corpus in corpora for name in corpus), options, _named(options), list(map(len, corpora)))
+    more = (options.rows, options.chat_template) if options.rows else ()
+    every = tuple(name for corpus in corpora for name in corpus)
+    key = _key(every, options, _named(options), list(map(len, corpora)), *more)
 
     def make(draft: Path) -> None:
         parts = [_Corpus(expand(corpus), options, note) for corpus in corpora]
+        for corpus, part in zip(corpora, parts):
+            if options.rows:
+                _need_rows(corpus, part.files, options.rows)
         splits = [part.split() for part in parts]
 
         def texts() -> Iterator[bytes]:
@@ -541,7 +628,13 @@ def held(
 
     if not corpora:
         return None
-    key = _key(tuple(name for one in corpora for name in one), "marks and blocks", options.field, options.separator)
+    key = _key(
+        tuple(name for one in corpora for name in one),
+        "marks and blocks",
+        options.field,
+        options.separator,
+        *_rows_of(options),
+    )
     found = np.load(_made((cache or cache_folder()) / "marks" / key, make) / "marks.npy")
     return Held(found[found[:, 1] == 0, 0], found[found[:, 1] == 1, 0])
 
@@ -550,9 +643,9 @@ def _marks(corpora: list[tuple[str, ...]], options: Options, of: Callable[..., n
     """What `of` finds in the jobs of corpora, each cut as it is split alone: sorted, each once, [marks, 2]."""
     found = [np.empty((0, 2))]
     for one in corpora:
-        part = _Corpus(expand(one), options, note)
+        part = _Corpus(expand(one), of_set(one, options), note)
         split = Split(part.block(part.count()), 1.0)
-        found += part.each("reading", of, split, options.field)
+        found += part.each("reading", of, split, part.options.reads)
     return np.unique(np.concatenate(found), axis=0)
 
 
@@ -574,7 +667,7 @@ def strangers(
         (draft / "manifest.json").write_text(json.dumps(counts))
 
     names = tuple(name for one in corpora for name in one)
-    key = _key(names, "strangers", options.field, options.separator, list(map(len, corpora)))
+    key = _key(names, "strangers", options.field, options.separator, list(map(len, corpora)), *_rows_of(options))
     found = json.loads((_made((cache or cache_folder()) / "groups" / key, make) / "manifest.json").read_text())
     return found["strange"], found["all"]
 
@@ -588,7 +681,7 @@ def joint_limit(
     """
     _check(options)
     every = [path for corpus in corpora for path in expand(corpus)]
-    if whole_texts(every, options.field, options.separator):
+    if whole_texts(every, options.reads, options.separator):
         return 0.0
 
     def make(draft: Path) -> None:
@@ -599,7 +692,7 @@ def joint_limit(
 
     key = _key(
         tuple(name for corpus in corpora for name in corpus),
-        "limit", options.field, options.separator, options.val_fraction, list(map(len, corpora)),
+        "limit", options.field, options.separator, options.val_fraction, list(map(len, corpora)), *_rows_of(options),
     )  # fmt: skip
     return float(
         json.loads((_made((cache or cache_folder()) / "limits" / key, make) / "manifest.json").read_text())["limit"]
@@ -616,9 +709,40 @@ def split_units(
     options = options or Options()
     found = _Corpus(expand(corpus), options, note)
     split = found.split()
-    for job, _ in jobs(found.files, options.field, options.separator):
-        for piece, text, *_ in _marked(job, split, options.field):
+    for job, _ in jobs(found.files, options.reads, options.separator):
+        for piece, text, *_ in _marked(job, split, options.reads):
             yield text, piece.group or group_of(text)
+
+
+def _rows_of(options: Options) -> tuple[str, ...]:
+    """What of the options tells how rows are read, for the key of a cache; nothing where they hold texts."""
+    return (options.rows,) if options.rows else ()
+
+
+def of_set(corpus: tuple[str, ...], options: Options) -> Options:
+    """The options by which a validation set is read beside rows that are fine-tuned on: as texts, where it holds texts, or rows
+    that have a text in `field` and are no rows to fine-tune on."""
+    if not options.rows:
+        return options
+    files = expand(corpus)
+    for file in files:
+        with readers.Named(file):
+            if readers.form(file, readers.ROW) == "text":
+                continue
+            first = next(documents(file, readers.ROW), None)
+            row = json.loads(first.text) if first is not None else {}
+            if options.field not in row or any(set(keys) <= row.keys() for keys in KEYS[options.rows]):
+                return options
+    return dataclasses.replace(options, rows="", chat_template="")
+
+
+def _need_rows(corpus: tuple[str, ...], files: list[Path], kind: str) -> None:
+    if not corpus:
+        raise InputError(f"--{kind} trains on rows: name a CORPUS of them (.jsonl, .json, .csv, .parquet)")
+    for path in files:
+        with readers.Named(path):
+            if readers.form(path, readers.ROW) == "text":
+                raise InputError(f"{path} is a text, and --{kind} trains on rows (.jsonl, .json, .csv, .parquet)")
 
 
 def _named(options: Options) -> str:

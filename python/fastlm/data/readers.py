@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -29,6 +30,7 @@ LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 DEFAULT_FIELD = "text"
+ROW = "\0"  # in the place of a field: the whole row is the text, as JSON
 LONGEST = 64 << 20  # of a .json: bytes of a row, of the first line, of a single object
 BLANKS = re.compile(r"\s*")
 
@@ -59,7 +61,7 @@ def form(path: Path, field: str) -> Form:
     found = _json_form(path, field)
     if found == "text" and field != DEFAULT_FIELD and path.stat().st_size:
         raise InputError(
-            f"{path} holds no rows with {field!r} (--field): of a .json an array of objects, objects line by line and "
+            f"{path} holds no rows{_with(field)}: of a .json an array of objects, objects line by line and "
             f"one object that has the field are rows"
         )
     return found
@@ -84,7 +86,12 @@ def _json_form(path: Path, field: str) -> Form:
             return "lines"
         stream.seek(0)
         whole = _parsed(stream.read(LONGEST))
-        return "object" if isinstance(whole, dict) and isinstance(whole.get(field), str) else "text"
+        return "object" if isinstance(whole, dict) and (field == ROW or isinstance(whole.get(field), str)) else "text"
+
+
+def _with(field: str) -> str:
+    """What a row must have, behind the word for it."""
+    return "" if field == ROW else f" with {field!r} (--field)"
 
 
 def _parsed(text: bytes) -> Any:
@@ -95,11 +102,11 @@ def _parsed(text: bytes) -> Any:
 
 
 def _decoded(line: bytes) -> str:
-    """The characters of a line of JSON. Bytes that are not UTF-8 become lone surrogates, which `_bytes` makes bytes again."""
+    """The characters of a line of JSON. Bytes that are not UTF-8 become lone surrogates, which `to_bytes` makes bytes again."""
     return line.decode("utf-8-sig", "surrogateescape")
 
 
-def _bytes(text: str) -> bytes:
+def to_bytes(text: str) -> bytes:
     r"""The inverse of `_decoded`; a lone surrogate that JSON wrote as \ud83d stays what it is, no UTF-8."""
     try:
         return text.encode()
@@ -180,7 +187,7 @@ class _NoZero(io.RawIOBase):
 
 def _row(value: Any, where: str, group: Any = None, source: Any = None) -> Iterator[Piece]:
     if isinstance(value, str):
-        value = _bytes(value)
+        value = to_bytes(value)
     if value is not None and not isinstance(value, bytes):
         raise InputError(f"{where}: the field must hold a text, it is a {type(value).__name__} (--field)")
     if value:
@@ -198,7 +205,19 @@ def _grouped(text: bytes, group: Any, source: str, where: str) -> Piece:
     return Piece(text, mark=groups.mark(str(group)), group=str(group), source=source)
 
 
+def _whole(row: dict[str, Any], where: str) -> Iterator[Piece]:
+    """A row as JSON, without what the split and the card read apart."""
+    text = json.dumps({k: v for k, v in row.items() if k not in (GROUP, SOURCE)}, sort_keys=True, default=str)
+    for piece in _row(text, where, row.get(GROUP), row.get(SOURCE)):
+        yield dataclasses.replace(piece, where=where)
+
+
 def _object(row: Any, field: str, where: str) -> Iterator[Piece]:
+    if field == ROW:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: not a JSON object, but a {type(row).__name__}")
+        yield from _whole(row, where)
+        return
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object with a text in {field!r}, but a {type(row).__name__} (--field)")
     if field not in row:
@@ -212,7 +231,8 @@ def _line(line: bytes, field: str, where: str) -> Iterator[Piece]:
         try:
             row = json.loads(_decoded(line))
         except ValueError as error:
-            raise InputError(f"{where}: not a JSON object with a text in {field!r} ({error})") from None
+            what = "" if field == ROW else f" with a text in {field!r}"
+            raise InputError(f"{where}: not a JSON object{what} ({error})") from None
         except RecursionError:
             raise InputError(f"{where}: the JSON is nested too deeply") from None
         yield from _object(row, field, where)
@@ -227,14 +247,10 @@ def lines(part: Part, field: str) -> Iterator[Piece]:
         while (at := file.tell()) < part.end and (line := file.readline()):
             cutting.refuse_zero(line, part.path, at)
             try:
-                yield from _line(line, field, "")
+                for piece in _line(line, field, ""):
+                    yield dataclasses.replace(piece, where=str(part.path), at=at) if field == ROW else piece
             except InputError as error:
-                file.seek(0)
-                number = 1
-                while at > 0:
-                    read = file.read(min(at, cutting.JOB))
-                    number, at = number + read.count(b"\n"), at - len(read)
-                raise InputError(f"{part.path}, line {number}{error}") from None
+                raise InputError(f"{part.path}, line {cutting.line_at(part.path, at)}{error}") from None
 
 
 class _Array:
@@ -292,15 +308,17 @@ def _table(stream: IO[bytes], field: str, path: Path) -> Iterator[Piece]:
     try:
         rows = csv.reader(text, delimiter=TABLES[kind(path)], strict=True)
         names = next(rows, [])
-        if names and field not in names:
+        if names and field not in (ROW, *names):
             raise InputError(f"{path} has no column {field!r}; its first line names {', '.join(names)} (--field)")
-        column = names.index(field) if names else 0
+        column = names.index(field) if field in names else 0
         others = [names.index(name) if name in names else None for name in (GROUP, SOURCE)]
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if row and len(row) != len(names):
                 raise InputError(f"{where}: the row has {len(row)} columns, and the first line names {len(names)}")
-            if row:
+            if row and field == ROW:
+                yield from _whole(dict(zip(names, row)), where)
+            elif row:
                 yield from _row(row[column], where, *(None if at is None else row[at] for at in others))
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
@@ -317,7 +335,8 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
     with open(path, "rb") as file:
         if kind(path) == ".parquet":
             table = pq.ParquetFile(file)
-            wanted = [name for name in (field, GROUP, SOURCE) if name in table.schema_arrow.names]
+            has = table.schema_arrow.names
+            wanted = has if field == ROW else [name for name in (field, GROUP, SOURCE) if name in has]
             schema, batches = table.schema_arrow, lambda: table.iter_batches(batch_size=1024, columns=wanted)
         elif file.read(6) == b"ARROW1":
             file.seek(0)
@@ -327,10 +346,15 @@ def _columns(path: Path, field: str) -> Iterator[Piece]:
             file.seek(0)
             stream = pa.ipc.open_stream(file)
             schema, batches = stream.schema, lambda: stream
-        if field not in schema.names:
+        if field not in (ROW, *schema.names):
             raise InputError(f"{path} has no column {field!r}; it has {', '.join(schema.names)} (--field)")
         number = 0
         for batch in batches():
+            if field == ROW:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield from _whole(row, f"{path}, row {number}")
+                continue
             named = batch.schema.names
             column = batch.column(named.index(field)).to_pylist()
             others = [batch.column(named.index(name)).to_pylist() if name in named else [None] * len(column)

@@ -106,8 +106,8 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def without_specials(content: str) -> str:
-    """A tokenizer.json whose special tokens have names that no text holds; every token keeps its number.
+def without_specials(content: str) -> tuple[str, dict[str, str]]:
+    """A tokenizer.json whose special tokens have names that no text holds, and these names; every token keeps its number.
 
     `encode_special_tokens` of the package would not do. A model's own vocabulary may hold the token as well, and Unigram and
     WordLevel find it there; and the setting is lost when the tokenizer is saved or sent to another process.
@@ -138,7 +138,7 @@ def without_specials(content: str) -> str:
         model["merges"] = [
             merge for merge, pair in zip(model["merges"], split) if not {*pair, "".join(pair)} & names.keys()
         ]
-    return json.dumps({**body, "added_tokens": added, "post_processor": None}, ensure_ascii=False)
+    return json.dumps({**body, "added_tokens": added, "post_processor": None}, ensure_ascii=False), names
 
 
 # Merges are counted within words, and a word's cost grows with the square of its length: one of 200,000 letters took 16 s.
@@ -168,6 +168,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, content: str, special_tokens: str = "text") -> None:
         self.content, self.special_tokens = content, special_tokens
+        self.specials: dict[str, str] = {}  # by what a chat template writes: the name that stands for it in a text
         lib = _tokenizers()
         try:
             self._bpe = lib.Tokenizer.from_str(content)
@@ -175,9 +176,11 @@ class BPETokenizer(Tokenizer):
             ids = [i for i in map(self._bpe.token_to_id, names) if i is not None]
             self.vocab = max(self._bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             if special_tokens == "text":
-                self._bpe = lib.Tokenizer.from_str(without_specials(content))
+                plain, self.specials = without_specials(content)
+                self._bpe = lib.Tokenizer.from_str(plain)
         except Exception as error:  # the package raises Exception itself
             raise InputError(f"the tokenizer.json cannot be read: {error}") from error
+        self.special_ids = {i: text for text, n in self.specials.items() if (i := self._bpe.token_to_id(n)) is not None}
         self._bpe.no_truncation()
         self._bpe.no_padding()
         if not ids:

@@ -134,9 +134,18 @@ class DataConfig:
     val: tuple[str, ...] = ()
     """More validation sets, as NAME=PATH: each evaluation also gives val_NAME_loss. The split's own decides."""
     packing: Literal["blocks", "documents"] = "blocks"
-    """blocks: contexts are cut anywhere. documents: contexts hold whole documents, attention crosses no border."""
+    """blocks: contexts are cut anywhere. documents: contexts hold whole documents, attention crosses no border, as in --sft."""
+    sft: bool = False
+    """Fine-tune on rows: prompt and completion, or messages. Completions, or the assistant's answers, alone are trained on."""
+    chat_template: str = ""
+    """With --sft, how messages become text: plain, a Jinja file or a folder with one; without it --init's own, else plain."""
     workers: int = bounded(0, 0, 4096)
     """Processes that prepare the corpus; 0: one per core when it is large."""
+
+    @property
+    def rows(self) -> str:
+        """What rows are fine-tuned on, as `data.tuning` has it; "" for texts."""
+        return "sft" if self.sft else ""
 
     def check(self) -> None:
         """Raise InputError, naming the flag, for a value that cannot be; no data are read."""
@@ -321,7 +330,9 @@ class Config:
 
     def notes(self) -> list[str]:
         """What the configuration does that its flags alone would not make one expect, a sentence each."""
-        o, out = self.optim, []
+        o, out = self.optim, list[str]()
+        if self.data.sft and not self.model.init:
+            out.append("--sft without --init: the model that learns from the rows starts from random weights")
         if o.rise > o.steps:
             out.append(
                 f"--warmup {o.rise} is longer than the run of {o.steps} steps: the learning rate ends at "
@@ -342,6 +353,9 @@ class Config:
             (m, "lora_alpha", m.lora_rank > 0, "--lora-rank"),
             (m, "lora_targets", m.lora_rank > 0, "--lora-rank"),
             (d, "vocab", d.tokenizer == "bpe", "--tokenizer bpe"),
+            (d, "field", not d.rows or bool(d.val), "a corpus of texts, not --sft"),
+            (d, "separator", not d.rows or bool(d.val), "a corpus of texts, not --sft"),
+            (d, "chat_template", bool(d.rows), "--sft"),
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
             (o, "min_lr", o.falls, "a step whose rate falls (--schedule, --warmup, --cooldown)"),

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastlm import backend, compress
 from fastlm.console import say, warn
-from fastlm.data import InputError, Options, Prepared, TokenSource, corpus_batches, prepare
+from fastlm.data import InputError, Options, Prepared, TokenSource, chat, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.bounds import flag
@@ -44,9 +44,11 @@ from fastlm.train.ranks import Ranks, SingleProcess
 
 
 def options_of(config: DataConfig, context: int) -> Options:
-    pack = context if config.packing == "documents" else 0
     c = config
-    return Options(c.tokenizer, c.vocab, c.special_tokens, c.field, c.separator, c.val_fraction, pack, c.workers)
+    pack = context if c.packing == "documents" or c.rows else 0
+    return Options(
+        c.tokenizer, c.vocab, c.special_tokens, c.field, c.separator, c.val_fraction, pack, c.workers, c.rows, c.chat_template
+    )  # fmt: skip
 
 
 def read_data(
@@ -96,6 +98,17 @@ def _named_sets(config: DataConfig) -> dict[str, str]:
     return found
 
 
+def tuned(data: list[Prepared]) -> Iterator[str]:
+    """What is trained of rows that are fine-tuned on, a line."""
+    rows = [one.manifest for one in data if one.kind]
+    if not rows:
+        return
+    trained, tokens = (sum(m[side][key] for m in rows for side in ("train", "val")) for key in ("targets", "tokens"))
+    cut = sum(m["cut"] for m in rows)
+    line = f"rows: {trained:,} of {tokens:,} tokens are trained on ({trained / tokens:.1%}); fastlm data show N shows which"
+    yield line + (f"; {cut:,} were longer than the context and are cut at its end" if cut else "")
+
+
 def read_validation(
     config: DataConfig, context: int, tokenizer: tokenizers.Tokenizer, note: Note = silent
 ) -> dict[str, Prepared]:
@@ -135,7 +148,7 @@ def validation(
                 losses.append(loss(batch) if own else 0.0)
                 mine += int((batch[1] != -100).sum())
             count += mine
-            size += mine * corpus.manifest["val"]["bytes"] / corpus.manifest["val"]["tokens"]
+            size += mine * corpus.bytes_per_target("val")
         if 0 < len(losses) % ranks.size_of_data <= ranks.data_rank:
             loss(batch)  # the last round is not full: the forward of a cut model needs every rank
         if ranks.size > 1:
@@ -205,6 +218,9 @@ class Job:
             config.model.init = str(find_init(config.model.init, config.run.out))
             given = export.read_model(Path(config.model.init))
             config.model.take_shape(given.shape)
+        if config.data.rows:  # of a run that goes on it is known
+            init = Path(config.model.init) if config.model.init else None
+            config.data.chat_template = chat.resolve(config.data.chat_template, init)
         context = config.model.length()
         kept = self.kept = None if origin is None else own_tokenizer(origin, config)
         self.data = self.ranks.in_turn(  # the others find it prepared
@@ -331,7 +347,7 @@ class Job:
         text = ""
         if ended:
             corpus = self.data[0]
-            if self.ranks.first:
+            if self.ranks.first and not corpus.kind:  # a prompt is no part of what is predicted there
                 counted = baselines(corpus.text("train", 32 << 20), corpus.text("val", 8 << 20))
             counted = self.ranks.share(counted)
             text = self.sample(self.config.run.sample)
@@ -357,7 +373,9 @@ class Job:
                 loss, bits = found[f"val_{name}_loss"], found[f"val_{name}_bpb"]
                 yield f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte"
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in counted.items())
-            yield f"for comparison, in bits per byte: {others} (counted on the training text; zlib on the validation text)"
+            if others:
+                where = "counted on the training text; zlib on the validation text"
+                yield f"for comparison, in bits per byte: {others} ({where})"
         yield f"report: {self.folder / 'report.html'}"
 
     def run(self, say: Callable[[str], None] = say) -> Result:
@@ -384,6 +402,8 @@ class Job:
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
             f"tokens (split by {d['split']})"
         )
+        for line in tuned(self.data):
+            say(line)
         if d["undecodable"]:
             how = "kept as they are" if d["tokenizer"]["kind"] == "bytes" else "read as U+FFFD"
             say(f"{d['undecodable']:,} texts are not UTF-8 throughout; what cannot be decoded is {how}")
