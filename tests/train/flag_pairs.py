@@ -48,6 +48,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "init": ("first",), "head_size": (8,), "lora_targets": (("qkv",),),
     "tokenizer": ("chars", "bpe", "first.json"), "field": ("body",), "separator": ("\\n",), "weights": ((1.0, 3.0),),
     "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
+    "chat_template": ("other.jinja",),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),
 }  # fmt: skip
 ALONE = {
@@ -144,6 +145,12 @@ def prepare() -> None:
     for name in ("a", "b", "more"):
         text = (" ".join(draw.choice(("alpha", "beta", "gamma", "delta")) for _ in range(9)) for _ in range(150))
         Path(f"{name}.txt").write_text("\n".join(text) + "\n")
+    for name in ("a", "b"):
+        pair = (
+            [{"role": role, "content": draw.choice("pqrs") * 3} for role in ("user", "assistant")] for _ in range(60)
+        )
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in pair))
+    Path("other.jinja").write_text("{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a")
     config = base()
     config.run.name, config.data.tokenizer = "first", "bytes"
     assert _call(config, {}).code == 0
@@ -160,7 +167,8 @@ def _call(config: Config, options: dict[str, Any]) -> Outcome:
     given = {"resume": "", "fork": "", "other_data": False, "origin": None} | options
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
-    parse, command.parse = command.parse, lambda argv: (config, ("a.txt", "b.txt"), given)
+    corpus = ("a.jsonl", "b.jsonl") if config.data.rows else ("a.txt", "b.txt")
+    parse, command.parse = command.parse, lambda argv: (config, corpus, given)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -325,6 +333,7 @@ UNSEEN = {
 SAME = {
     frozenset({("heads", 1), ("kv_heads", 1)}),  # one head has one key head
     frozenset({("context", 1), ("rope_base", 0.5)}),  # the only position is 0, which no base turns
+    frozenset({("sft", True), ("packing", "documents")}),  # rows are packed as documents are
     frozenset({("batch", 1), ("ramp", 1)}),  # a batch of one cannot start smaller
     frozenset({("batch", 1), ("micro", 1)}),  # a batch of one is one part
 }

@@ -115,11 +115,12 @@ class Jinja(Template):
         self, messages: list[dict[str, Any]], opened: bool = False, indices: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
+            from transformers.utils import chat_template_utils
         except ImportError:
             raise InputError("a Jinja chat template needs the package transformers: pip install transformers") from None
+        render: Any = chat_template_utils.render_jinja_template
         try:
-            texts, found = render_jinja_template(
+            texts, found = render(
                 conversations=[messages],
                 chat_template=self.text,
                 return_assistant_tokens_mask=indices,

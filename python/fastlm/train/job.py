@@ -527,6 +527,13 @@ def check_model(config: Config, origin: Path, *, new: bool) -> None:
 
     A run that goes on compares its losses with those before, so what its model computes stays; a fork may change it.
     """
+    rows = read_config(origin)[0].data.rows
+    if rows != config.data.rows:
+        has = f"--{rows}" if rows else "without it"
+        raise InputError(
+            f"--{config.data.rows or rows} is for a new run, and {origin} trains {has}: give --init {origin} in the place of "
+            f"--resume or --fork"
+        )
     was, now = read_config(origin)[0].model, config.model
     free = {"dropout", "lora_alpha"} | ({"eps", "rope_base"} if new else set())
     shape = was.resolve(was.rows or 256)
