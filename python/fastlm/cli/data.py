@@ -119,7 +119,7 @@ def prepare(corpus: flags.Corpus = (), data: DataConfig = DEFAULT, context: int 
 SHOW_EXAMPLES = """
 fastlm data show 17 book.txt --context 256
 fastlm data show 17 --run myrun    # as that run reads it
-fastlm data show 0 chats.jsonl --sft --init myrun    # which tokens are trained, before training
+fastlm data show 0 chats.jsonl --sft --init myrun    # what is trained
 """
 
 

@@ -100,8 +100,8 @@ class Rendering:
         if cut:
             if not any(trained[:short]):
                 raise InputError(
-                    f"its prompt fills the context of {self.context} tokens, so no token of the answer is left to be trained: "
-                    f"raise --context, or shorten the row"
+                    f"its prompt fills the context of {self.context} tokens, so no token of the answer is left for "
+                    f"--{self.kind} to train on: raise --context, or shorten the row"
                 )
             tokens, trained = tokens[:short], trained[:short]
             size = len(tokenizer.decode([t for t, own in zip(tokens, trained) if own]))
