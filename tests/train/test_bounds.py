@@ -39,6 +39,7 @@ FREE = {
     "mesh",
     "wandb",
     "lora_targets",
+    "chat_template",
     "prune",
 }
 WHOLE = Range(1, COUNT)
