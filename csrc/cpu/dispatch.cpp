@@ -42,8 +42,12 @@ Choice choose() {
     wanted = Isa::avx2;
   } else if (std::strcmp(cap, "avx512") == 0) {
     wanted = Isa::avx512;
+  } else if (std::strcmp(cap, "amx") == 0) {  // above the best there is, so it caps nothing
+    choice.reason += std::string(choice.reason.empty() ? "" : "; ") + "this build has no AMX kernels yet";
+    return choice;
   } else {
-    throw std::invalid_argument(std::string("FASTLM_CPU_ISA is '") + cap + "'; it must be portable, avx2 or avx512");
+    throw std::invalid_argument(std::string("FASTLM_CPU_ISA is '") + cap +
+                                "'; it must be portable, avx2, avx512 or amx");
   }
   if (wanted < choice.isa) choice = {wanted, std::string("capped by FASTLM_CPU_ISA=") + cap};
   return choice;

@@ -55,13 +55,27 @@ def test_same_bits_on_every_instruction_set():
     assert len(set(found.values())) == 1, found
 
 
+def test_a_cap_of_amx_caps_nothing_and_says_that_there_is_none_yet():
+    code = "from fastlm import _native; print(_native._C.cpu_isa()); print(_native._C.cpu_isa_reason())"
+    said = {}
+    for cap in ("", "amx"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"FASTLM_CPU_ISA": cap}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said[cap] = done.stdout.splitlines()
+    assert said["amx"][0] == said[""][0]
+    assert said["amx"][1].endswith("this build has no AMX kernels yet")
+    assert "AMX" not in said[""][1]
+
+
 def test_unknown_instruction_set_is_refused():
     done = subprocess.run(
         [sys.executable, "-c", "from fastlm import _native; _native._C.cpu_isa()"],
         env=os.environ | {"FASTLM_CPU_ISA": "sse9"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "FASTLM_CPU_ISA is 'sse9'; it must be portable, avx2 or avx512" in done.stderr
+    assert "FASTLM_CPU_ISA is 'sse9'; it must be portable, avx2, avx512 or amx" in done.stderr
 
 
 @pytest.mark.parametrize("shape", [(4096, 8), (130, 768), (3, 65536)])
