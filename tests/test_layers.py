@@ -21,7 +21,7 @@ LAYERS = {
     "ops": 1,
     **dict.fromkeys(("nn", "rng"), 2),
     "models": 3,
-    **dict.fromkeys(("swap", "compress"), 4),
+    **dict.fromkeys(("swap", "compress", "inspect"), 4),
     "train": 5,
     **dict.fromkeys(("cli", "bench", "__main__"), 6),
     **dict.fromkeys(("data", "energy"), 0),

@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": {},
     "eval": {},
     "export": {},
+    "inspect": {},
     "compare": {},
     "data prepare": {"data": GROUPS["data"]},
     "data show": {"data": GROUPS["data"]},

@@ -56,6 +56,7 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     "data card": {"dedup": Range(0, 1), "workers": WHOLE, "seed": Range(*SEED)},
     "compress": {"samples": WHOLE, "seed": Range(*SEED), "heal": Range(0, COUNT), "heal_lr": Range(above=0)},
     "data filter": {"precision": Range(above=0, high=1), "seed": Range(*SEED)},
+    "inspect": {"layer": Range(0, COUNT), "head": Range(0, COUNT), "steps": Range(1, 1024)},
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
     "bench": RANGES,
     "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {},
@@ -65,7 +66,7 @@ HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
     "data augment": (Augment,),
 }  # fmt: skip
 PLACES = {  # what each must be given besides
-    "generate": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
+    "generate": ["none"], "inspect": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
     "compress": ["none", "--prune", "0.5"], "data filter": ["none", "--out", "out"],
     "data tasks": ["none", "--out", "out"], "data labels": ["none", "--out", "out"], "data card": ["none"],
     "data clean": ["none", "--out", "out"], "data augment": ["none", "--out", "out.jsonl"],

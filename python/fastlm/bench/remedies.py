@@ -160,7 +160,8 @@ ROWS = (
            "plan` names the one that computes and idles least. Energy is not measured yet."),
     Remedy("scheduling", ENERGY, "Scheduling", "fastlm train --when curve.csv --deadline 24h", PLANNED),
     Remedy("data-centre", ENERGY, "Data centre", "fastlm train --carbon 381 --pue 1.2", PLANNED),
-    Remedy("inspect", INSIDE, "A look inside", 'fastlm inspect RUN --prompt "..."', PLANNED),
+    Remedy("inspect", INSIDE, "A look inside", 'fastlm inspect RUN --prompt "..."', "Built: loss, attention, logit lens and "
+           "saliency; tests hold them to the model and to transformers. What they tell is not measured yet."),
 )  # fmt: skip
 
 HEAD = """# The remedies, one by one

@@ -15,6 +15,7 @@ COMMANDS = {
     "data": ("fastlm.cli.data", "prepare, show, clean, augment, describe, filter a corpus; tasks and labels"),
     "compress": ("fastlm.cli.compress", "a trained model made smaller: int8"),
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
+    "inspect": ("fastlm.cli.inspect", "a look inside a model: loss, attention, logit lens, saliency of a text"),
     "plan": ("fastlm.cli.plan", "what training takes of each device under every mesh, and which to take"),
     "runs": ("fastlm.cli.runs", "runs side by side"),
     "compare": ("fastlm.cli.compare", "runs in one picture, and how they differ"),
