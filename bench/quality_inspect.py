@@ -7,6 +7,7 @@ must be. Two small models, one with learned positions and one with rotary ones.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 
@@ -98,7 +99,10 @@ def exactness(model: GPT, samples: list[Tensor]) -> tuple[int, float, float]:
 
 
 def main() -> None:
-    evidence = Quality(__file__, of=["fastlm.inspect.views", "fastlm.inspect.anatomy", "fastlm.bench.small"])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provisional", default="", metavar="WHY", help="why times are not to be trusted")
+    modules = ["fastlm.inspect.views", "fastlm.inspect.anatomy", "fastlm.bench.small"]
+    evidence = Quality(__file__, of=modules, provisional=parser.parse_args().provisional)
     train, held = texts()
     lines, exact = [], []
     for style, name in (("gpt2", "GPT-2 style"), ("llama", "Llama style")):

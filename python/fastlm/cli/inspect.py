@@ -21,7 +21,7 @@ from fastlm.data.tokenizer import ByteTokenizer, Tokenizer
 from fastlm.inspect import look, page, theirs
 from fastlm.inspect.views import STEPS
 from fastlm.train import job
-from fastlm.train.files import write_text
+from fastlm.train.files import shown, write_text
 
 EXAMPLES = """
 fastlm inspect myrun --prompt "def main():"     # myrun/inspect.html
@@ -80,7 +80,7 @@ def inspect(
         ", kernels of fastlm" if kernels == "fused" else ""
     )
     text = page.page(found, folder.resolve().name, about)
-    write_text(target, text)
+    write_text(target, shown(text))  # a folder may have a name that is no text
     losses = found["loss"][1:]
     print(f"{len(losses) + 1:,} tokens, {sum(losses) / len(losses):.4f} nats a token; the first guess was right for "
           f"{sum(r == 1 for r in found['rank'][1:])} of {len(losses):,}")  # fmt: skip
