@@ -26,6 +26,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from fastlm.data.clean import pii, words
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
+PUNCTUATION = frozenset(PUNCTUATION_SET)
 SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
@@ -162,15 +163,14 @@ class Quality(Rule):
 
     def judge(self, document: Document) -> tuple[str, str] | None:
         text = document.text
-        found = words.split(text)
-        counts = Counter(found)
-        marks = [w for w in counts if not w.isalnum() and PUNCTUATION_SET.issuperset(w)]
-        plain = len(found) - sum(counts[w] for w in marks)
+        found = words.of(text)
+        lettered, marks = found.lettered_and_marks(PUNCTUATION)
+        plain = len(found) - int(marks.sum())
         if plain < max(self.min_words, 1):
             return "gopher_short_doc", f"{plain} words, at least {self.min_words} are wanted"
         if plain > 100_000:
             return "gopher_long_doc", f"{plain} words, at most 100000 are wanted"
-        mean = (sum(map(len, found)) - sum(counts[w] * len(w) for w in marks)) / plain
+        mean = int(found.lengths[~marks].sum()) / plain
         if mean < 3:
             return "gopher_below_avg_threshold", f"words have {mean:.1f} letters on average, at least 3 are wanted"
         if mean > 10:
@@ -184,10 +184,10 @@ class Quality(Rule):
             return "gopher_too_many_bullets", "more than 90% of the lines begin with a bullet"
         if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
             return "gopher_too_many_end_ellipsis", "more than 30% of the lines end with an ellipsis"
-        letters = sum(n for w, n in counts.items() if w[0].isalpha() or any(map(str.isalpha, w)))
+        letters = int(lettered.sum())
         if letters < 0.8 * len(found):
             return "gopher_below_alpha_threshold", f"{letters} of {len(found)} words have a letter, 80% are wanted"
-        if len(set(STOP_WORDS).intersection(counts)) < 2 and language(text) == "en":
+        if found.holds(tuple(STOP_WORDS)) < 2 and language(text) == "en":
             return "gopher_enough_stop_words", f"fewer than 2 of: {' '.join(STOP_WORDS)}"
         return None
 
@@ -212,14 +212,10 @@ class Repetition(Rule):
                 return f"dup_{unit}_frac", f"{count} of {len(parts)} are repeated"
             if letters > 0.2 * len(text):
                 return f"dup_{unit}_char_frac", f"{letters} of {len(text)} characters are in repeated ones"
-        found = words.split(text)
-        ids = words.numbers(found)
-        ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, found), np.int64, len(found)))])
-        most = len(ids)
+        found = words.of(text)
+        ids, ends = found.numbers, np.concatenate([[0], np.cumsum(found.lengths)])
         for n, share in TOP:
-            if len(ids) < n or most * _longest(ends, n) <= share * len(text):
-                continue  # no run comes more often than the shorter ones in it
-            top, most = _top(words.runs(ids, n), ends, n)
+            top = _top(words.runs(ids, n), ends, n, share * len(text))
             if top > share * len(text):
                 return f"top_{n}_gram", f"the commonest run of {n} words takes {top / len(text):.0%}"
         least = AGAIN[-1][1] * len(text)
@@ -232,17 +228,19 @@ class Repetition(Rule):
         return None
 
 
-def _longest(ends: np.ndarray, n: int) -> int:
-    """Characters of the longest run of n words, with its blanks."""
-    return int((ends[n:] - ends[:-n]).max()) + n - 1
-
-
-def _top(grams: np.ndarray, ends: np.ndarray, n: int) -> tuple[int, int]:
-    """Characters of the commonest run of words, with its blanks, times how often it comes; and how often that is."""
+def _top(grams: np.ndarray, ends: np.ndarray, n: int, enough: float) -> int:
+    """Characters of the commonest run of words, with its blanks, times how often it comes. 0 where they cannot be `enough`."""
+    if not len(grams):
+        return 0
+    longest = int((ends[n:] - ends[:-n]).max()) + n - 1
+    ordered = np.sort(grams)
+    often = int(enough / longest)  # some run must come more often than this
+    if not (ordered[often:] == ordered[: len(ordered) - often]).any():
+        return 0
     _, first, counts = np.unique(grams, return_index=True, return_counts=True)
     most = int(counts.max())
     at = int(first[counts == most].min())
-    return most * int(ends[at + n] - ends[at] + n - 1), most
+    return most * int(ends[at + n] - ends[at] + n - 1)
 
 
 def _again(grams: np.ndarray, ends: np.ndarray, n: int, enough: float) -> tuple[int, int]:
@@ -294,7 +292,7 @@ class Sentences(WordTokenizer):
     """Words and sentences by rules, for datatrove's blocks: its own tokenizers would need spaCy or a download."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return list(words.split(text))
+        return text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [s for s in SENTENCE.split(text) if s.strip()]

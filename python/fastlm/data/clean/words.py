@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,31 +12,130 @@ WORD = re.compile(r"\S+")
 LETTERS = re.compile(r"\w+")
 SHINGLE = 5
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_ASCII = bytes(range(128))
+PIECE = 1 << 16  # bytes that are hashed at once
+
+
+def _table(chosen: Iterable[int]) -> np.ndarray:
+    """bool [256], true at the chosen bytes."""
+    out = np.zeros(256, bool)
+    out[list(chosen)] = True
+    return out
+
+
+_SPACE = _table(i for i in range(128) if chr(i).isspace())
+_NO_WORD = _table(i for i in range(128) if not LETTERS.fullmatch(chr(i)))
+
+
+def _bytes(text: str, parts: re.Pattern[str]) -> bytes:
+    """The text in UTF-8, with a blank for each character beyond ASCII that `parts` matches."""
+    data = text.encode("utf-8", "surrogatepass")
+    if rest := data.translate(None, _ASCII):
+        for sign in filter(parts.match, set(rest.decode("utf-8", "surrogatepass"))):
+            data = data.replace(sign.encode("utf-8", "surrogatepass"), b" ")
+    return data
+
+
+def _ends(data: np.ndarray, blank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where words begin and end: places of uint8 [bytes] between which no byte is `blank`."""
+    inside = np.zeros(len(data) + 2, bool)
+    np.logical_not(blank[data], out=inside[1:-1])
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    return edges[::2], edges[1::2]
+
+
+_CODES = np.random.RandomState(7).randint(0, 1 << 32, (2, 256), dtype=np.uint64)
+_CODE = _CODES[0] << np.uint64(32) | _CODES[1]
+_BASE = 0xD6E8FEB86659FD93  # odd, so that it has an inverse modulo 2**64
 
 
 @functools.lru_cache(maxsize=1)
-def split(text: str) -> tuple[str, ...]:
-    """What blanks part: the words that Gopher's rules count, punctuation with them. Two rules in a row ask for them."""
-    return tuple(text.split())
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    made = []
+    for base in (_BASE, pow(_BASE, -1, 1 << 64)):
+        factors = np.full(count, base, np.uint64)
+        factors[0] = 1
+        made.append(np.cumprod(factors))
+    return made[0], made[1]
 
 
-class _Numbers(dict[str, int]):
-    """A number of each word that depends on the word alone; forgotten when there are too many to hold."""
+def _numbers(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """A number of each word that depends on its bytes alone: a polynomial in them, modulo 2**64. uint64 [words]."""
+    out, first = np.empty(len(starts), np.uint64), 0
+    while first < len(starts):
+        low = starts[first]
+        last = max(int(np.searchsorted(ends, low + PIECE, side="right")), first + 1)
+        part = data[low : ends[last - 1]]
+        power, inverse = _powers(max(PIECE, len(part)))
+        total = np.zeros(len(part) + 1, np.uint64)
+        np.cumsum(_CODE[part] * power[: len(part)], out=total[1:])
+        at = starts[first:last] - low
+        out[first:last] = (total[ends[first:last] - low] - total[at]) * inverse[at]
+        first = last
+    out ^= out >> np.uint64(32)
+    return out * _MIX
 
-    def __missing__(self, word: str) -> int:
-        if len(self) > 1 << 18:
-            self.clear()
-        data = word.encode("utf-8", "surrogatepass")
-        self[word] = number = zlib.crc32(data) << 32 | zlib.adler32(data)
-        return number
+
+_LETTER, _OTHER, _BEYOND = 1, 2, 4  # a byte's kind: a letter; no punctuation; a part of a character beyond ASCII
 
 
-_numbers = _Numbers()
+@functools.lru_cache(maxsize=2)
+def _kinds(marks: frozenset[str]) -> np.ndarray:
+    """uint8 [256]; 0 for what parts words."""
+    out = np.zeros(256, np.uint8)
+    for i in np.flatnonzero(~_SPACE):
+        sign = chr(i)
+        out[i] = _BEYOND if i > 127 else sign.isalpha() * _LETTER + (sign not in marks) * _OTHER
+    return out
 
 
-def numbers(words: Sequence[str]) -> np.ndarray:
-    """uint64 [words]."""
-    return np.fromiter(map(_numbers.__getitem__, words), np.uint64, len(words))
+class Words:
+    """The words of a text, parted by blanks, punctuation with them: what rules ask of each, without a string for it."""
+
+    _parts = re.compile(r"\s")
+
+    def __init__(self, text: str) -> None:
+        self.bytes = _bytes(text, self._parts)
+        self.data = np.frombuffer(self.bytes, np.uint8)
+        self.starts, self.ends = _ends(self.data, _SPACE)
+        self.numbers = _numbers(self.data, self.starts, self.ends)
+        self.lengths = self.ends - self.starts  # in characters, once those of several bytes count once
+        if len(self.bytes) != len(text):
+            later = np.flatnonzero((self.data & 0xC0) == 0x80)
+            at = np.searchsorted(self.starts, later, side="right") - 1
+            self.lengths = self.lengths - np.bincount(at, minlength=len(self))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def word(self, at: int) -> str:
+        return self.bytes[self.starts[at] : self.ends[at]].decode("utf-8", "surrogatepass")
+
+    def lettered_and_marks(self, punctuation: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
+        """bool [words] each: which have a letter, and which have nothing but punctuation."""
+        if not len(self):
+            return np.zeros(0, bool), np.zeros(0, bool)
+        kinds = np.bitwise_or.reduceat(_kinds(punctuation)[self.data], self.starts)
+        lettered, marks = (kinds & _LETTER) > 0, (kinds & _OTHER) == 0
+        for at in np.flatnonzero(kinds & _BEYOND).tolist():
+            word = self.word(at)
+            lettered[at], marks[at] = any(map(str.isalpha, word)), punctuation.issuperset(word)
+        return lettered, marks
+
+    def holds(self, words: tuple[str, ...]) -> int:
+        """How many of these words are in the text."""
+        return int((_numbers_of(words)[:, None] == self.numbers).any(axis=1).sum())
+
+
+@functools.lru_cache(maxsize=1)
+def of(text: str) -> Words:
+    """The words of a text. Two rules in a row ask for them."""
+    return Words(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers_of(words: tuple[str, ...]) -> np.ndarray:
+    return Words(" ".join(words)).numbers
 
 
 def runs(ids: np.ndarray, n: int) -> np.ndarray:
@@ -52,17 +150,13 @@ def runs(ids: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-_BLANK = bytes(i if LETTERS.fullmatch(chr(i)) else 32 for i in range(128)) + bytes(range(128, 256))
-_MARKS = re.compile(r"[^\x00-\x7f\w]")
+_NO_LETTER = re.compile(r"\W")
 
 
-def plain(text: str) -> list[str]:
-    """The words of a text in lower case and without punctuation: what LETTERS finds, in a third of the time."""
-    low = text.lower()
-    if not low.isascii():
-        for mark in set(_MARKS.findall(low)):
-            low = low.replace(mark, " ")
-    return low.encode("utf-8", "surrogatepass").translate(_BLANK).decode("utf-8", "surrogatepass").split()
+def plain_numbers(text: str) -> np.ndarray:
+    """Numbers of the words of a text in lower case and without punctuation, which are what LETTERS finds. uint64 [words]."""
+    data = np.frombuffer(_bytes(text.lower(), _NO_LETTER), np.uint8)
+    return _numbers(data, *_ends(data, _NO_WORD))
 
 
 def unique(values: np.ndarray) -> np.ndarray:
@@ -73,7 +167,7 @@ def unique(values: np.ndarray) -> np.ndarray:
 
 def shingles(text: str) -> np.ndarray:
     """The set of 5-word shingles of a text, lower case and without punctuation: sorted uint64. A short text is one."""
-    ids = numbers(plain(text))
+    ids = plain_numbers(text)
     return unique(runs(ids, min(SHINGLE, max(len(ids), 1))))
 
 
