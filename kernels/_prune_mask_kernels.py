@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastlm.kernels._common import widened
+from fastlm.kernels._common import INTERPRETED, to_dtype, widened
 from fastlm.reference import prune_mask as reference
 
 LARGEST = tl.constexpr(reference.LARGEST)
@@ -323,3 +323,51 @@ def popcount_kernel(mask, counts, size, B: tl.constexpr):
     byte = byte - ((byte >> 1) & 0x55)
     byte = (byte & 0x33) + ((byte >> 2) & 0x33)
     tl.store(counts + tl.program_id(0), tl.sum((byte + (byte >> 4)) & 15, 0).to(tl.int64))
+
+
+# ------------------------------------------------------------------------------------------------------ masked AdamW
+
+
+@triton.jit
+def _fused(a, b, c):
+    """a b + c, rounded once. The interpreter has no such instruction: a product of float32 is exact in float64."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def adamw_kernel(
+    weight, grad, exp_avg, exp_avg_sq, mask, scalars, scale, found, decay, first, beta2, second, eps, size, columns,
+    BASE: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """E elements of the step that ``csrc/cpu/prune_mask_adamw.cpp`` gives in formulas, with its roundings.
+
+    scalars: float32 [-lr / (1 - beta1^t), sqrt(1 - beta2^t)]. BASE: the first moment goes from the gradient on.
+    """
+    at_E = tl.program_id(0).to(tl.int64) * E + tl.arange(0, E)
+    ok_E = at_E < size
+    col_E = at_E % columns
+    byte_E = tl.load(mask + at_E // columns * ((columns + 7) // 8) + col_E // 8, ok_E, other=0).to(tl.int32)
+    keep_E = ((byte_E >> (col_E % 8).to(tl.int32)) & 1) != 0
+    w_E = widened(tl.load(weight + at_E, ok_E, other=0.0))
+    m_E = widened(tl.load(exp_avg + at_E, ok_E, other=0.0))
+    v_E = widened(tl.load(exp_avg_sq + at_E, ok_E, other=0.0))
+    go = True
+    if found is not None:
+        go = tl.load(found) != 1.0
+    if go:
+        g_E = widened(tl.load(grad + at_E, ok_E, other=0.0))
+        if scale is not None:
+            g_E = tl.div_rn(g_E, tl.zeros((E,), tl.float32) + tl.load(scale))
+            tl.store(grad + at_E, to_dtype(g_E, grad.dtype.element_ty), ok_E)
+        w_E = w_E * decay
+        m_E = _fused(first + tl.zeros((E,), tl.float32), g_E - m_E, g_E if BASE else m_E)
+        v_E = _fused(second * g_E, g_E, v_E * beta2)
+        root = tl.zeros((E,), tl.float32) + tl.load(scalars + 1)
+        down_E = tl.div_rn(tl.sqrt_rn(v_E), root) + eps
+        w_E = w_E + tl.div_rn(tl.load(scalars) * m_E, down_E)
+    kind: tl.constexpr = weight.dtype.element_ty
+    tl.store(weight + at_E, to_dtype(tl.where(keep_E, w_E, 0.0), kind), ok_E)
+    tl.store(exp_avg + at_E, to_dtype(tl.where(keep_E, m_E, 0.0), kind), ok_E)
+    tl.store(exp_avg_sq + at_E, to_dtype(tl.where(keep_E, v_E, 0.0), kind), ok_E)

@@ -21,6 +21,7 @@ import triton
 from fastlm.backend import YES, Support
 from fastlm.kernels._common import OfflineCase, arch_of, launch, recording
 from fastlm.kernels._prune_mask_kernels import (
+    adamw_kernel,
     apply_kernel,
     blocks_kernel,
     count_kernel,
@@ -354,12 +355,54 @@ def pack(keep: Tensor) -> Tensor:
     return out
 
 
-def serves_adamw(*args: Any) -> Support:
-    """Nothing yet: PyTorch's fused kernel and three masks after it serve."""
-    return Support(False, "this release has no triton kernel of masked_adamw_; PyTorch's and apply_mask_ serve")
+def serves_adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> Support:  # fmt: skip
+    """Contiguous float32, bfloat16 and float16."""
+    for i, p in enumerate(params):
+        found = _refusal(p, FLOATS, "weights")
+        if not found.ok:
+            return found
+        if not (p.is_contiguous() and exp_avgs[i].is_contiguous() and exp_avg_sqs[i].is_contiguous()):
+            return Support(False, "the triton kernel takes contiguous weights and moments")
+        if grad_scale is not None and not grads[i].is_contiguous():
+            return Support(False, "the triton kernel unscales contiguous gradients")
+    return YES
+
+
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], masks: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    """As ``fastlm.reference.prune_mask.adamw``, with the roundings of the CPU's kernel. Nothing waits for the device.
+
+    Bytes: weight, moments and mask read, gradient too, weight and moments written; with grad_scale the gradient.
+    """
+    now = torch.stack(list(steps)).double() + 1
+    scalars = torch.zeros(len(params), 4, device=now.device)  # a row is 16 bytes, as pointers are specialised for
+    scalars[:, 0] = -(lr / (1 - beta1**now))
+    scalars[:, 1] = (1 - beta2**now).sqrt()
+    base = abs(float(torch.tensor(1 - beta1))) >= 0.5  # as torch.lerp, which goes from the nearer end
+    numbers = (1 - lr * weight_decay, float(torch.tensor(1 - beta1)) - base, beta2, 1 - beta2, eps)
+    with torch.cuda.device_of(params[0]):
+        for i, (p, g, m, v, mask) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, masks, strict=True)):
+            if p.numel():
+                columns = p.numel() if p.shape[-1] % 8 == 0 else p.shape[-1]
+                launch(adamw_kernel, (-(-p.numel() // 1024),), p, g.contiguous(), m, v, mask.contiguous(), scalars[i],
+                       grad_scale, found_inf, *numbers, p.numel(), columns, BASE=base, E=1024, num_warps=4, num_stages=1,
+                       enable_fp_fusion=False)  # fmt: skip
+    for step in steps:
+        step.add_(1 if found_inf is None else 1 - found_inf)
 
 
 # ------------------------------------------------------------------------------------------------------- offline cases
+
+
+def _adamw_of(x: Tensor, mask: Tensor) -> None:
+    adamw([x], [x], [x], [x], [torch.empty((), device=x.device)], [mask], 1e-3, 0.9, 0.99, 1e-8, 0.1, None, None)
 
 
 def offline_cases() -> list[OfflineCase]:
@@ -381,6 +424,8 @@ def offline_cases() -> list[OfflineCase]:
                             False)  # fmt: skip
                 cases += recorded
         calls = {
+            "masked_adamw_ f32": (lambda: _adamw_of(score, mask), 7 * score.numel() * 4 + mask.numel()),
+            "masked_adamw_ bf16": (lambda: _adamw_of(half, mask), 7 * half.numel() * 2 + mask.numel()),
             "apply_mask_": (lambda: apply(half, mask), 2 * half.numel() * 2),
             "mask_count": (lambda: count(mask), mask.numel()),
             "mask_to_bool": (lambda: unpack(mask, 4096), 9 * mask.numel()),

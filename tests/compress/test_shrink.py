@@ -165,3 +165,55 @@ def test_the_configuration_of_a_shape_is_one() -> None:
     assert GPTConfig(heads=3, width=128, head_size=32).size == 32
     with pytest.raises(ValueError, match="head_size must be even"):
         GPTConfig(heads=3, width=128, head_size=5, position="rotary")
+
+
+@pytest.mark.parametrize("style, changes", [(s, c) for s, c, _, _ in SHAPES])
+def test_layers_may_differ_and_the_least_of_all_go(style, changes) -> None:
+    """Of one layer's parts most are read with small weights: with per_layer they go, and the other layers lose fewer."""
+    model = made(style, **changes)
+    c = model.config
+    kv = c.kv_heads or c.heads
+    units = c.heads if c.kv_heads == 1 else kv
+    rows = c.heads // units * c.size
+    small = list(range(8, c.mlp_width))  # and more of them than all layers lose
+    with torch.no_grad():
+        model.blocks[1].attn.out.weight[:, rows:] *= 1e-3
+        model.blocks[1].mlp.down.weight[:, small] *= 1e-3
+    tokens = torch.randint(50, (2, 16))
+    before, alike = model(tokens), copy.deepcopy(model)
+    compress.shrink(model, text(), channels=0.25, per_layer=True)
+    compress.shrink(alike, text(), channels=0.25)
+    assert [n for _, _, n in model.config.shapes] == [c.mlp_width, c.mlp_width // 4, c.mlp_width]
+    torch.testing.assert_close(model(tokens), before, rtol=1e-2, atol=1e-2)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in alike.parameters())
+    if units > 2:
+        report = compress.shrink(model, text(), heads=0.25, per_layer=True)
+        assert model.config.shapes[1][0] == c.heads // 4
+        assert f"heads: {3 * units} -> {3 * units - 3} of all layers together" in str(report)
+    shapes = model.config.shapes
+    assert all(h // k == c.heads // kv or c.kv_heads == 1 for h, k, _ in shapes)
+    assert model.config.size == c.size
+    assert torch.equal(plain(model)(tokens), model(tokens))
+    out = model.generate(tokens[:, :3], 8, lambda logits: logits.argmax(-1))  # a cache of layers that differ
+    whole = tokens[:, :3]
+    for _ in range(8):
+        whole = torch.cat((whole, model(whole)[:, -1].argmax(-1)[:, None]), dim=1)
+    assert torch.equal(out, whole)
+    with pytest.raises(ValueError, match="per_layer is False; it must be True"):
+        compress.shrink(model, text(), channels=0.25)
+    compress.shrink(model, text(), channels=8, per_layer=True)
+    assert sum(n for _, _, n in model.config.shapes) == sum(n for _, _, n in shapes) - 24
+    compress.shrink(model, text(), layers=1)
+    assert model.config.layers == 2
+    assert torch.equal(plain(model)(tokens), model(tokens))
+
+
+def test_one_model_has_one_configuration() -> None:
+    same = GPTConfig(layers=2, heads=4, width=32, shapes=((2, 2, 64), (2, 2, 64)))
+    assert same == GPTConfig(layers=2, heads=2, width=32, head_size=8, hidden=64)
+    differ = GPTConfig(layers=2, heads=4, width=32, shapes=[[2, 1, 64], [1, 1, 96]])  # type: ignore[arg-type]
+    assert (differ.heads, differ.kv_heads, differ.mlp_width, differ.size) == (2, 1, 96, 8)
+    assert differ.layer(1) == GPTConfig(layers=2, heads=1, width=32, hidden=96, head_size=8, kv_heads=1)
+    for shapes, text_ in (((1, 1, 8),), "must be of 2 layers"), (((3, 2, 8), (1, 1, 8)), "a multiple of the second"):
+        with pytest.raises(ValueError, match=text_):
+            GPTConfig(layers=2, shapes=shapes)  # type: ignore[arg-type]

@@ -59,3 +59,39 @@ def test_nothing_waits_for_the_device():
             ops.bool_to_mask(ops.mask_to_bool(mask, 1000))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masked_adamw_is_the_cpus_but_for_last_bits_and_waits_for_nothing(dtype):
+    w, g, m = (torch.randn(517, 1003).to(dtype) for _ in range(3))
+    state = [w, g, m, torch.rand(517, 1003).to(dtype), torch.tensor(6.0)]
+    keep = torch.rand(517, 1003) < 0.5
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    with fastlm.backend.use("triton"):
+        found, mask = [t.cuda() for t in state], ops.bool_to_mask(keep.cuda())
+        scale, skip = torch.full((1,), 2.0, device="cuda"), torch.zeros(1, device="cuda")
+        ops.masked_adamw_(*([t.clone()] for t in found), [mask], grad_scale=scale, found_inf=skip, **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ops.masked_adamw_(*([t] for t in found), [mask], grad_scale=scale, found_inf=skip, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with fastlm.backend.use("cpu"):
+        ops.masked_adamw_(*([t] for t in state), [mask.cpu()], grad_scale=scale.cpu(), found_inf=skip.cpu(), **options)
+    rtol = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]  # an ulp or so
+    for a, b in zip(found, state, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=rtol, atol=1e-7)
+    for i in (0, 2, 3):
+        assert not found[i].cpu()[~keep].count_nonzero()
+
+
+def test_parts_of_a_tensor_are_counted_and_cut():
+    from fastlm.ops.prune_mask_parts import Part, _Selection
+
+    for x in (torch.randn(516, 1004), torch.randint(0, 3, (64, 88)) - 1.0):
+        part = Part(x.cuda(), tuple(x.shape), (0, 0))
+        for sparsity in (0.0, 0.37, 1.0):
+            with fastlm.backend.use("triton"):
+                (found,) = _Selection([part], False, False).run(sparsity, False)
+            with fastlm.backend.use("reference"):
+                assert torch.equal(found.cpu(), ops.prune_mask(x, sparsity=sparsity))

@@ -48,7 +48,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "init": ("first",), "head_size": (8,), "lora_targets": (("qkv",),),
     "tokenizer": ("chars", "bpe", "first.json"), "field": ("body",), "separator": ("\\n",), "weights": ((1.0, 3.0),),
     "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
-    "chat_template": ("other.jinja",),
+    "shapes": ("2/2/96,1/1/32",), "chat_template": ("other.jinja",),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),
 }  # fmt: skip
 ALONE = {

@@ -41,6 +41,7 @@ FREE = {
     "lora_targets",
     "chat_template",
     "prune",
+    "shapes",
 }
 WHOLE = Range(1, COUNT)
 OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are arguments of a function

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fastlm import compress, ops
 from fastlm.cli.main import main
 from fastlm.data import InputError
-from fastlm.train import compressing, export, healing, job
+from fastlm.train import compressing, export, healing, job, tensor_parallel
 from fastlm.train.compress_pruning import Prune
 from fastlm.train.healing import Heal
 from test_train import _own_place, book, tiny  # noqa: F401
@@ -193,6 +196,79 @@ def test_a_smaller_model_is_a_plain_one_that_everything_takes(base: str, capsys:
         job.resume(on.folder, config, corpus, other_data=False, say=str)
     assert main(["compress", "base-smaller-healed", base, "--prune", "2:4", "--int8", "--name", "both", *words]) == 0
     assert main(["generate", "both", "--tokens", "5", "--device", "cpu"]) == 0
+
+
+def test_a_model_whose_layers_differ(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = sys.modules["fastlm.compress.shrink"]
+    importance, calls = made.importance, itertools.count()  # type: ignore[attr-defined]
+
+    def uneven(*args: Any) -> torch.Tensor:
+        """Every other call, and so layer 1: what comes after the first quarter gives next to nothing."""
+        found = importance(*args)
+        if next(calls) % 2:
+            found[len(found) // 4 :] *= 1e-9
+        return found
+
+    monkeypatch.setattr(made, "importance", uneven)
+    words = ["--device", "cpu", "--samples", "8"]
+    assert main(["compress", "base", base, "--prune", "0.5", "--per-layer", *words]) == 2
+    assert "--per-layer needs --prune heads:... or channels:..." in capsys.readouterr().err
+    prune = "heads:0.5,channels:0.3"  # of two layers of two heads one head each, and that one stays
+    assert main(["compress", "base", base, "--prune", prune, "--per-layer", "--heal", "3", *words]) == 0
+    assert "of all layers together" in capsys.readouterr().out
+    folder = Path("runs/base-smaller-healed")
+    body = json.loads((folder / "config.json").read_text())
+    shapes = body["model"]["shapes"]
+    assert shapes == [[1, 1, 96], [1, 1, 48]]
+    text = ",".join("/".join(map(str, shape)) for shape in shapes)
+    assert body["config"]["model"]["shapes"] == text
+    assert body["config"]["model"]["hidden"] is None
+    assert body["compressed"]["smaller"]["per_layer"] is True
+    assert main(["generate", "base-smaller-healed", "--tokens", "20", "--device", "cpu"]) == 0
+    assert main(["eval", "base-smaller-healed", "--json", "--device", "cpu"]) == 0
+    for to in ("hf", "gguf"):
+        capsys.readouterr()
+        assert main(["export", "base-smaller-healed", "--to", to]) == 2
+        assert "take layers of one shape, and this model's differ" in capsys.readouterr().err
+    assert main(["export", "base-smaller-healed", "--to", "safetensors"]) == 0
+    ours, _ = job.load(folder, "cpu")
+    again, _ = job.load(folder / "export-safetensors", "cpu")
+    tokens = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(again(tokens), ours(tokens))
+    none = dict.fromkeys(("layers", "heads", "width", "context"))
+    for kernels in ("torch", "fused"):
+        on = job.start(tiny(name=kernels, init=str(folder), kernels=kernels, steps=4, save_every=2, **none), (base,))
+        assert on.trainer.fit() == "all steps done"
+        assert on.model.config == ours.config
+        config, corpus = job.read_config(on.folder)
+        assert config.model.shapes == text
+        job.resume(on.folder, config, corpus, other_data=False, say=str)
+    with pytest.raises(
+        InputError, match=f"--hidden is 64, but the model of --init .* has layers of {text}: leave it out"
+    ):
+        job.start(tiny(name="x", init=str(folder), hidden=64, **none), (base,))
+    with pytest.raises(InputError, match="--mesh tp=2 cuts layers of one shape"):
+        tensor_parallel.cuts(ours, 2)
+    assert main(["compress", "base-smaller-healed", base, "--prune", "channels:8", "--name", "x", *words]) == 2
+    assert "per_layer is False" in capsys.readouterr().err
+    assert main(["compress", "base-smaller-healed", base, "--prune", "2:4", "--int8", "--name", "both", *words]) == 0
+    assert main(["generate", "both", "--tokens", "5", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "shapes, text",
+    [
+        ("4/4", "--shapes must be heads/kv-heads/hidden of each layer, such as 4/4/352,2/2/128; it is '4/4'"),
+        ("2/2/64", "--shapes is of 1 layers and --layers is 2: they must be as many"),
+        ("2/2/64,3/2/64", "--shapes must have three numbers above 0 of each layer, the first a multiple of the second"),
+    ],
+)
+def test_shapes_that_cannot_be(book: str, shapes: str, text: str) -> None:  # noqa: F811
+    with pytest.raises(InputError, match=text):
+        job.start(tiny(name="bad", shapes=shapes), (book,))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def compress(
     text: tyro.conf.Positional[tuple[str, ...]] = (),
     prune: str = "",
     prune_method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt",
+    per_layer: bool = False,
     heal: int = 0,
     heal_lr: float | None = None,
     int8: bool = False,
@@ -47,6 +48,8 @@ def compress(
             parts: heads (with their keys and values), channels of the MLPs, layers; as a part of them or a number, such as
             heads:0.25,channels:0.3,layers:1.
         prune_method: sparsegpt and wanda calibrate on the training split; magnitude takes the smallest weights.
+        per_layer: With --prune heads: or channels: remove as many in all, more of them from layers that need them less. Layers
+            then differ, and export --to hf and gguf refuse the model.
         heal: Train so many steps after --prune, on the training split with the run's settings; what is zero stays zero.
         heal_lr: Peak learning rate of --heal; without it a third of the run's.
         int8: Linear layers in int8: weights by row, activations by token, as they come. With --prune after it: zeros stay.
@@ -74,11 +77,13 @@ def compress(
         if not prune:
             raise job.InputError("fastlm compress needs a method: --int8 or --prune")
     methods: list[compressing.Method] = []
+    if per_layer and not {"heads", "channels"} & (parts(prune) or {}).keys():
+        raise job.InputError("--per-layer needs --prune heads:... or channels:...")
     if prune:
         amounts = parts(prune)
         if amounts is not None and (include or exclude) and not int8:
             raise job.InputError(f"--prune {prune} is of every layer: leave --include and --exclude out")
-        methods.append(Prune(prune, prune_method, include, exclude) if amounts is None else Shrink(amounts))
+        methods.append(Prune(prune, prune_method, include, exclude) if amounts is None else Shrink(amounts, per_layer))
     if heal or heal_lr is not None:
         if not prune or not heal:
             raise job.InputError("--heal needs --prune" if heal else "--heal-lr needs --heal")

@@ -7,6 +7,9 @@ W_k += W_r C_rk (C_kk + damping)^-1 (the surgeon of SparseGPT, for whole columns
 ones before it give.
 
 A layer matters by the loss without it (one goes, the rest is measured again). Widths of heads stay, and rotary positions.
+
+All layers lose as many heads and channels. With ``per_layer`` as many go in all, and of all layers together the least by what
+part of its layer's squares a part gives; then layers differ, which no class of transformers holds.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ class Shrunk:
     losses: list[float] = field(default_factory=list)  # of the calibration text: at first, and after each of them
     rows: list[tuple[str, int, int, float]] = field(default_factory=list)  # (module, were, are, part of the squares)
     tokens: int = 0
+    per_layer: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{name}: {was} -> {now} of each layer" for name, (was, now) in self.kinds.items() if name != "layers"]
+        of = "all layers together" if self.per_layer else "each layer"
+        lines = [f"{name}: {was} -> {now} of {of}" for name, (was, now) in self.kinds.items() if name != "layers"]
         if self.layers:
             was, now = self.kinds["layers"]
             steps = ", ".join(
@@ -78,9 +83,10 @@ def shrink(
     heads: float = 0.0,
     channels: float = 0.0,
     layers: float = 0.0,
+    per_layer: bool = False,
 ) -> Shrunk:
-    """Removes parts of fastlm's GPT in place; ``model.config`` says the new shape, the same in every layer. Its blocks are
-    new modules: make optimizers after this.
+    """Removes parts of fastlm's GPT in place; ``model.config`` says the new shape, the same in every layer but with
+    ``per_layer``. Its blocks are new modules: make optimizers after this.
 
     Args:
         calibration: Tokens int64 [B, L], several batches.
@@ -88,6 +94,8 @@ def shrink(
             model with one key-value head: of the query heads.
         channels: The part of the MLPs' channels, or a number; with a part, those left are rounded up to a multiple of 8.
         layers: The part of the layers, or a number.
+        per_layer: Remove as many heads and channels in all, more of them from layers that need them less; one of each, or
+            8 channels, stay. Layers of a model that was shrunk so once differ, and it takes no other way.
 
     Returns:
         What went, and how much it mattered.
@@ -105,37 +113,49 @@ def shrink(
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise ValueError(f"shrink: blocks.{path} is int8; shrink the float model")
     c = model.config
+    if per_layer and not (heads or channels):
+        raise ValueError("shrink: per_layer is True; it is of heads and channels, which are 0")
+    if c.shapes and not per_layer and (heads or channels):
+        raise ValueError("shrink: per_layer is False; it must be True of a model whose layers differ")
     groups = (c.kv_heads or c.heads) if c.kv_heads != 1 else c.heads
     amounts = {"layers": (layers, c.layers), "heads": (heads, groups), "channels": (channels, c.mlp_width)}
     left = {kind: count(kind, amount, size) for kind, (amount, size) in amounts.items() if amount}
     if not left:
         raise ValueError("shrink: heads, channels and layers are all 0; one must be more")
     made = copy.deepcopy(model).eval()
-    report = Shrunk({kind: (amounts[kind][1], now) for kind, now in left.items()})
+    report = Shrunk({kind: (amounts[kind][1], now) for kind, now in left.items()}, per_layer=per_layer)
     report.tokens = sum(b.numel() for b in batches)
     with torch.no_grad():
         if "layers" in left:
             _layers(made, batches, left["layers"], report)
+        keep = {kind: [now] * len(made.blocks) for kind, now in left.items()}
+        if per_layer:
+            for kind in left.keys() - {"layers"}:
+                keep[kind] = _shares(made, kind, batches, amounts[kind], left[kind], report)
         for i, block in enumerate(made.blocks):
             if "heads" in left:
-                _heads(made, i, batches, left["heads"], report)
+                _heads(made, i, batches, keep["heads"][i], report)
             if "channels" in left:
-                _channels(made, i, batches, left["channels"], report)
+                _channels(made, i, batches, keep["channels"][i], report)
             block.train(model.training)
-    _adopt(model, made, left, groups)
+    _adopt(model, made, left, groups, bool(per_layer or c.shapes))
     return report
 
 
-def _adopt(model: GPT, made: GPT, left: dict[str, int], groups: int) -> None:
+def _adopt(model: GPT, made: GPT, left: dict[str, int], groups: int, differ: bool) -> None:
     """The blocks of ``made`` for the model, and its shape."""
     c = model.config
     changes: dict[str, Any] = {}
     if "layers" in left:
         changes["layers"] = left["layers"]
-    if "heads" in left:
+    if differ:
+        blocks: Any = made.blocks
+        changes["shapes"] = tuple((b.attn.heads, b.attn.kv_heads, b.mlp.down.weight.shape[1]) for b in blocks)
+        changes["head_size"] = c.size
+    elif "heads" in left:
         changes |= {"heads": c.heads // groups * left["heads"], "head_size": c.size}
         changes["kv_heads"] = 1 if c.kv_heads == 1 else left["heads"] if c.kv_heads else 0
-    if "channels" in left:
+    if "channels" in left and not differ:
         changes["hidden"] = left["channels"]
     model.config = replace(c, **changes)
     model.blocks = made.blocks
@@ -168,6 +188,43 @@ def _loss(model: GPT, batches: Sequence[Tensor]) -> float:
     return total / sum(b[:, 1:].numel() for b in batches)
 
 
+def _units(model: GPT, i: int, kind: str) -> tuple[str, nn.Linear, int]:
+    """Path and matrix that reads the parts of a layer, and how many there are."""
+    block: Any = model.blocks[i]
+    if kind == "channels":
+        return f"blocks.{i}.mlp.down", block.mlp.down, block.mlp.down.weight.shape[1]
+    attn = block.attn
+    return f"blocks.{i}.attn.out", attn.out, attn.heads if attn.kv_heads == 1 else attn.kv_heads
+
+
+def _shares(
+    model: GPT, kind: str, batches: Sequence[Tensor], amount: tuple[float, int], left: int, report: Shrunk
+) -> list[int]:
+    """How many parts each layer keeps where the least of all layers go, each measured in parts of its layer's squares."""
+    units = [_units(model, i, kind) for i in range(len(model.blocks))]
+    sizes = [n for _, _, n in units]
+    step = MULTIPLE if kind == "channels" and amount[0] < 1 and not any(n % MULTIPLE for n in sizes) else 1
+    gone = (amount[1] - left) * len(sizes)
+    if model.config.shapes:  # what layers have already differs
+        gone = round(amount[0] * sum(sizes)) if amount[0] < 1 else int(amount[0]) * len(sizes)
+    paths = {path: reader for path, reader, _ in units}
+    found = calibrate._see(model, paths, {path: [1] * len(batches) for path in paths}, batches, True)
+    order: list[tuple[float, int]] = []
+    for i, (path, reader, n) in enumerate(units):
+        if not found[path].sums.isfinite().all():
+            raise ValueError(f"shrink: the inputs of {path} are not finite on the calibration")
+        scores = importance(reader.weight, found[path].sums, reader.weight.shape[1] // n)
+        part = (scores / scores.sum()).nan_to_num(0.0).sort(stable=True).values
+        order += [(float(few), i) for few in part.unflatten(0, (-1, step)).sum(1)[:-1]]  # the last one stays
+    if gone // step > len(order):
+        raise ValueError(f"shrink: {kind} {amount[0]:g} of {sum(sizes)} leaves none in a layer")
+    keep = list(sizes)
+    for _, i in sorted(order)[: gone // step]:
+        keep[i] -= step
+    report.kinds[kind] = (sum(sizes), sum(keep))
+    return keep
+
+
 def _heads(model: GPT, i: int, batches: Sequence[Tensor], keep: int, report: Shrunk) -> None:
     attn: Attention = model.blocks[i].attn  # type: ignore[assignment]
     size, kv = attn.size, attn.kv_heads
@@ -198,6 +255,8 @@ def _choose(
 ) -> tuple[Tensor, float]:
     """The units of ``size`` columns of ``reader`` that stay, in order, and what part of the squares the others had. Its
     weight is mended for their absence."""
+    if keep * size == reader.weight.shape[1]:
+        return torch.arange(keep, device=reader.weight.device), 0.0
     found = calibrate._see(model, {path: reader}, {path: [1] * len(batches)}, batches, True)[path]
     if not found.sums.isfinite().all():
         raise ValueError(f"shrink: the inputs of {path} are not finite on the calibration")

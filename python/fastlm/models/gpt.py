@@ -36,18 +36,45 @@ class GPTConfig:
     eps: float = 1e-5
     rope_base: float = 10000.0
     head_size: int = 0  # width of a head; 0: width / heads
+    shapes: tuple[tuple[int, int, int], ...] = ()  # of each layer heads, kv_heads and hidden, where they differ
 
     def __post_init__(self) -> None:
+        if self.shapes:
+            self._widest()
         kv = self.kv_heads or self.heads
         if not self.head_size and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}; it is {self.width}")
-        if self.heads % kv:
+        if self.heads % kv and not self.shapes:
             raise ValueError(f"heads must be a multiple of kv_heads {kv}; it is {self.heads}")
         if self.position == "rotary" and self.size % 2:
             what = "head_size" if self.head_size else f"width {self.width} / heads {self.heads}"
             raise ValueError(f"{what} must be even for rotary positions; it is {self.size}")
         if self.head_size * self.heads == self.width:  # one model has one configuration
             object.__setattr__(self, "head_size", 0)
+
+    def _widest(self) -> None:
+        """heads, kv_heads and hidden of a model whose layers differ are the largest; layers that are alike have no shapes."""
+        shapes = tuple((int(h), int(kv), int(n)) for h, kv, n in self.shapes)
+        if len(shapes) != self.layers:
+            raise ValueError(f"shapes must be of {self.layers} layers; they are of {len(shapes)}")
+        for i, (heads, kv, hidden) in enumerate(shapes):
+            if min(heads, kv, hidden) < 1 or heads % kv:
+                raise ValueError(
+                    f"shapes must have three numbers above 0 of each layer, the first a multiple of the second; "
+                    f"layer {i} has {heads}/{kv}/{hidden}"
+                )
+        heads, kv, hidden = map(max, zip(*shapes, strict=True))
+        same = {"head_size": self.size, "heads": heads, "kv_heads": kv if self.kv_heads or kv != heads else 0}
+        same |= {"hidden": hidden, "shapes": shapes if len(set(shapes)) > 1 else ()}
+        for name, value in same.items():
+            object.__setattr__(self, name, value)
+
+    def layer(self, number: int) -> GPTConfig:
+        """The configuration of one layer's shape."""
+        if not self.shapes:
+            return self
+        heads, kv, hidden = self.shapes[number]
+        return replace(self, heads=heads, kv_heads=kv, hidden=hidden, head_size=self.size, shapes=())
 
     @property
     def size(self) -> int:
@@ -215,7 +242,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab, c.width)
         self.place = nn.Embedding(c.context, c.width) if c.position == "learned" else None
         self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c.layer(layer), layer) for layer in range(c.layers))
         self.norm = make_norm(c)
         self.head = nn.Linear(c.width, c.vocab, bias=False)
         self.reset()

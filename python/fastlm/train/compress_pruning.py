@@ -73,6 +73,7 @@ class Shrink:
 
     name: ClassVar[str] = "smaller"
     amounts: dict[str, float]
+    per_layer: bool = False
     report: compress.Shrunk | None = None
 
     def check(self) -> None:
@@ -81,7 +82,7 @@ class Shrink:
     def apply(self, model: GPT, batches: Batches) -> list[str]:
         text = batches()
         try:
-            self.report = compress.shrink(model, text, **self.amounts)
+            self.report = compress.shrink(model, text, **self.amounts, per_layer=self.per_layer)
         except ValueError as error:
             raise InputError(str(error).replace("shrink: ", "--prune: ", 1)) from None
         return str(self.report).splitlines()
@@ -90,6 +91,7 @@ class Shrink:
         left = None if self.report is None else {kind: now for kind, (_, now) in self.report.kinds.items()}
         return {
             "prune": self.amounts,
+            "per_layer": self.per_layer,
             "left": left,
             "layers_removed": [] if self.report is None else self.report.layers,
         }

@@ -31,7 +31,7 @@ from fastlm.data import tokenizer as tokenizers
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import checkpoint, export, job, state
 from fastlm.train.checkpoint import Piece
-from fastlm.train.config import Config
+from fastlm.train.config import Config, told_shape
 from fastlm.train.files import write_text
 from fastlm.train.generation import sampler
 
@@ -235,7 +235,7 @@ def run(
 
 def _shape(model: dict[str, Any], shape: GPTConfig) -> None:
     """A run's settings of its model, told the shape that the model has now."""
-    told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "head_size": shape.size}
+    told = told_shape(shape)
     for name in ("layers", "heads", *told):
         model[name] = told.get(name, getattr(shape, name))
 

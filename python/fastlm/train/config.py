@@ -53,6 +53,8 @@ class ModelConfig:
     """Base of the rotary positions' wavelengths."""
     head_size: int | None = optional(1)
     """Width of a head; without it width / heads."""
+    shapes: str = ""
+    """Heads/kv-heads/hidden of each layer where they differ, such as 4/4/352,2/2/128; --heads then says a head's width."""
     rows: int = bounded(0, 0)
     """Rows of the embedding, at least the tokenizer's vocabulary; 0: as many."""
     init: str = ""
@@ -70,10 +72,21 @@ class ModelConfig:
             changes["hidden"] = 0
         if self.rows and self.rows < vocab:
             raise InputError(f"--rows must be at least the tokenizer's vocabulary of {vocab}; it is {self.rows}")
+        if self.shapes:
+            for name in ("kv_heads", "hidden"):
+                if name in changes and getattr(self, name) is not None:
+                    raise InputError(f"{flag(name)} and --shapes exclude each other: --shapes has it of each layer")
+            found, layers = _shapes(self.shapes), self.layers or SIZES[self.size].layers
+            if len(found) != layers:
+                gives = "" if self.layers else f", which --size {self.size} gives"
+                raise InputError(
+                    f"--shapes is of {len(found)} layers and --layers is {layers}{gives}: they must be as many"
+                )
+            changes["shapes"] = found
         try:
             return named(self.size, self.style, vocab=self.rows or vocab, dropout=self.dropout, **changes)
         except ValueError as error:  # it names fields
-            said = re.sub(r"\b(width|heads|kv_heads|head_size)\b", lambda found: flag(found[0]), str(error))
+            said = re.sub(r"\b(width|heads|kv_heads|head_size|shapes)\b", lambda found: flag(found[0]), str(error))
             some = [name for name in ("width", "heads", "kv_heads") if flag(name) in said and name not in changes]
             raise InputError(said + f" (--size {self.size} gives what is left out)" * bool(some)) from None
 
@@ -91,17 +104,18 @@ class ModelConfig:
             raise InputError(
                 f"--rows is {self.rows}, but the model of --init {self.init} has {shape.vocab}: leave it out"
             )
+        told = told_shape(shape)
+        if self.shapes and shapes_text(shape) != self.shapes:
+            raise InputError(f"--shapes is {self.shapes}, but the model of --init {self.init} has others: leave it out")
         for name in SHAPE:
-            mine, given = getattr(self, name), getattr(shape, name)
-            told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "head_size": shape.size}
-            given = told.get(name, given)
+            mine, given = getattr(self, name), told.get(name, getattr(shape, name))
             free = name == "context" and shape.position == "rotary"
             if mine is not None and mine != given and not free:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {mine}, but the model of --init {self.init} has {given}: leave it out"
-                )
+                has = f"layers of {shapes_text(shape)}" if given is None else given
+                raise InputError(f"{flag(name)} is {mine}, but the model of --init {self.init} has {has}: leave it out")
             if mine is None:
                 setattr(self, name, given)
+        self.shapes = shapes_text(shape)
         kinds = {"norm": shape.norm, "position": shape.position, "mlp": shape.mlp}
         styles = [name for name, style in STYLES.items() if kinds.items() <= style.items()]
         if not styles:
@@ -111,6 +125,32 @@ class ModelConfig:
                 f"--style is {self.style}, but the model of --init {self.init} is of style {styles[0]}: leave it out"
             )
         self.style, self.rows = styles[0], shape.vocab  # type: ignore[assignment]
+
+
+def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
+    """Of --shapes; InputError for what it cannot be."""
+    layers = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}/[0-9]{1,9}", layer) for layer in layers):
+        raise InputError(
+            f"--shapes must be heads/kv-heads/hidden of each layer, such as 4/4/352,2/2/128; it is {text!r}"
+        )
+    return tuple(tuple(map(int, layer.split("/"))) for layer in layers)
+
+
+def told_shape(shape: GPTConfig) -> dict[str, Any]:
+    """Fields that say of a model what its configuration leaves to others; None where layers differ, which --shapes tells."""
+    differ = bool(shape.shapes)
+    return {
+        "kv_heads": None if differ else shape.kv_heads or shape.heads,
+        "hidden": None if differ else shape.mlp_width,
+        "head_size": shape.size,
+        "shapes": shapes_text(shape),
+    }
+
+
+def shapes_text(shape: GPTConfig) -> str:
+    """`--shapes` of a model."""
+    return ",".join("/".join(map(str, layer)) for layer in shape.shapes)
 
 
 @dataclass

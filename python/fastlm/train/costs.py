@@ -115,7 +115,7 @@ def _rank(
     micro = min(o.micro or share, share)
     micros, tokens = _ceil(share, micro), micro * c.context
     last = at == mesh.pp - 1
-    stage = replace(c, layers=_ceil(c.layers, each))
+    stage = replace(c, layers=_ceil(c.layers, each), shapes=())  # of layers that differ, the widest
     floats = sum(local[n] for n in named if n not in scales)
     kept, working = _activations(stage, config, tokens, mesh.tp, floats, size)
     parts = {

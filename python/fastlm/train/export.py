@@ -376,6 +376,10 @@ def _llama_shape(c: Mapping[str, Any], path: Path) -> GPTConfig:
 def style_of(shape: GPTConfig) -> str:
     """gpt2 or llama; InputError names what neither class has."""
     kinds = (shape.norm, shape.position, shape.mlp)
+    if shape.shapes:
+        raise InputError(
+            "transformers and llama.cpp take layers of one shape, and this model's differ (--per-layer); use --to safetensors"
+        )
     if kinds == ("rms", "rotary", "swiglu"):
         return "llama"
     if kinds != ("layer", "learned", "gelu"):

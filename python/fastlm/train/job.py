@@ -29,7 +29,7 @@ from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tok
 from fastlm.models.gpt import GPT
 from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
 from fastlm.train.callbacks import Picture, Samples, standard
-from fastlm.train.config import Config, DataConfig
+from fastlm.train.config import Config, DataConfig, told_shape
 from fastlm.train.costs import Costs
 from fastlm.train.files import write_text
 from fastlm.train.folders import find_init, forked_from, new_folder, write_config
@@ -539,8 +539,7 @@ def check_model(config: Config, origin: Path, *, new: bool) -> None:
     shape = was.resolve(was.rows or 256)
     if shape.position == "rotary":  # what is read with another context is other data
         free.add("context")
-    told = {"kv_heads": shape.kv_heads or shape.heads, "hidden": shape.mlp_width, "rows": was.rows}
-    told["head_size"] = shape.size
+    told = told_shape(shape) | {"rows": was.rows}
     for one in dataclasses.fields(now):
         mine, given = getattr(was, one.name), getattr(now, one.name)
         if mine == given or one.name in free:

@@ -283,6 +283,10 @@ def cuts(model: nn.Module, ranks: int) -> dict[str, Cut]:
     if not isinstance(model, GPT):
         raise InputError(f"--mesh tp={ranks} cuts fastlm's GPT and not a {type(model).__name__}; use dp or fsdp")
     c = model.config
+    if c.shapes:
+        raise InputError(
+            f"--mesh tp={ranks} cuts layers of one shape, and this model's differ (--shapes); use dp or fsdp"
+        )
     sizes = {"heads": c.heads, "kv-heads": c.kv_heads or c.heads, "hidden": c.mlp_width, "context": c.context}
     for flag, size in sizes.items():
         if size % ranks:
