@@ -114,6 +114,7 @@ class _Geometry:
 
 
 _STREAM = (torch.float32, torch.bfloat16, torch.float16)
+_INT8_COLUMNS = 8192  # wider rows become int8 in a kernel behind: with their scale they spilled on sm_80 in float32
 
 
 def _dtype_support(
@@ -137,7 +138,14 @@ def serves_forward(
     return _place_support(x.shape, [x, residual], [weight, bias, layerscale], rowscale) if support.ok else support
 
 
-serves_forward_int8 = serves_forward
+def serves_forward_int8(x: Tensor, *rest: Any) -> Support:
+    """As the forward; wide rows take one kernel more."""
+    support, columns = serves_forward(x, *rest), x.shape[-1]
+    if support.ok and not support.why and columns > _INT8_COLUMNS:
+        return Support(
+            True, f"rows of {columns} columns become int8 in a kernel behind: above {_INT8_COLUMNS} they spill"
+        )
+    return support
 
 
 def serves_backward(
@@ -155,11 +163,6 @@ def _place_support(shape, tensors, vectors, rowscale) -> Support:
     if shape[-1] % 8 == 0 and all(t is None or t.is_contiguous() for t in everything):
         return YES  # without working out the strides
     return _Geometry(shape, tensors, vectors, rowscale).support()
-
-
-_INT8_COLUMNS = (
-    8192  # wider rows become int8 by a kernel behind: held with their scale they spilled on sm_80 in float32
-)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

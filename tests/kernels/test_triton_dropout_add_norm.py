@@ -121,6 +121,15 @@ def test_int8_rows_are_those_of_y(dtype, tiled):
     assert scale[3].isnan()
 
 
+def test_which_says_that_wide_int8_rows_take_a_kernel_more():
+    for columns, word in ((8192, ""), (8200, "rows of 8200 columns become int8 in a kernel behind")):
+        x = torch.empty(2, columns)
+        reason = fastlm.backend.which("dropout_add_norm", x, quantize="int8").reason
+        assert word in reason
+        assert ("behind" in reason) == bool(word)
+        assert "behind" not in fastlm.backend.which("dropout_add_norm", x).reason
+
+
 @pytest.mark.slow
 @pytest.mark.grid
 @pytest.mark.parametrize("shape", [(2, 3, 2, 129), (6, 20000), (2, 65536)], ids=str)
