@@ -8,6 +8,8 @@ import html
 import json
 import os
 import re
+import shutil
+import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,33 @@ def test_the_page_holds_what_the_model_gave_and_refers_to_nothing(
     rows = np.frombuffer(zlib.decompress(base64.b64decode(found["saliency"]["rows"])), np.int8)
     assert rows.size == found["saliency"]["count"] * len(shown) == (len(shown) + 1) * len(shown)
     assert len(raw) < 200_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_it_and_keys_move_it(folders: Path, tmp_path: Path) -> None:
+    words = ["inspect", str(folders / "safetensors"), "--prompt", NASTY, "--page", "a.html", "--device", "cpu"]
+    assert main(words) == 0
+    press = """<script>setTimeout(() => {
+      go(1); const key = (key) => document.dispatchEvent(new KeyboardEvent("keydown", {key}));
+      Object.defineProperty(KeyboardEvent.prototype, "target", {value: document.body});
+      key("ArrowRight"); key("j"); key("k"); document.querySelectorAll(".thumb")[5].click();
+      setTimeout(() => document.title = [step, layer, head, document.querySelectorAll("#loss button").length].join(" "), 500);
+    }, 1000)</script></body>"""
+    Path("b.html").write_text(Path("a.html").read_text().replace("</body>", press))
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=9000",
+        "--enable-logging=stderr",
+    ]
+    command = ["chromium", *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/b.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    assert title[1] == f"2 1 1 {len(NASTY.encode()) + 1}", title[1]
 
 
 def test_tokens_are_shown_as_they_are() -> None:

@@ -79,7 +79,7 @@ _LOSS = """<h2>What surprised it</h2><div class="card">
 <div><p class="lead" id="guessed"></p><div id="guesses"></div></div></div></div>"""
 _LENS = """<h2>Layer by layer</h2><div class="card">
 <p class="lead">The logit lens: what the model would say if it ended after each layer. The top row is what it says. The
-darker, the surer; underlined where it is the token that came.</p>
+stronger the colour, the surer; underlined where it is the token that came.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="the logit lens"><table class="lens" id="lens"></table></div>
 <p class="lead gap" id="pathsaid"></p><div id="path"></div></div>"""
 _FOOT = """Positions count from 0. Loss is in nats. Weights of attention are exact to 0.4%, saliency to 0.4% of the largest in
