@@ -7,13 +7,15 @@ and the same allocator setting, so that only the kernels differ.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import fastlm
 import torch
 from fastlm import _processor
+from fastlm.bench import joules
 from fastlm.bench.harness import DTYPES, Case, Contender, Goal, Prepared, pytest_cases
 from fastlm.models.gpt import GPT, GPTConfig
 
@@ -151,6 +153,26 @@ def profile(device: str, small: bool = False) -> dict[str, Any]:
         out[name] = {"shares": parts, "ops": ops}
         print(f"\nprofile of a step, {name}: " + ", ".join(f"{k} {v:.0%}" for k, v in parts.items() if v >= 0.005))
     return out
+
+
+def energy(device: str, small: bool = False) -> list[joules.Row]:
+    """J/token by dtype and batch, PyTorch's kernels and fastlm's, where a counter measures."""
+    if small:
+        config, batches = SMALL_MODEL, (4, 8)
+    else:
+        config, batches = (CPU_MODEL, (4, 16)) if device == "cpu" else (GPU_MODEL, (8, 32))
+
+    def cases() -> Iterator[tuple[str, str, int, int, Callable[[], Callable[[], Any]]]]:
+        for dtype, batch, (name, fused) in itertools.product(
+            ("float32", "bfloat16"), batches, (("torch", False), ("fused", True))
+        ):
+            if device == "cpu" and _processor.slow(DTYPES[dtype]):
+                continue
+            inputs = torch.randint(0, config.vocab, (batch, config.context + 1)).to(device)
+            make = functools.partial(_step(config, fused, dtype, device), inputs)
+            yield name, dtype, batch, batch * config.context, make
+
+    return joules.of_steps(cases(), device, 0.0 if small else 3.0)
 
 
 _KINDS = (

@@ -15,6 +15,7 @@ GROUPS = {group.name: group.default_factory for group in dataclasses.fields(Conf
 COMMANDS = {
     "train": GROUPS,
     "plan": GROUPS,
+    "energy": {},
     "generate": {},
     "eval": {},
     "export": {},

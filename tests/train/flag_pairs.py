@@ -32,7 +32,8 @@ import torch
 from fastlm.cli import main as cli
 from fastlm.cli import train as command
 from fastlm.data.bounds import Range, flag
-from fastlm.train import Config, callbacks, report
+from fastlm.train import Config, callbacks, measuring, report, waiting
+from fastlm.train import ranks as ranks_of
 from fastlm.train.files import read_metrics
 
 # The run that each flag changes: two layers, two steps, and as much of the rest as shows within them.
@@ -41,6 +42,7 @@ BASE: dict[str, Any] = {
     "save_every": 1, "sample": 4, "threads": 1, "device": "cpu", "quiet": True, "name": "run",
     "clip": 0.01,  # shorter than every gradient, so that it has a say beside any other flag
 }  # fmt: skip
+CLOCKS = {"tokens_per_s", "stall", "seconds", "mfu", *measuring.CLOCKS}  # what no two runs have alike
 # Values that no type tells; where a type tells some, these are more.
 VALUES: dict[str, tuple[Any, ...]] = {
     "size": ("1B",), "val_fraction": (0.5,), "width": (48,), "rows": (1, 300), "vocab": (300,), "steps": (4,), "spike": (1.5,),
@@ -50,6 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
     "shapes": ("2/2/96,1/1/32",), "chat_template": ("other.jinja",),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),
+    "carbon": ("381",), "when": ("curve.csv",), "deadline": ("1h",),
 }  # fmt: skip
 ALONE = {
     "size",
@@ -155,6 +158,8 @@ def prepare() -> None:
     config.run.name, config.data.tokenizer = "first", "bytes"
     assert _call(config, {}).code == 0
     shutil.move("runs/first", "kept")
+    begin = int(time.time()) - 60
+    Path("curve.csv").write_text("\n".join(f"{begin + 3600 * i},{100 + i}" for i in range(99)))
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -216,10 +221,7 @@ def run(changes: Pair) -> Outcome:
 
 
 def fingerprint(folder: Path) -> str:
-    keep = [
-        {k: v for k, v in row.items() if k not in ("tokens_per_s", "stall", "seconds", "mfu")}
-        for row in read_metrics(folder)
-    ]
+    keep = [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_metrics(folder)]
     files = sorted(str(p.relative_to(folder.parent.parent)) for p in folder.rglob("*") if "events.out" not in p.name)
     last = max((folder / "checkpoints").glob("step-*"))
     body = [keep, files, (folder / "sample.txt").read_text(), json.loads((last / "state.json").read_text())["data"]]
@@ -319,6 +321,7 @@ class Walk:
 
 # Flags that change no number within two steps of a small model, each for a reason.
 UNSEEN = {
+    "pue", "carbon",  # stand in the report alone
     "quiet", "deterministic", "threads", "workers", "device", "nproc", "mesh",  # how, not what
     "schedule",  # the first of two steps is at the peak, whatever follows
     "size",  # every field of it is given
@@ -340,18 +343,28 @@ SAME = {
 }
 
 
+def _train_here(config: Config, options: dict[str, Any], argv: list[str], count: int) -> int:
+    """In the place of a process that waits, and whose child would not know the walk's flags: what that child does."""
+    waiting.Waiter(config.run, None, True, config.optim.steps)  # refuses what it refuses
+    ranks = ranks_of.SingleProcess()
+    return command._train(config, ("a.txt", "b.txt"), options, ranks)
+
+
 @contextlib.contextmanager
 def quick(compiler: str = "aot_eager") -> Iterator[None]:
     """Nothing is drawn or synced, and `compiler` takes inductor's place: what is left of a run is what flags change."""
     saved = callbacks.draw, report.svg, os.fsync, torch.nn.Module.compile
+    waits = command._wait
     callbacks.draw = lambda *args, **options: None  # type: ignore[assignment]
     report.svg = lambda *args, **options: "<svg></svg>"  # type: ignore[assignment]
     os.fsync = lambda handle: None  # type: ignore[assignment]
+    command._wait = _train_here
     if compiler:
         torch.nn.Module.compile = lambda self: saved[3](self, backend=compiler)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
+        command._wait = waits
         callbacks.draw, report.svg, os.fsync, torch.nn.Module.compile = saved  # type: ignore[assignment,method-assign]
 
 

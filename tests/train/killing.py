@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import kill_worker
-from fastlm.train import checkpoint
+from fastlm.train import checkpoint, measuring
 from fastlm.train.files import read_metrics
 from ports import free_port
 
 LIMIT = 400  # seconds after which a run that nobody was to kill counts as hung
-CLOCKS = {"tokens_per_s", "stall", "seconds"}
+CLOCKS = {"tokens_per_s", "stall", "seconds", *measuring.CLOCKS}
 Server = subprocess.Popen[str]
 
 

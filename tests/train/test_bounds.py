@@ -42,6 +42,9 @@ FREE = {
     "chat_template",
     "prune",
     "shapes",
+    "carbon",
+    "when",
+    "deadline",
 }
 WHOLE = Range(1, COUNT)
 OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are arguments of a function
@@ -56,6 +59,7 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     "data labels": {"below": Range(0, 2)},
     "data card": {"dedup": Range(0, 1), "workers": WHOLE, "seed": Range(*SEED)},
     "compress": {"samples": WHOLE, "seed": Range(*SEED), "heal": Range(0, COUNT), "heal_lr": Range(above=0)},
+    "energy": {"hours": Range(above=0, high=1e6), "restart": Range(0, 1e6)},
     "data filter": {"precision": Range(above=0, high=1), "seed": Range(*SEED)},
     "inspect": {"layer": Range(0, COUNT), "head": Range(0, COUNT), "steps": Range(1, 1024)},
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
@@ -68,7 +72,8 @@ HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
 }  # fmt: skip
 PLACES = {  # what each must be given besides
     "generate": ["none"], "inspect": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
-    "compress": ["none", "--prune", "0.5"], "data filter": ["none", "--out", "out"],
+    "compress": ["none", "--prune", "0.5"], "energy": ["none", "--deadline", "1h", "--hours", "1"],
+    "data filter": ["none", "--out", "out"],
     "data tasks": ["none", "--out", "out"], "data labels": ["none", "--out", "out"], "data card": ["none"],
     "data clean": ["none", "--out", "out"], "data augment": ["none", "--out", "out.jsonl"],
 }  # fmt: skip

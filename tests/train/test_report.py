@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 import types
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from fastlm.cli import main as cli
 from fastlm.data import InputError
-from fastlm.train import job, report
+from fastlm.energy import counters, power
+from fastlm.train import job, measuring, report
 from fastlm.train.callbacks import smoothed
 from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
@@ -98,3 +100,72 @@ def test_the_smoothed_curve_does_not_lag() -> None:
     assert np.allclose(smoothed([5.0, 4.0, 3.0, 2.0]), [5.0, 4.0, 3.0, 2.0])  # a line is itself, to its ends
     assert smoothed([1.5]) == [1.5]
     assert smoothed([]) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------- energy
+
+
+def report_of(run: Path) -> str:
+    return html.unescape(report.page(run))
+
+
+def test_a_machine_without_counters_shows_no_measurement(
+    book: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(counters, "ROOTS", (tmp_path / "none",))
+    monkeypatch.setattr(power, "_table", lambda name: None)
+    made = job.start(tiny(name="bare", carbon="381"), (book,))
+    assert "--carbon is of no effect here: energy is unavailable" in capsys.readouterr().err
+    made.run(str)
+    rows = read_metrics(made.folder)
+    assert {row["energy"] for row in rows} == {"unavailable"}
+    assert not any(key.startswith("joules") for row in rows for key in row)
+    text = report_of(made.folder)
+    assert "unavailable (this machine shows no counter" in text
+    assert "kWh" not in text
+    assert "measured" not in text.split("<h2>Energy")[1].split("<h2>Data")[0]
+    made = job.start(tiny(name="stated", watts=100.0, carbon="381", pue=1.5), (book,))
+    made.run(str)
+    assert {row["energy"] for row in read_metrics(made.folder)} == {"estimated"}
+    assert "estimated (this machine shows no counter: 100 W stated" in report_of(made.folder)
+
+
+def test_counted_energy_adds_up_to_the_report(book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A counter that gains a joule at each reading and wraps at 7: every one of them is in the lines and in the report."""
+    zone = tmp_path / "intel-rapl" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", 7_000_000), ("energy_uj", 0)):
+        (zone / name).write_text(f"{text}\n")
+    monkeypatch.setattr(counters, "ROOTS", (zone.parent,))
+    monkeypatch.setattr(counters, "PLAUSIBLE", 1e9)  # the test's clock is faster than a processor
+    monkeypatch.setattr(counters.Zone, "period", property(lambda own: 1e9))
+    read, reads = counters.Zone._read, [0]
+
+    def count(own: counters.Zone) -> int:
+        reads[0] += 1
+        (own.folder / "energy_uj").write_text(f"{reads[0] * 1_000_000 % 7_000_000}\n")
+        return read(own)
+
+    monkeypatch.setattr(counters.Zone, "_read", count)
+    made = job.start(tiny(name="run", eval_every=4, carbon="500", pue=2.0), (book,))
+    made.trainer.fit()
+    rows = read_metrics(made.folder)
+    assert {row["energy"] for row in rows} == {"measured"}
+    assert [row["joules"] for row in rows] == [1.0 if row["step"] % 4 else 2.0 for row in rows]
+    assert [row["joules_aside"] for row in rows if not row["step"] % 4] == [1.0] * 3
+    assert rows[0]["joules_per_token"] == 1 / (4 * 16)
+    found = measuring.used(rows, 16)
+    assert found is not None
+    assert (found.label, found.joules, found.aside, found.tokens) == ("measured", 18.0, 3.0, 12 * 64)
+    cells = dict(measuring.table(found, made.config.run, made.facts()["energy"]))
+    assert cells["energy is"] == "measured (1 x processor by RAPL)"
+    assert cells["with the data centre's share (PUE 2)"] == f"{36 / 3.6e6:.4g} kWh"
+    assert cells["CO2e at 500 g/kWh"] == f"{36 / 3.6e6 / 2:.4g} kg"
+    rows[3] = {k: v for k, v in rows[3].items() if not k.startswith("joules")} | {"energy": "unavailable"}
+    found = measuring.used(rows, 16)
+    assert found is not None
+    assert (found.label, found.counted) == ("unavailable", 11)
+    assert measuring.used([{"step": 1}], 16) is None

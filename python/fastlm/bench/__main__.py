@@ -98,6 +98,10 @@ def run(
             profile = module.profile(device, small=not seconds)
             if seconds:
                 data.setdefault("profiles", {})[name] = profile
+        if hasattr(module, "energy") and time.monotonic() - begin <= budget:
+            found = module.energy(device, small=not seconds)
+            if seconds and found:
+                data.setdefault("profiles", {})[f"{name} energy"] = found
     if data.get("not_run"):
         print(f"\nno time left (--budget {budget:g}) for: " + "; ".join(data["not_run"]))
     return data

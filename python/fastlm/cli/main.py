@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
     "inspect": ("fastlm.cli.inspect", "a look inside a model: loss, attention, logit lens, saliency of a text"),
     "plan": ("fastlm.cli.plan", "what training takes of each device under every mesh, and which to take"),
+    "energy": ("fastlm.cli.energy", "when to run for less carbon or cost: what waiting and pausing would save"),
     "runs": ("fastlm.cli.runs", "runs side by side"),
     "compare": ("fastlm.cli.compare", "runs in one picture, and how they differ"),
     "doctor": ("fastlm.cli.doctor", "what is installed, what runs on what, and why"),

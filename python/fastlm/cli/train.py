@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from fastlm import console
 from fastlm.cli import flags
 from fastlm.cli.data import reading
-from fastlm.train import job, launch, mesh
+from fastlm.train import job, launch, mesh, waiting
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastlm.train.folders import find_init, find_origin
 
@@ -34,6 +35,7 @@ fastlm train --resume mixed --steps 6000     # go on, for longer
 fastlm train --fork mixed --lr 3e-4          # a new run from its weights
 fastlm train notes/ --init hf-model/ --lora-rank 8
 fastlm train book.txt --mesh fsdp=2 --dtype bfloat16
+fastlm train book.txt --when carbon.csv --deadline 24h
 """
 
 
@@ -84,6 +86,8 @@ def main(argv: list[str]) -> int:
     if options["other_data"] and not (options["resume"] or options["fork"]):
         raise job.InputError("--other-data is for a run that goes on: give --resume or --fork, or leave it out")
     count = launch.processes(config.run)
+    if config.run.when and waiting.parent() is None:
+        return _wait(config, options, argv, count)
     if count > 1:
         return launch.run([sys.executable, "-m", "fastlm", "train", *argv], count, config.run.threads)
     launch.die_with_launcher()
@@ -95,6 +99,17 @@ def main(argv: list[str]) -> int:
         return 2  # the rank that could not go on has said why
     finally:
         ranks.close()
+
+
+def _wait(config: Config, options: dict[str, Any], argv: list[str], count: int) -> int:
+    """This process waits, and starts those that train."""
+    if mesh.find(os.environ) is not None:
+        raise job.InputError(
+            "--when beside torchrun or slurm, which start the processes: it starts them itself, by --nproc"
+        )
+    folder = options["origin"] if options["resume"] else None
+    fresh = bool(_value(argv, "--deadline"))
+    return waiting.Waiter(config.run, folder, fresh, config.optim.steps).run(argv, count, config.run.threads)
 
 
 def check_place(folder: Path, was: Config, now: Config) -> None:
@@ -127,6 +142,8 @@ def _train(config: Config, corpus: tuple[str, ...], options: dict[str, Any], ran
             made = job.start(config, corpus, note=note, ranks=ranks)
     result = made.run()
     say(f"run folder: {result.folder}")
+    if result.why.startswith("pause"):
+        return launch.PAUSED
     if result.why.startswith("signal"):
         name = result.why.split()[-1]
         if ranks.first:

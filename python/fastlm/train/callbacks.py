@@ -37,6 +37,10 @@ class RunView(Protocol):
         """Peak memory in bytes."""
         ...
 
+    def pause(self, until: str) -> None:
+        """End after this step, with a checkpoint, to go on later."""
+        ...
+
 
 class Callback:
     everywhere = (

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from fastlm.data.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.data.errors import InputError
+from fastlm.energy import EnergyError, carbon_intensity
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
 from fastlm.train.sparsity import target
 
@@ -325,6 +326,16 @@ class RunConfig:
     """Also log to this project of Weights & Biases (package wandb); WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
     """No progress bar."""
+    when: str = ""
+    """A curve of carbon or price (CSV of time and value): train while it is low, pausing by checkpoints; needs --deadline."""
+    deadline: str = ""
+    """When a run with --when must be done: a span from its start on such as 24h, 90m or 2d, or a time."""
+    watts: float = bounded(0.0, 0)
+    """What one processor is stated to draw, for an estimate where there is no counter of energy; 0: as far as it is known."""
+    pue: float = bounded(1.0, 1)
+    """Power usage effectiveness: the data centre's energy as a multiple of the devices', for the report."""
+    carbon: str = ""
+    """Grams of CO2e a kWh, or a country's code of three letters (table of codecarbon), for the report."""
 
 
 @dataclass
@@ -342,6 +353,13 @@ class Config:
             check_fields(group)
         self.data.check()
         r = self.run
+        if r.carbon:
+            try:
+                carbon_intensity(r.carbon)
+            except EnergyError as error:
+                raise InputError(f"--carbon {error}") from None
+        if r.when and not r.deadline:
+            raise InputError("--when needs --deadline, such as 24h: by then the run is done, whatever the curve says")
         if r.spike and r.spike <= 1:
             raise InputError(f"--spike must be above 1, a multiple of the mean loss, or 0; it is {r.spike}")
         if r.patience and not r.eval_every:
@@ -403,6 +421,7 @@ class Config:
             (o, "prune_begin", bool(o.prune), "--prune"),
             (o, "prune_end", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
             (o, "prune_every", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
+            (r, "deadline", bool(r.when), "--when"),
             (r, "eval_tokens", 0 < r.eval_every < o.steps, "an evaluation before the last (--eval-every)"),
         ):
             if not heeded and getattr(group, name) != getattr(type(group)(), name):

@@ -129,6 +129,8 @@ def write_config(
     """config.json and the tokenizer; `fork` is the checkpoint that the run starts from, if there is one."""
     where = [str(Path(c).resolve()) if Path(c).exists() else c for c in corpus]
     saved = config.to_dict()
+    if config.run.when:
+        saved["run"]["when"] = str(Path(config.run.when).resolve())
     pairs = [given.partition("=") for given in config.data.val]
     saved["data"]["val"] = [f"{n}={Path(p).resolve() if Path(p).exists() else p}" for n, _, p in pairs]
     body: dict[str, Any] = {

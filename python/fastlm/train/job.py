@@ -27,7 +27,7 @@ from fastlm.data.baselines import baselines
 from fastlm.data.bounds import flag
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, lock, lora, parallel, report, state
+from fastlm.train import checkpoint, export, lock, lora, parallel, report, state, waiting
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig, told_shape
 from fastlm.train.costs import Costs
@@ -195,6 +195,9 @@ class Job:
         """Into `folder`, or a new one. `origin` is the run whose checkpoint comes next, which then gives the weights;
         `fork` that checkpoint, if the run starts from another's."""
         config.check()
+        waiter = waiting.parent()
+        if config.run.when and waiter is None and (ranks is None or ranks.first):
+            warn("--when is of no effect here: it is the command fastlm train that waits, and starts what trains")
         config = copy.deepcopy(config)  # --init fills in the shape
         spare_page_faults()
         apply(config.run)
@@ -269,7 +272,11 @@ class Job:
                 self.source,
                 self.folder,
                 evaluate=validation(self.data, config, self.shape.context, self.device, self.named, self.ranks),
-                callbacks=[Picture(), *([Samples(self.sample)] if config.run.sample else [])],
+                callbacks=[
+                    Picture(),
+                    *([Samples(self.sample)] if config.run.sample else []),
+                    *([waiting.Waiting(config.run, waiter)] if config.run.when and waiter else []),
+                ],
                 ranks=self.ranks,
                 flops_per_sample=self.costs.flops_per_sample,
                 begin=self.begin,
@@ -338,7 +345,7 @@ class Job:
     def finish(self, why: str, say: Callable[[str], None]) -> Result:
         """What the run reached: written to result.json and report.html first, then said."""
         trainer, found = self.trainer, dict(self.trainer.latest)
-        ended = not why.startswith("signal")
+        ended = not why.startswith(("signal", "pause"))
         if why.startswith("early"):
             found = {}  # the best weights are restored
         if ended and not found.get("whole"):
@@ -366,7 +373,7 @@ class Job:
         if why.startswith("early"):
             restored = f"the best weights, of step {best['step']}, are restored" if best else "none was finite"
             yield f"stopped {why}; {restored}"
-        if not why.startswith("signal"):
+        if not why.startswith(("signal", "pause")):
             yield f"\na sample:\n{text}\n"
             yield f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte"
             for name in self.named:
@@ -444,6 +451,7 @@ class Job:
             "trained": c.trained,
             "flops_per_step": c.flops_per_sample * self.config.optim.batch,
             "memory": c.parts,
+            "energy": self.trainer.energy.facts(),
             "swap": str(table) if table is not None else "PyTorch's own kernels (--kernels torch)",
         }
 

@@ -25,6 +25,7 @@ from fastlm.train.config import RunConfig
 
 GRACE = 2.0  # seconds that the others have to say what they saw
 SIGNALLED = {128 + s for s in signals.STOPPING}  # a rank that was asked to stop, and saved
+PAUSED = 75  # one that pauses, and saved ("try again later" in sysexits.h)
 
 
 def processes(run: RunConfig) -> int:
@@ -44,13 +45,36 @@ def processes(run: RunConfig) -> int:
     return count
 
 
-def run(command: list[str], count: int, threads: int = 0) -> int:
-    """Start `command` `count` times, wait, and return the exit status: 0, or that of the rank that failed first."""
+def alone(command: list[str], asked: list[int]) -> int:
+    """Start `command` once, which is then no rank of others, wait, and return its exit status. `asked` gets the numbers of
+    the signals that come meanwhile, which are passed on."""
+    return _run(command, [{}], None, asked)
+
+
+def run(command: list[str], count: int, threads: int = 0, asked: list[int] | None = None) -> int:
+    """Start `command` `count` times, wait, and return the exit status: 0, or that of the rank that failed first. `asked`
+    gets the numbers of the signals that come meanwhile, which are passed on."""
     meeting = socket.socket()  # rank 0 gets it open: a port given back could be another's before rank 0 takes it
     meeting.bind(("127.0.0.1", 0))
     meeting.listen(128)
+    places = [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(meeting.getsockname()[1]),
+        }
+        for rank in range(count)
+    ]
+    if not threads:
+        share = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+        places = [place | {"OMP_NUM_THREADS": share} for place in places]
+    return _run(command, places, meeting, [] if asked is None else asked)
+
+
+def _run(command: list[str], places: list[dict[str, str]], meeting: socket.socket | None, asked: list[int]) -> int:
     children: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         asked.append(number)
@@ -60,27 +84,20 @@ def run(command: list[str], count: int, threads: int = 0) -> int:
 
     old = {s: signal.signal(s, forward) for s in signals.ours()}
     try:
-        for rank in range(count):
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(meeting.getsockname()[1]),
-                "FASTLM_LAUNCHER": str(os.getpid()),
-            }
-            given = () if rank else (meeting.fileno(),)
-            if rank == 0:
+        for place in places:
+            env = {**os.environ, **place, "FASTLM_LAUNCHER": str(os.getpid())}
+            given: tuple[int, ...] = ()
+            if meeting is not None and not children:
+                given = (meeting.fileno(),)
                 env[mesh.MEETING] = str(meeting.fileno())
-            if not threads:
-                env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
             # a session of its own: the terminal's Ctrl-C comes through `forward`, and once
             children.append(subprocess.Popen(command, env=env, start_new_session=True, pass_fds=given))
-        meeting.close()  # or it would still answer for a rank 0 that is gone
-        return _watch(children, asked)
+        if meeting is not None:
+            meeting.close()  # or it would still answer for a rank 0 that is gone
+        return _watch(children, asked, meeting is None)
     finally:
-        meeting.close()
+        if meeting is not None:
+            meeting.close()
         for child in children:
             if child.poll() is None:
                 child.kill()
@@ -89,10 +106,10 @@ def run(command: list[str], count: int, threads: int = 0) -> int:
             signal.signal(number, handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
+def _watch(children: list[subprocess.Popen[bytes]], asked: list[int], single: bool) -> int:
     while True:
         codes = [child.poll() for child in children]
-        bad = [(rank, code) for rank, code in enumerate(codes) if code and code not in SIGNALLED]
+        bad = [(rank, code) for rank, code in enumerate(codes) if code and code not in SIGNALLED | {PAUSED}]
         if bad:
             break
         if all(code is not None for code in codes):
@@ -103,7 +120,12 @@ def _watch(children: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     )  # of several, one that a signal ended: the rest ended for its loss
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
     rest = [r for r, c in enumerate(codes) if c is None]
-    if not asked:
+    if single:
+        if code < 0 and not asked:
+            warn(
+                f"fastlm train: the process that trained {how}. Go on from the last checkpoint with fastlm train --resume RUN"
+            )
+    elif not asked:
         ending = f"; ending rank {', '.join(map(str, rest))}" if rest else ""
         warn(
             f"fastlm train: rank {rank} of {len(children)} {how}{ending}. "

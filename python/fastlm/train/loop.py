@@ -30,6 +30,7 @@ from fastlm.train.config import Config
 from fastlm.train.guards import Guard, Verdict
 from fastlm.train.kernels import Kernels
 from fastlm.train.machine import apply, autocast, peak_flops, peak_memory, pick_device
+from fastlm.train.measuring import Energy
 from fastlm.train.ranks import Ranks, SingleProcess
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
@@ -101,6 +102,9 @@ class Trainer:
         self.saver = checkpoint.Saver(self.folder, config.run.keep, config.run.keep_every, self.ranks)
         self.ema = self._averages() if config.optim.ema else {}
         self.pruning = pruning.Pruning(self)
+        self.energy = Energy(self.device, config.run, self.ranks)
+        for note in self.energy.notes() if self.ranks.first else ():
+            warn(note)
         self.peak, self.flops_per_sample = peak_flops(self.device), flops_per_sample
         self.step = self.consumed = 0
         self.best: dict[str, float] = {}
@@ -111,7 +115,7 @@ class Trainer:
         self.scale = torch.tensor(2.0**16 if config.run.dtype == "float16" else 1.0, device=self.device)
         self.good = torch.zeros((), device=self.device)  # sound steps since the scale changed
         self.stop = ""  # why to stop, by the run's own reasons, which all ranks find alike
-        self.asked = ""  # the same, by a signal
+        self.asked = ""  # the same, by a signal or a pause
         self.on_begin = begin or (lambda: None)
         self.owned = lock.Owned(self.folder, self.ranks)
         self.pending: list[dict[str, Any]] = []
@@ -131,6 +135,7 @@ class Trainer:
             events.tell(self.callbacks, "start", self)
             self.load_ahead()
             self._clock = time.perf_counter()
+            self.energy.begin()
             try:
                 # what the ranks agreed on decides, and is never written back: a signal may come at any point of this
                 while not (why := self.ranks.agree(self.stop or self.asked)) and self.step < self.config.optim.steps:
@@ -156,6 +161,7 @@ class Trainer:
                 self.saver.settle(SETTLE)
                 raise
             finally:
+                self.energy.close()
                 self.loader.close()
                 events.end(self.callbacks, self)
         return why or "all steps done"
@@ -282,7 +288,7 @@ class Trainer:
         )
         self._clock, self._stalled = now, self.loader.stalled
         samples = sum(row["size"] for row in rows)
-        for i, row in enumerate(rows):
+        for i, (row, used) in enumerate(zip(rows, list(self.energy.lines(len(rows), self.nominal(samples))))):
             loss, norm, bad = values[3 * i : 3 * i + 3]
             row.pop("aside", None)
             line = {
@@ -294,6 +300,7 @@ class Trainer:
                 "tokens_per_s": round(self.nominal(samples) / took, 1),
                 "stall": round(stalled / took, 5),
                 "seconds": round(took / len(rows), 5),
+                **used,
             }
             line.pop("size")
             if self.peak and self.flops_per_sample:
@@ -333,11 +340,13 @@ class Trainer:
         if self.evaluate_with is None:
             return False
         start = time.perf_counter()
+        self.energy.steps_end()
         found = self.measure(whole)
         self.latest = {"step": self.step, "whole": whole, **found}
         events.tell(self.callbacks, "evaluated", self, self.latest)
         self.pending[-1].update(found)
         self.pending[-1]["aside"] = time.perf_counter() - start
+        self.energy.aside_ends()
         if not pruning.settled(self.config.optim, self.step):
             self.best, self.waited = {}, 0
             return False
@@ -482,6 +491,11 @@ class Trainer:
         elif self.ema:
             self.ema = self._averages()
 
+    def pause(self, until: str) -> None:
+        """End after this step, with a checkpoint, to go on later. A signal that comes as well counts in its place."""
+        self._ask(f"pause until {until}")
+
     def _ask(self, stop: str) -> None:
-        """A signal ends the loop after the step, with a checkpoint; the first one names it."""
-        self.asked = self.asked or stop
+        """A signal, or a pause, ends the loop after the step, with a checkpoint; the first signal names it."""
+        if not self.asked or self.asked.startswith("pause"):
+            self.asked = stop

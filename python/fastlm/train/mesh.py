@@ -201,15 +201,29 @@ class ProcessGroup(Ranks):
         dist.all_reduce(t, group=self._data)
         return t
 
+    def total(self, values: list[float]) -> list[float]:
+        import torch.distributed as dist
+
+        t = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(t, group=self._control)
+        return t.tolist()
+
     def agree(self, stop: str) -> str:
         import torch.distributed as dist
 
-        number = int(getattr(signal, stop.split()[1])) if stop.startswith("signal") else int(bool(stop)) * 255
+        number = int(bool(stop)) * 255  # a pause is the least of all reasons, a signal the next
+        if stop.startswith("signal"):
+            number = 1 + int(getattr(signal, stop.split()[1]))
+        elif stop.startswith("pause"):
+            number = 1
         asked = torch.tensor(number)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._control)
-        if stop or not asked.item():
+        most = int(asked.item())
+        if most <= 1:
+            return stop or ("pause" if most else "")
+        if stop and number > 1:
             return stop
-        return f"signal {signal.Signals(int(asked.item())).name}" if asked.item() < 255 else "another rank stopped"
+        return f"signal {signal.Signals(most - 1).name}" if most < 255 else "another rank stopped"
 
     def share(self, value: T) -> T:
         import torch.distributed as dist

@@ -19,7 +19,7 @@ from typing import Any
 from fastlm.data import pages
 from fastlm.data.errors import InputError
 from fastlm.data.pages import table
-from fastlm.train import lock, pruning
+from fastlm.train import lock, measuring, pruning
 from fastlm.train.callbacks import clock, draw, set_name
 from fastlm.train.config import Config
 from fastlm.train.files import read_metrics, shown, write_text
@@ -258,6 +258,13 @@ def page(folder: Path) -> str:
         parts += ["<h2>Kernels</h2>", f'<div class="card"><pre class="wide">{html.escape(facts["swap"])}</pre></div>']
         parts += ["<h2>Memory, estimated</h2>"]
         parts += ['<div class="card">' + table(("", "MiB"), memory, frozenset({1})) + "</div>"]
+    if found := measuring.used(run.rows, int(saved["model"]["context"])):
+        rows = measuring.table(found, run.config.run, facts.get("energy") or {})
+        parts += [
+            "<h2>Energy</h2>",
+            '<div class="card">' + table((), [(html.escape(a), html.escape(b)) for a, b in rows]),
+        ]
+        parts += ["</div>"]
     data = [
         (
             html.escape(str(d["content"])),
