@@ -153,6 +153,11 @@ def prepare() -> None:
             [{"role": role, "content": draw.choice("pqrs") * 3} for role in ("user", "assistant")] for _ in range(60)
         )
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in pair))
+        pair = (
+            {"prompt": "", "chosen": draw.choice("pqrs") * 3, "rejected": draw.choice("tuvw") * 2 + str(i)}
+            for i in range(200)
+        )
+        Path(f"{name}-pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pair))
     Path("other.jinja").write_text("{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a")
     config = base()
     config.run.name, config.data.tokenizer = "first", "bytes"
@@ -172,7 +177,8 @@ def _call(config: Config, options: dict[str, Any]) -> Outcome:
     given = {"resume": "", "fork": "", "other_data": False, "origin": None} | options
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
-    corpus = ("a.jsonl", "b.jsonl") if config.data.rows else ("a.txt", "b.txt")
+    ending = {"sft": ".jsonl", "dpo": "-pairs.jsonl"}.get(config.data.rows, ".txt")
+    corpus = (f"a{ending}", f"b{ending}")
     parse, command.parse = command.parse, lambda argv: (config, corpus, given)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -201,6 +207,8 @@ def run(changes: Pair) -> Outcome:
             config.run.name = "first" if name == "resume" else "run"
             config.optim.steps = max(config.optim.steps, 3)
             options |= {name: value, "origin": Path("runs/first")}
+    if ("dpo", True) in changes:  # it needs a model to start from
+        config.model.init = "first"
     for name, value in changes:
         if name == "other_data":
             options[name] = value
@@ -302,7 +310,7 @@ class Walk:
             if first.refused or second.refused:
                 ours = [name for name, alone in zip(names, (first, second)) if alone.refused]
                 return "" if any(name in found.err for name in ours) else f"refused for another: {found.err.strip()}"
-            named = all(name in found.err for name in names)
+            named = all(name in found.err or (name == "--dpo" and "--init" in found.err) for name in names)
             return "" if named else f"refused without both names: {found.err.strip()}"
         nothing = self.alone().print
         for mine, other, name in ((first, second, names[0]), (second, first, names[1])):
@@ -337,6 +345,7 @@ SAME = {
     frozenset({("heads", 1), ("kv_heads", 1)}),  # one head has one key head
     frozenset({("context", 1), ("rope_base", 0.5)}),  # the only position is 0, which no base turns
     frozenset({("sft", True), ("packing", "documents")}),  # rows are packed as documents are
+    frozenset({("dpo", True), ("packing", "documents")}),
     frozenset({("batch", 1), ("ramp", 1)}),  # a batch of one cannot start smaller
     frozenset({("style", "gpt2"), ("bias", True)}),  # that style has biases
     frozenset({("batch", 1), ("micro", 1)}),  # a batch of one is one part

@@ -98,7 +98,7 @@ def test_the_mask_is_not_ignored_with_packing_nor_by_the_chunked_loss(
     )
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2])
 def test_a_trained_token_weighs_the_same_however_a_step_is_cut(micro: int, tmp_path: Path) -> None:
     corpus = rows(tmp_path / "a.jsonl")
     metrics = []
@@ -178,9 +178,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(lora: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, saved[1][name]), name
 
 
+@pytest.mark.slow
 def test_sft_equals_trl(tmp_path: Path) -> None:
     """The same rows through TRL's SFTTrainer: its loss and gradients, of a model that is this one exported."""
-    trl = pytest.importorskip("trl", reason="trl (an extra: dev) is not installed")
+    trl = pytest.importorskip("trl", minversion="1.16", reason="trl (of the extra dev) is not installed")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
     found = job.read_data((rows(tmp_path / "a.jsonl"),), settings().data, CONTEXT)

@@ -16,10 +16,11 @@ import tyro
 from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, reading, special_tokens_of
 from fastlm.data import prepare
-from fastlm.train import job
+from fastlm.train import job, reference
 from fastlm.train.config import Config
 from fastlm.train.folders import has_data
 from fastlm.train.machine import autocast
+from fastlm.train.ranks import SingleProcess
 
 EXAMPLES = """
 fastlm eval                      # the last run on its validation split
@@ -60,8 +61,22 @@ def evaluate(
             data = [prepare(text, options, tokenizer=tokenizer, whole=True, note=note)]
         else:
             data = job.read_data(corpus, config.data, context, note, tokenizer)
+    pairs = any(one.kind == "dpo" for one in data)
+    if pairs:
+        if not (folder / reference.FILE).is_file():
+            raise job.InputError(
+                f"{folder} holds no reference log-probabilities, which a loss of pairs is taken against"
+            )
+        known = reference.read(folder / reference.FILE)
+        reference.attach(data, None, "", known, SingleProcess(), place, config.run.dtype)
     with torch.no_grad(), autocast(place, config.run.dtype):
         measured = job.validation(data, config, context, place)(model, True)
+    if pairs:
+        nats, share, count = (measured[f"val_{name}"] for name in ("loss", "accuracy", "pairs"))
+        said = f"loss {nats:.4f} nats per pair, {share:.1%} of {int(count):,} pairs the right way round"
+        told = {"run": str(folder), "pairs": int(count), "loss": nats, "accuracy": share}
+        print(json.dumps(told) if as_json else f"{folder}: {said}")
+        return 0
     nats, count = measured["val_loss"], int(measured["val_tokens"])
     size = sum(d.manifest["val"]["target_bytes" if d.kind else "bytes"] for d in data)
     found = {

@@ -117,8 +117,11 @@ class Rows:
     """Packed samples: inputs and targets int64 [n, context], documents int32 [n, context] (numbers within the row).
 
     What is left of a row is a document of its own whose targets are -100, and so is the target of a token that `trained`
-    leaves out. Of pairs (`answers` 2) each is [n, 2, context]: document j of both contexts are the answers of one pair.
+    leaves out. Of pairs (`answers` 2) each is [n, 2, context]: document j of both contexts are the answers of one pair. Where
+    `reference` [pairs, 2] is set, a fourth array, float32, has that of document j at place j of its context.
     """
+
+    reference: np.ndarray | None = None
 
     def __init__(
         self, tokens: Column, spans: Column, ends: Column, context: int, eot: int, seed: int = 0, name: str = "",
@@ -154,7 +157,19 @@ class Rows:
         own = tokens.take(source)
         targets[place] = own if self.trained is None else np.where(self.trained.take(source), own, -100)
         documents[place] = np.repeat(number, length)
-        return tuple(a.reshape(len(rows), self.context) for a in (inputs, targets, documents))
+        found = [inputs, targets, documents]
+        if self.reference is not None:
+            found.append(np.zeros(len(inputs), dtype=np.float32))
+            found[-1][row * self.context + number] = self.reference[first[row] + number, answer]
+        return tuple(a.reshape(len(rows), self.context) for a in found)
+
+    def sequence(self, item: int, answer: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, whether each is trained) of one sequence, in the order in which they were packed."""
+        tokens, spans, _ = self.columns
+        word, length = spans.take(2 * (item * self.answers + answer) + np.arange(2))
+        place = (word >> 1) - 1 + np.arange(length + 1)
+        assert self.trained is not None
+        return tokens.take(place), self.trained.take(place)
 
     def batch(self, n: np.ndarray) -> tuple[np.ndarray, ...]:
         """Samples n: epoch e holds each row once, in its own order."""

@@ -111,6 +111,7 @@ class Prepared:
 
         self.train, self.val = opened("train", "files"), opened("val", "files")
         self._index = {side: (opened(side, "spans"), opened(side, "rows")) for side in SIDES} if self.pack else {}
+        self.references: dict[str, np.ndarray] = {}  # of pairs, by side: what another model gives them, [pairs, 2]
         self._trained = {side: Column(opened(side, "trained")) for side in SIDES} if self.kind else {}
 
     def bytes_per_target(self, side: str) -> float:
@@ -123,7 +124,13 @@ class Prepared:
         tokens = Column(self.train if side == "train" else self.val)
         spans, rows = map(Column, self._index[side])
         trained, answers = self._trained.get(side), 2 if self.kind == "dpo" else 1
-        return Rows(tokens, spans, rows, self.pack, self.tokenizer.eot, seed, self.content, trained, answers)
+        made = Rows(tokens, spans, rows, self.pack, self.tokenizer.eot, seed, self.content, trained, answers)
+        made.reference = self.references.get(side)
+        return made
+
+    def pairs(self, side: str) -> int:
+        """How many rows of --sft, or pairs of --dpo, a side has."""
+        return int(self.manifest[side]["pieces"])
 
     def text(self, side: str, limit: int | None = None) -> bytes:
         """The bytes of one side (at most about `limit` of them), for the models that count."""

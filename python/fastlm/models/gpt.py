@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from fastlm.models.loss import linear_cross_entropy
+from fastlm.models.loss import document_scores, linear_cross_entropy, linear_token_losses, preference
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,10 @@ class GPT(nn.Module):
     """`model(tokens)` gives logits [B, L, V]; `model(tokens, targets)` the summed loss in nats, without holding them.
 
     `documents` [B, L], numbers that change where another document begins, keeps packed documents apart: attention does
-    not cross their borders and positions start anew.
+    not cross their borders and positions start anew. With `reference` [B, L], the log-probability under another model of
+    document j at [:, j], rows 2i and 2i + 1 hold pairs of answers, and the loss is that of `loss.preference`; with `wins` also
+    how many pairs the model has the right way round, as a second number. `scores` asks for the log-probabilities [B, L]
+    themselves.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -274,10 +277,15 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         documents: Tensor | None = None,
+        reference: Tensor | None = None,
         *,
         cache: Cache | None = None,
         smoothing: float = 0.0,
         z_loss: float = 0.0,
+        beta: float = 0.1,
+        normalized: bool = False,
+        wins: bool = False,
+        scores: bool = False,
     ) -> Tensor:
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -303,11 +311,27 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.head(x)
+        if documents is not None and scores:
+            return document_scores(self.token_losses(x, targets), targets, documents)[0]
+        if documents is not None and reference is not None:
+            return self.preference(x, targets, documents, reference, wins, beta, smoothing, normalized)
         return self.loss(x, targets, smoothing, z_loss)
 
     def loss(self, x: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
         """Summed loss of the last hidden states [B, L, C]."""
         return linear_cross_entropy(x, self.head.weight, targets, smoothing=smoothing, z_loss=z_loss)
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each token [B, L] of the last hidden states [B, L, C]."""
+        return linear_token_losses(x, self.head.weight, targets)
+
+    def preference(
+        self, x: Tensor, targets: Tensor, documents: Tensor, reference: Tensor, wins: bool, *how: float
+    ) -> Tensor:
+        """Summed loss of pairs of the last hidden states [B, L, C]; `how`: beta, smoothing, normalized."""
+        found = document_scores(self.token_losses(x, targets), targets, documents)
+        loss, won = preference(*found, reference, *how)  # type: ignore[arg-type]
+        return torch.stack((loss, won.to(loss.dtype))) if wins else loss
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, sample) -> Tensor:

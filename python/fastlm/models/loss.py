@@ -75,3 +75,81 @@ def linear_cross_entropy(
         return token_losses(F.linear(x, weight.to(x.dtype)), targets, smoothing, z_loss).sum()
     with torch.autocast(device, enabled=False):
         return _Chunked.apply(x, weight, targets, rows, smoothing, z_loss)
+
+
+# ------------------------------------------------------------------------------------------------ the loss of each token
+
+
+class _Each(torch.autograd.Function):
+    """The loss of each token, in chunks. The backward makes a chunk's logits again: each token has a weight by then."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        w = weight.to(x.dtype)
+        out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        lse = torch.empty_like(out)
+        for start in range(0, x.shape[0], rows):
+            part = slice(start, start + rows)
+            h = (x[part] @ w.t()).float()
+            lse[part] = torch.logsumexp(h, dim=-1)
+            own = h.gather(1, targets[part].clamp(min=0)[:, None])[:, 0]
+            out[part] = (lse[part] - own).masked_fill(targets[part] == IGNORE, 0.0)
+        ctx.save_for_backward(x, weight, targets, lse)
+        ctx.rows = rows
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight, targets, lse = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad[:2]
+        w = weight.to(x.dtype)
+        dx = torch.empty_like(x) if need_x else None
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
+        scale = grad.masked_fill(targets == IGNORE, 0.0)
+        for start in range(0, x.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            g = ((x[part] @ w.t()).float() - lse[part, None]).exp_() * scale[part, None]
+            g.scatter_add_(1, targets[part].clamp(min=0)[:, None], -scale[part, None])
+            g = g.to(x.dtype)
+            if dx is not None:
+                torch.matmul(g, w, out=dx[part])
+            if dw is not None:
+                dw += g.t() @ x[part]
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
+
+
+def linear_token_losses(x: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Loss in nats of each token, float32 of the shape of targets [...], 0 where it is -100; x [..., C], weight [V, C]."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        flat = _Each.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), rows or chunk_rows(weight.shape[0]))
+    return flat.view(targets.shape)
+
+
+def document_scores(losses: Tensor, targets: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probability, number of targets) of document j of each row at [:, j], float32 [B, L]; 0 where there is none."""
+    counted = (targets != IGNORE).to(losses.dtype)
+    place, none = documents.long(), torch.zeros_like(losses)
+    return none.scatter_add(1, place, -losses), none.scatter_add(1, place, counted)
+
+
+def preference(
+    scores: Tensor, counts: Tensor, reference: Tensor, beta: float, smoothing: float, normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """(summed loss, number of pairs whose chosen answer gained more) by Direct Preference Optimization (Rafailov et al. 2023).
+
+    Rows 2i and 2i + 1 of scores, counts and reference [2n, L] are the chosen and the rejected answers of pairs, by number. With
+    z = beta ((c - c_ref) - (r - r_ref)):  loss = -(1 - s) log sigmoid(z) - s log sigmoid(-z),  s being the smoothing (Mitchell
+    2023). `normalized` takes each difference per token of its answer.
+    """
+    gained = scores - reference
+    if normalized:
+        gained = gained / counts.clamp(min=1)
+    margin = gained[::2] - gained[1::2]
+    pairs = counts[::2] > 0
+    z = beta * margin
+    loss = -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+    return loss.masked_fill(~pairs, 0.0).sum(), ((margin > 0) & pairs).sum()

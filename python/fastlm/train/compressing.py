@@ -28,6 +28,7 @@ from fastlm import compress
 from fastlm.compress import quantize
 from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
+from fastlm.data.prepare import of_set
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.train import checkpoint, export, job, state
 from fastlm.train.checkpoint import Piece
@@ -274,12 +275,16 @@ def _data(
     context: int,
     note: Any,
 ) -> tuple[Config, list[Prepared]]:
-    """The run's own corpus, or the given one split in the same way; none for a model alone without a text."""
+    """The run's own corpus, or the given one split in the same way; none for a model alone without a text. Of a run of --dpo a
+    text is asked for; of --sft it may be one, or rows."""
     config, corpus = job.read_config(base) if "corpus" in body else (Config(), ())
     if not text and "corpus" not in body:
         return config, []
+    if config.data.dpo and not text:
+        raise InputError(f"{base} learned from pairs, and what calibrates, heals and measures is text: name a TEXT")
     if text:
-        config.data.weights = ()
+        config.data.weights, config.data.dpo = (), False
+        config.data.sft = bool(of_set(text, job.options_of(config.data, context)).rows)
     return config, job.read_data(text or corpus, config.data, context, note or job.silent, tokenizer)
 
 

@@ -178,15 +178,17 @@ class DataConfig:
     """blocks: contexts are cut anywhere. documents: contexts hold whole documents, attention crosses no border, as in --sft."""
     sft: bool = False
     """Fine-tune on rows: prompt and completion, or messages. Completions, or the assistant's answers, alone are trained on."""
+    dpo: bool = False
+    """Learn from pairs (prompt, chosen, rejected) by Direct Preference Optimization, against the model of --init."""
     chat_template: str = ""
-    """With --sft, how messages become text: plain, a Jinja file or a folder with one; without it --init's own, else plain."""
+    """How messages become text: plain, a Jinja file or a folder with one; without it as --init has it, else plain."""
     workers: int = bounded(0, 0, 4096)
     """Processes that prepare the corpus; 0: one per core when it is large."""
 
     @property
     def rows(self) -> str:
         """What rows are fine-tuned on, as `data.tuning` has it; "" for texts."""
-        return "sft" if self.sft else ""
+        return "sft" if self.sft else "dpo" if self.dpo else ""
 
     def check(self) -> None:
         """Raise InputError, naming the flag, for a value that cannot be; no data are read."""
@@ -232,9 +234,13 @@ class OptimConfig:
     min_lr: float = bounded(0.05, 0, 1)
     """Where the schedule ends, as a part of the peak."""
     smoothing: float = bounded(0.0, 0, below=1)
-    """Label smoothing of the training loss."""
+    """Label smoothing of the training loss; with --dpo the part of the pairs taken to be the wrong way round, below 0.5."""
     z_loss: float = bounded(0.0, 0)
     """Weight of the squared log-partition in the training loss."""
+    beta: float = bounded(0.1, above=0)
+    """With --dpo: what differences to the reference weigh; the larger, the nearer the model stays to it."""
+    per_token: bool = False
+    """With --dpo: log-probabilities per token of an answer, so that its length counts nothing."""
     ema: float = bounded(0.0, 0, below=1)
     """Decay of an exponential moving average of the weights, used for evaluation; 0: none."""
     prune: str = ""
@@ -352,6 +358,7 @@ class Config:
         for group in (self.model, self.data, self.optim, self.run):
             check_fields(group)
         self.data.check()
+        self._check_pairs()
         r = self.run
         if r.carbon:
             try:
@@ -386,6 +393,21 @@ class Config:
                 f"--name must be a plain name, without a slash or byte 0; it is {r.name!r} (--out names the folder of runs)"
             )
 
+    def _check_pairs(self) -> None:
+        d, o = self.data, self.optim
+        if d.sft and d.dpo:
+            raise InputError("--sft and --dpo exclude each other: they train on other rows, one after the other")
+        if not d.dpo:
+            return
+        if not self.model.init:
+            raise InputError("--dpo needs a model to start from, which is the reference too: --init RUN")
+        if o.z_loss:
+            raise InputError(f"--z-loss and --dpo exclude each other; it is {o.z_loss:g}")
+        if o.smoothing >= 0.5:
+            raise InputError(
+                f"--smoothing with --dpo must be below 0.5, where a pair says nothing any more; it is {o.smoothing:g}"
+            )
+
     def notes(self) -> list[str]:
         """What the configuration does that its flags alone would not make one expect, a sentence each."""
         o, out = self.optim, list[str]()
@@ -411,9 +433,11 @@ class Config:
             (m, "lora_alpha", m.lora_rank > 0, "--lora-rank"),
             (m, "lora_targets", m.lora_rank > 0, "--lora-rank"),
             (d, "vocab", d.tokenizer == "bpe", "--tokenizer bpe"),
-            (d, "field", not d.rows or bool(d.val), "a corpus of texts, not --sft"),
-            (d, "separator", not d.rows or bool(d.val), "a corpus of texts, not --sft"),
-            (d, "chat_template", bool(d.rows), "--sft"),
+            (d, "field", not d.rows or bool(d.val), "a corpus of texts, not --sft or --dpo"),
+            (d, "separator", not d.rows or bool(d.val), "a corpus of texts, not --sft or --dpo"),
+            (d, "chat_template", bool(d.rows), "--sft or --dpo"),
+            (o, "beta", d.dpo, "--dpo"),
+            (o, "per_token", d.dpo, "--dpo"),
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
             (o, "min_lr", o.falls, "a step whose rate falls (--schedule, --warmup, --cooldown)"),

@@ -27,7 +27,7 @@ from fastlm.data.baselines import baselines
 from fastlm.data.bounds import flag
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, lock, lora, parallel, report, state, waiting
+from fastlm.train import checkpoint, export, lock, lora, parallel, reference, report, state, waiting
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig, told_shape
 from fastlm.train.costs import Costs
@@ -36,7 +36,7 @@ from fastlm.train.folders import find_init, forked_from, new_folder, write_confi
 from fastlm.train.folders import find_run as find_run  # for those who use jobs
 from fastlm.train.folders import read_config as read_config
 from fastlm.train.generation import generate, sampler
-from fastlm.train.loop import Trainer
+from fastlm.train.loop import Trainer, pair_options
 from fastlm.train.machine import apply, autocast, memory_limit, pick_device, spare_page_faults
 from fastlm.train.ranks import Ranks, SingleProcess
 
@@ -135,6 +135,7 @@ def validation(
     whatever that number is, so of the same weights it is the same number, to the bit where a forward is.
     """
     rows, ranks = max(16384 // context, 1), ranks or SingleProcess()
+    pairs = pair_options(config)
 
     def over(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
         loss = lambda batch: float(model(*(t.to(device) for t in batch)))
@@ -156,11 +157,34 @@ def validation(
         total = math.fsum(losses)
         return total / count, total / size / math.log(2), count
 
+    def compared(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
+        """(nats a pair, share of pairs the right way round, pairs) of preferences."""
+        judged = lambda batch: model(*(t.to(device) for t in batch), wins=True, **pairs).double().cpu()
+        sums, count, number = torch.zeros(2, dtype=torch.float64), 0, 0
+        for corpus in corpora:
+            limit = 0 if whole else config.run.eval_tokens // len(corpora)
+            for batch in corpus_batches(corpus, context, max(rows // 2, 1), limit):
+                if number % ranks.size_of_data == ranks.data_rank:
+                    sums += judged(batch)
+                number += 1
+                count += int((batch[2][::2] + 1).masked_fill(batch[1][::2] < 0, 0).amax(1).sum())
+        if 0 < number % ranks.size_of_data <= ranks.data_rank:
+            judged(batch)
+        if ranks.size > 1:
+            sums = ranks.sum(sums.to(device)).cpu()
+        return float(sums[0]) / count, float(sums[1]) / count, count
+
+    def measured(model: nn.Module, corpora: list[Prepared], whole: bool, name: str) -> dict[str, float]:
+        if corpora[0].kind == "dpo":
+            loss, share, count = compared(model, corpora, whole)
+            return {f"{name}_loss": loss, f"{name}_accuracy": share, f"{name}_pairs": count}
+        loss, bits, count = over(model, corpora, whole)
+        return {f"{name}_loss": loss, f"{name}_bpb": bits} | ({"val_tokens": count} if name == "val" else {})
+
     def run(model: nn.Module, whole: bool) -> dict[str, float]:
-        loss, bits, count = over(model, data, whole)
-        found: dict[str, float] = {"val_loss": loss, "val_bpb": bits, "val_tokens": count}
+        found = measured(model, data, whole, "val")
         for name, corpus in (named or {}).items():
-            found[f"val_{name}_loss"], found[f"val_{name}_bpb"], _ = over(model, [corpus], whole)
+            found |= measured(model, [corpus], whole, f"val_{name}")
         return found
 
     return run
@@ -256,6 +280,8 @@ class Job:
             if self.int8 is not None:
                 self.int8.into(model)
             base = state.model_tensors(model)
+        self.references = self._references(model, origin)
+        if config.model.lora_rank:
             lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
 
         # a new run's folder is made now and is its own until `begin`; nothing of an older one's changes before that
@@ -287,6 +313,27 @@ class Job:
             self.withdraw()
             raise
         self.model = model
+
+    def _references(self, model: GPT, origin: Path | None) -> reference.Known:
+        """Of --dpo what the model as it is before its first step gives the pairs; of a run that goes on, what it began with."""
+        sets = [*self.data, *self.named.values()]
+        if not any(one.kind == "dpo" for one in sets):
+            return {}
+        started, known = time.perf_counter(), reference.Known()
+        weights = ""
+        if origin is None:
+            weights = reference.weights_hash(state.model_tensors(model), self.shape, self.config.run.dtype)
+        else:
+            known = self.ranks.in_turn(lambda: reference.read(origin / reference.FILE))
+        of = None if origin is not None else model
+        found, added = reference.attach(sets, of, weights, known, self.ranks, self.device, self.config.run.dtype)
+        for one, part in zip(self.data, self.source.parts):
+            part.reference = one.references["train"]  # type: ignore[union-attr]
+        seconds = time.perf_counter() - started
+        self.said = (
+            f"reference: {len(found):,} pairs, {added:,} computed now, the others found on disk; {seconds:.1f} s"
+        )
+        return found
 
     def _new_folder(self) -> Path:
         if not self.ranks.first:
@@ -322,6 +369,8 @@ class Job:
             self._write_base(self.base)
             self.base = None
         checkpoint.clean(self.folder)
+        if self.references:
+            reference.write(self.folder / reference.FILE, self.references)
         report.write_facts(self.folder, self.facts())
         # the last that may refuse: a folder with config.json is a run's that has begun
         write_config(self.folder, self.config, self.corpus, self.shape, self.data, self.origin_of_fork)
@@ -375,10 +424,9 @@ class Job:
             yield f"stopped {why}; {restored}"
         if not why.startswith(("signal", "pause")):
             yield f"\na sample:\n{text}\n"
-            yield f"validation loss {found['val_loss']:.4f} nats per token, {found['val_bpb']:.4f} bits per byte"
+            yield f"validation loss {_told(found, 'val')}"
             for name in self.named:
-                loss, bits = found[f"val_{name}_loss"], found[f"val_{name}_bpb"]
-                yield f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte"
+                yield f"{name}: {_told(found, f'val_{name}')}"
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in counted.items())
             if others:
                 where = "counted on the training text; zlib on the validation text"
@@ -409,7 +457,7 @@ class Job:
             f"corpus: {d['documents']:,} documents, {d['train']['tokens']:,} training and {d['val']['tokens']:,} validation "
             f"tokens (split by {d['split']})"
         )
-        for line in tuned(self.data):
+        for line in [*tuned(self.data), *([self.said] if self.references else [])]:
             say(line)
         if d["undecodable"]:
             how = "kept as they are" if d["tokenizer"]["kind"] == "bytes" else "read as U+FFFD"
@@ -454,6 +502,14 @@ class Job:
             "energy": self.trainer.energy.facts(),
             "swap": str(table) if table is not None else "PyTorch's own kernels (--kernels torch)",
         }
+
+
+def _told(found: dict[str, Any], name: str) -> str:
+    """A measured set in words."""
+    loss = found[f"{name}_loss"]
+    if f"{name}_accuracy" in found:
+        return f"{loss:.4f} nats per pair, {found[f'{name}_accuracy']:.1%} of the pairs the right way round"
+    return f"{loss:.4f} nats per token, {found[f'{name}_bpb']:.4f} bits per byte"
 
 
 def start(config: Config, corpus: tuple[str, ...] = (), note: Any = None, ranks: Ranks | None = None) -> Job:

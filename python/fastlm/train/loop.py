@@ -45,6 +45,19 @@ def token_loss(
     return model(tokens, targets, *documents, **options), (targets != -100).sum()
 
 
+def pair_loss(
+    model: nn.Module, tokens: Tensor, targets: Tensor, documents: Tensor, reference: Tensor, **options: float
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of pairs, whose chosen answers are in the even rows and whose rejected ones in the odd rows."""
+    numbers = (documents[::2] + 1).masked_fill(targets[::2] < 0, 0)
+    return model(tokens, targets, documents, reference, **options), numbers.amax(1).sum()
+
+
+def pair_options(config: Config) -> dict[str, float]:
+    """What the loss of pairs takes beside the smoothing of training."""
+    return {"beta": config.optim.beta, "normalized": config.optim.per_token}
+
+
 class Trainer:
     """Trains `model` on `data` by `config` into `folder`.
 
@@ -94,6 +107,9 @@ class Trainer:
             self.model.compile()
         self.optimizer = optim.make(self.plain, config.optim, self.layout)
         options = {k: v for k, v in (("smoothing", config.optim.smoothing), ("z_loss", config.optim.z_loss)) if v}
+        if config.data.dpo and loss is None:
+            options |= pair_options(config)
+            loss = lambda m, *batch: pair_loss(m, *batch, **options)  # type: ignore[arg-type]
         self.loss: Loss = loss or (lambda m, *batch: token_loss(m, *batch, **options))  # type: ignore[arg-type]
         self.evaluate_with = evaluate
         callbacks = [*events.standard(config.run), *callbacks]  # one rank's, but for those that need all
@@ -226,6 +242,8 @@ class Trainer:
         if empty:  # the other ranks wait for this one's collectives
             ids = np.array([self.consumed])
             batch = self.data.batch(ids)
+        each = len(batch[0]) // len(ids)  # rows of a sample: of pairs two, whose dropout is not the same
+        ids = (ids[:, None] * each + np.arange(each)).reshape(-1)
         return ids, tuple(t.to(self.device, non_blocking=True) for t in batch), empty
 
     def _after(self, found: Tensor) -> None:

@@ -202,15 +202,16 @@ class _Staged(GPT):
             if cache is not None:  # each stage reads the same positions
                 cache.length = length
             out = part(tokens, targets, *args, **kwargs)
-        out = pipe.share(out, () if targets is not None else (*tokens.shape, self.config.vocab))
+        shape = (*tokens.shape, self.config.vocab) if targets is None else (2,) if kwargs.get("wins") else ()
+        out = pipe.share(out, shape)
         pipe.finish()
         return out
 
-    def loss(self, x: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
-        if isinstance(self.head, _Outgoing):
-            zero: Tensor = self.head(x)
-            return zero
-        return super().loss(x, targets, smoothing, z_loss)
+    def loss(self, x: Tensor, *args: Any) -> Tensor:
+        return self.head(x) if isinstance(self.head, _Outgoing) else super().loss(x, *args)
+
+    def preference(self, x: Tensor, *args: Any) -> Tensor:
+        return self.head(x) if isinstance(self.head, _Outgoing) else super().preference(x, *args)
 
 
 def cut(model: nn.Module, ranks: ProcessGroup, tensors: Tensors | None, each: int = 1) -> Pipeline:

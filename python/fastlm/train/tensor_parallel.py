@@ -183,6 +183,55 @@ class _Loss(torch.autograd.Function):
         return gx, gw, None, None, None, None
 
 
+class _Each(torch.autograd.Function):
+    """linear_token_losses of [N, C] under a rank's rows of the output matrix, as `_Loss` is of their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, tensors: Tensors) -> Tensor:
+        w, vocab, group = weight.to(x.dtype), tensors.vocab, tensors.group
+        ctx.first, ctx.rows = -(-vocab // tensors.ranks) * tensors.rank, chunk_rows(-(-vocab // tensors.ranks))
+        out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        lse = torch.empty_like(out)
+        for start in range(0, x.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h = (x[part] @ w.t()).float()
+            most = h.amax(1)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+            own, mine = _own(targets[part], ctx.first, h.shape[1])
+            sums = torch.stack([(h - most[:, None]).exp_().sum(1), h.gather(1, own)[:, 0] * mine])
+            dist.all_reduce(sums, group=group)
+            lse[part] = most + sums[0].log()
+            out[part] = (lse[part] - sums[1]).masked_fill(targets[part] == IGNORE, 0.0)
+        ctx.save_for_backward(x, weight, targets, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, targets, lse = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad[:2]
+        w = weight.to(x.dtype)
+        dx = torch.empty_like(x) if need_x else None
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
+        scale = grad.masked_fill(targets == IGNORE, 0.0)
+        for start in range(0, x.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            g = ((x[part] @ w.t()).float() - lse[part, None]).exp_() * scale[part, None]
+            own, mine = _own(targets[part], ctx.first, g.shape[1])
+            g = g.scatter_add_(1, own, -(scale[part] * mine)[:, None]).to(x.dtype)
+            if dx is not None:
+                torch.matmul(g, w, out=dx[part])
+            if dw is not None:
+                dw += g.t() @ x[part]
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
+
+
+def _own(targets: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(row [N, 1] of each target among a rank's, which begin at `first`; whether it is one of them)."""
+    own = targets - first
+    return own.clamp(0, rows - 1)[:, None], (own >= 0) & (own < rows) & (targets != IGNORE)
+
+
 # ----------------------------------------------------------------------------------------------- a rank's part of a model
 
 
@@ -273,6 +322,14 @@ class _Model(GPT):
                 x.flatten(0, 1), self.head.weight, targets.reshape(-1), t, float(smoothing), float(z_loss)
             )
         return loss
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        t, device = self.tensors, x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            flat = _Each.apply(t.gather(x).flatten(0, 1), self.head.weight, targets.reshape(-1), t)
+        return flat.view(targets.shape)
 
 
 def cuts(model: nn.Module, ranks: int) -> dict[str, Cut]:
