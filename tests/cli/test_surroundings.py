@@ -25,6 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     place = tmp_path_factory.mktemp("place")
     text = "".join(f"line {i * i % 97} of a book about {i % 13} things\n" for i in range(3000))
     (place / "book.txt").write_text(text)
+    (place / "curve.csv").write_text("".join(f"{1.8e9 + 3600 * i:.0f},{200 + i % 5}\n" for i in range(48)))
     (place / "labels.json").write_text(json.dumps([
         {"id": i, "data": {"text": f"text {i}"}, "annotations": [
             {"completed_by": who, "result": [{"type": "choices", "value": {"choices": ["a" if i % 2 else "b"]}}]}
@@ -61,6 +62,7 @@ COMMAND_LINES = {
     "compress": ["compress", "a", "--int8", "--name", "small"],
     "runs": ["runs"],
     "compare": ["compare", "a", "b"],
+    "energy": ["energy", "curve.csv", "--hours", "1", "--deadline", "9h", "--start", "2027-01-15T10:00Z"],
     "plan": ["plan", *SMALL],
     "plan json": ["plan", *SMALL, "--json"],
     "doctor": ["doctor"],

@@ -40,6 +40,7 @@ def jinja(text: str, **tokens: str) -> str:
 
 @pytest.fixture(scope="module")
 def bpe() -> tokenizers.BPETokenizer:
+    pytest.importorskip("tokenizers")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -123,11 +123,16 @@ def test_a_thread_sees_each_turn_of_a_slow_program(tree: Tree, monkeypatch: pyte
     assert found._watch is None
 
 
-def test_without_a_counter_nothing_is_called_measured(bare: None) -> None:
+def test_without_a_counter_nothing_is_called_measured(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     found = energy.find("cpu")
     assert (found.label, found.lap().label) == ("unavailable", "unavailable")
     assert "--watts" in found.what
     assert math.isnan(found.lap().joules)
+
+    def none(index: int) -> None:
+        raise counters.Unreadable("no GPU")
+
+    monkeypatch.setattr(counters, "Gpu", none)  # a machine with one may have its counter
     assert energy.find("cuda").label == "unavailable"
     assert energy.find("mps").label == "unavailable"
     stated = energy.find("cpu", watts=100.0)

@@ -27,5 +27,9 @@ def test_two_processes_train_as_one_does_and_go_on_to_the_bit(what: str, mode: s
                 command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    outputs = [p.communicate(timeout=300)[0] for p in processes]
+    try:
+        outputs = [p.communicate(timeout=300)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(p.returncode == 0 for p in processes), "\n".join(outputs)

@@ -117,7 +117,7 @@ def test_a_machine_without_counters_shows_no_measurement(
 ) -> None:
     monkeypatch.setattr(counters, "ROOTS", (tmp_path / "none",))
     monkeypatch.setattr(power, "_table", lambda name: None)
-    made = job.start(tiny(name="bare", carbon="381"), (book,))
+    made = job.start(tiny(device="cpu", name="bare", carbon="381"), (book,))
     assert "--carbon is of no effect here: energy is unavailable" in capsys.readouterr().err
     made.run(str)
     rows = read_metrics(made.folder)
@@ -127,7 +127,7 @@ def test_a_machine_without_counters_shows_no_measurement(
     assert "unavailable (this machine shows no counter" in text
     assert "kWh" not in text
     assert "measured" not in text.split("<h2>Energy")[1].split("<h2>Data")[0]
-    made = job.start(tiny(name="stated", watts=100.0, carbon="381", pue=1.5), (book,))
+    made = job.start(tiny(device="cpu", name="stated", watts=100.0, carbon="381", pue=1.5), (book,))
     made.run(str)
     assert {row["energy"] for row in read_metrics(made.folder)} == {"estimated"}
     assert "estimated (this machine shows no counter: 100 W stated" in report_of(made.folder)
@@ -150,7 +150,7 @@ def test_counted_energy_adds_up_to_the_report(book: str, tmp_path: Path, monkeyp
         return read(own)
 
     monkeypatch.setattr(counters.Zone, "_read", count)
-    made = job.start(tiny(name="run", eval_every=4, carbon="500", pue=2.0), (book,))
+    made = job.start(tiny(device="cpu", name="run", eval_every=4, carbon="500", pue=2.0), (book,))
     made.trainer.fit()
     rows = read_metrics(made.folder)
     assert {row["energy"] for row in rows} == {"measured"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -47,6 +48,7 @@ class Clock:
 
     def step(self, trainer: Any, row: dict[str, Any]) -> None:
         self.now += self.pace
+        row["seconds"] = self.pace  # and not what the step took in this process
 
 
 @pytest.fixture
@@ -225,6 +227,7 @@ def test_a_signal_while_paused_ends_it_at_once(
 ) -> None:
     """The run is saved, so a second signal has nothing to hasten."""
     child = Child(monkeypatch, tmp_path / "run", [3600.0])
+    old = signal.signal(number, lambda *_: None)  # takes a second one that comes when the waiter has ended
     before = signal.getsignal(number)
 
     def send() -> None:
@@ -240,6 +243,7 @@ def test_a_signal_while_paused_ends_it_at_once(
     assert len(child.words) == 1
     assert "paused at step 7, which is saved; go on with fastlm train --resume" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+    signal.signal(number, old)
 
 
 def test_a_signal_as_a_run_pauses_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +324,11 @@ def processor_seconds(process: int) -> float:
 
 
 def children(process: int) -> list[int]:
-    return [int(c) for t in Path(f"/proc/{process}/task").iterdir() for c in (t / "children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            found += [int(c) for c in (task / "children").read_text().split()]
+    return found
 
 
 @pytest.mark.slow
@@ -347,16 +355,16 @@ def test_a_paused_command_holds_nothing_and_goes_on_bit_for_bit(book: str, tmp_p
             time.sleep(0.1)
         spent = processor_seconds(run.pid)
         time.sleep(2)
-        assert processor_seconds(run.pid) - spent <= 0.02
+        assert processor_seconds(run.pid) - spent <= 0.1
         assert not children(run.pid)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(30) == 143
+        assert run.wait(120) == 143
     assert said["until"] == pytest.approx(began - 60 + 12000, abs=60)
     with subprocess.Popen([*command, "--resume", "runs/run"], stdout=subprocess.PIPE, text=True) as again:
         assert again.stdout is not None
         assert "paused at step" in again.stdout.readline()
         again.send_signal(signal.SIGINT)
-        assert again.wait(30) == 130
+        assert again.wait(120) == 130
     write(tmp_path / "c.csv", [5.0] * 40, 600, time.time() - 60)
     subprocess.run([*command, "--resume", "runs/run"], check=True, capture_output=True)
     plain = lambda run: [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_metrics(Path("runs") / run)]

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from fastlm import console
 from fastlm.cli import flags
 from fastlm.data.bounds import Range, check
 from fastlm.data.errors import InputError
@@ -60,7 +59,7 @@ def energy(
         raise InputError(str(error)) from None
     _print(found, plans, hours * 3600)
     if picture_file:
-        console.say(f"picture: {picture_file}")
+        print(f"picture: {picture_file}")
     return 0
 
 
@@ -101,7 +100,7 @@ def _print(found: curve.Curve, plans: dict[str, schedule.Plan], work: float) -> 
         rows.append((name, *times, str(len(plan) - 1), f"{total / work:.4g}", saved))
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        console.say("  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip())
+        print("  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip())
 
 
 def main(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 The plain template is ours and needs no special token. A Jinja template is a Hugging Face folder's own, rendered as transformers
 does. Its special tokens are told from what a message holds: a message that spells one stays text. A template is saved with the
-run as plain JSON, so a later run and `fastlm generate --chat` write a conversation in the same way.
+run as plain JSON, so a later run writes a conversation in the same way.
 """
 
 from __future__ import annotations
@@ -76,8 +76,13 @@ class Jinja(Template):
         whole, found = self._render(held, indices=self.marks)
         ends = found if self.marks else self._answers(held, start, whole)
         if self.marks and start:
-            past = len(self._render(held[:start])[0])
-            ends = [(a, b) for a, b in ends if a >= past]
+            prompt = self._render(held[:start])[0]
+            if not whole.startswith(prompt):
+                raise InputError(
+                    f"the chat template writes message {start} in another way within the conversation than where it is the "
+                    f"last, so there is no telling where the completion begins: give one row of messages for each answer"
+                )
+            ends = [(a, b) for a, b in ends if a >= len(prompt)]
         out, at = [], 0
         for a, b in ends:
             stops = whole[a:b].rstrip().endswith(self._stops(specials))

@@ -101,10 +101,24 @@ def planned(
         starts = len(plan) - (running and plan[0][0] == now)
         if starts <= pauses:
             break
-    surplus = need * size - work - starts * restart
-    a, b = plan[-1]
-    plan[-1] = (a, max(b - max(surplus, 0.0), a))
-    return plan
+    return _trimmed(curve, plan, need * size - work - starts * restart, fixed=running and plan[0][0] == now)
+
+
+def _trimmed(curve: Curve, plan: Plan, surplus: float, fixed: bool) -> Plan:
+    """The plan without so many seconds at the dearest ends of its pieces. `fixed`: the first begins now, and stays so."""
+    pieces = [list(piece) for piece in plan]
+    while surplus > 1e-9 and pieces:
+        inside = [(a + min(b - a, 1e-6), b - min(b - a, 1e-6)) for a, b in pieces]
+        ends = [(curve.at(last), i, 1) for i, (_, last) in enumerate(inside)]
+        ends += [(curve.at(first), i, 0) for i, (first, _) in enumerate(inside) if i or not fixed]
+        _, i, side = max(ends)
+        a, b = pieces[i]
+        edges = curve.edges[(curve.edges > a) & (curve.edges < b)]
+        reach = min(surplus, b - a, (b - edges[-1] if side else edges[0] - a) if len(edges) else b - a)
+        pieces[i][side] += -reach if side else reach
+        surplus -= reach
+        pieces = [piece for piece in pieces if piece[1] - piece[0] > 1e-9]
+    return [(float(a), float(b)) for a, b in pieces]
 
 
 def cheapest(costs: np.ndarray, starts: np.ndarray, need: int, running: bool = False) -> np.ndarray:

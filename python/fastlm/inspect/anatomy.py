@@ -123,7 +123,12 @@ def _are_blocks(
 
 
 def _refuse_foresight(model: nn.Module, tokens: Tensor, logits: Tensor) -> None:
-    """InputError if the last token changes what the model says before it: an encoder does not predict the next token."""
+    """InputError if the logits are not finite, or the last token changes what the model says before it.
+
+    An encoder does not predict the next token.
+    """
+    if not logits.isfinite().all():
+        raise InputError(f"{type(model).__name__} gives logits that are not finite: it diverged, or is damaged")
     other = tokens.clone()
     other[0, -1] = tokens[0, 0] if tokens[0, -1] != tokens[0, 0] else (tokens[0, 0] + 1) % logits.shape[-1]
     with torch.no_grad():

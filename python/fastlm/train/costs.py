@@ -70,7 +70,12 @@ class Costs:
             own = {n: p for n, p in named.items() if _on(n, at, mesh.pp, blocks)}
             ranks.append(_rank(replace(c, layers=len(blocks)), config, own, shapes, scales, mesh, at, device))
         parts, sent = max(ranks, key=lambda rank: sum(rank[0].values()))
-        return cls(parameters, trained, per_token * c.context, parts, sent)
+        return cls(parameters, trained, per_token * c.context * _contexts(config), parts, sent)
+
+
+def _contexts(config: Config) -> int:
+    """Contexts of a sample; of preferences the chosen and the rejected answers."""
+    return 2 if config.data.dpo else 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _rank(
     size = 4 if config.run.dtype == "float32" else 2
     share = _ceil(o.batch, mesh.dp * fsdp)
     micro = min(o.micro or share, share)
-    micros, tokens = _ceil(share, micro), micro * c.context
+    micros, tokens = _ceil(share, micro), micro * c.context * _contexts(config)
     last = at == mesh.pp - 1
     stage = replace(c, layers=_ceil(c.layers, each), shapes=())  # of layers that differ, the widest
     floats = sum(local[n] for n in named if n not in scales)

@@ -159,7 +159,7 @@ def validation(
 
     def compared(model: nn.Module, corpora: list[Prepared], whole: bool) -> tuple[float, float, int]:
         """(nats a pair, share of pairs the right way round, pairs) of preferences."""
-        judged = lambda batch: model(*(t.to(device) for t in batch), wins=True, **pairs).double().cpu()
+        judged = lambda batch: model(*(t.to(device) for t in batch), wins=True, **pairs).cpu().double()
         sums, count, number = torch.zeros(2, dtype=torch.float64), 0, 0
         for corpus in corpora:
             limit = 0 if whole else config.run.eval_tokens // len(corpora)

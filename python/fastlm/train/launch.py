@@ -92,6 +92,9 @@ def _run(command: list[str], places: list[dict[str, str]], meeting: socket.socke
                 env[mesh.MEETING] = str(meeting.fileno())
             # a session of its own: the terminal's Ctrl-C comes through `forward`, and once
             children.append(subprocess.Popen(command, env=env, start_new_session=True, pass_fds=given))
+        for number in asked[:1]:  # it came before they were there
+            for child in children:
+                child.send_signal(number)
         if meeting is not None:
             meeting.close()  # or it would still answer for a rank 0 that is gone
         return _watch(children, asked, meeting is None)

@@ -269,7 +269,9 @@ class Trainer:
         return min(cfg.batch, low + (cfg.batch - low) * step // cfg.ramp)
 
     def nominal(self, size: int) -> float:
-        return float(size * getattr(getattr(self.plain, "config", None), "context", 1))
+        """Tokens of so many samples; a pair of answers is two contexts."""
+        contexts = 2 if self.config.data.dpo else 1
+        return float(size * contexts * getattr(getattr(self.plain, "config", None), "context", 1))
 
     def micro_batches(self, size: int) -> int:
         """Micro-batches of this rank in a step; every rank makes as many, a rank with fewer samples ends with less."""

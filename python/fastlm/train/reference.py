@@ -123,7 +123,9 @@ def attach(
     every = {key for *_, names in named for key in names}
     known = dict(known)
     if not every <= known.keys():
-        known = ranks.in_turn(lambda: cached(weights)) | known
+        known = (
+            ranks.share(ranks.in_turn(lambda: cached(weights) if ranks.first else {})) | known
+        )  # it may grow meanwhile
     missing = every - known.keys()
     if missing and model is None:
         raise InputError(

@@ -258,7 +258,7 @@ def page(folder: Path) -> str:
         parts += ["<h2>Kernels</h2>", f'<div class="card"><pre class="wide">{html.escape(facts["swap"])}</pre></div>']
         parts += ["<h2>Memory, estimated</h2>"]
         parts += ['<div class="card">' + table(("", "MiB"), memory, frozenset({1})) + "</div>"]
-    if found := measuring.used(run.rows, int(saved["model"]["context"])):
+    if found := measuring.used(run.rows, int(saved["model"]["context"]) * (2 if run.config.data.dpo else 1)):
         rows = measuring.table(found, run.config.run, facts.get("energy") or {})
         parts += [
             "<h2>Energy</h2>",

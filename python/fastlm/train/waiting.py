@@ -196,7 +196,7 @@ class Waiting(Callback):
             return
         self.done += 1
         self.spent += row["seconds"]
-        if self.done < SETTLED or now < self.next or row["step"] >= trainer.config.optim.steps:
+        if self.done < SETTLED or now < self.next or trainer.step >= trainer.config.optim.steps:
             return
         # evaluations and saves are in the first; of a GPU the lines of several steps come at once, without time between
         pace = max(now - self.first, self.spent) / self.done
