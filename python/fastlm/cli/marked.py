@@ -56,7 +56,7 @@ def _marked(tokens: np.ndarray, own: np.ndarray, tokenizer: Tokenizer) -> Iterat
 
 def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     """The tokens as text, with the stop token and special tokens spelled out."""
-    names = {tokenizer.eot: STOP, **getattr(tokenizer, "special_ids", {})}
+    names = {**getattr(tokenizer, "special_ids", {}), tokenizer.eot: STOP}
     out, held = list[str](), list[int]()
     for token in [*tokens.tolist(), None]:
         if token is not None and token not in names:

@@ -129,8 +129,8 @@ def attach(
     missing = every - known.keys()
     if missing and model is None:
         raise InputError(
-            f"{len(missing)} pairs are not among those that the run began with, and a run keeps its reference: a new run, by "
-            f"--init, has one of its own"
+            f"{len(missing)} pairs are not among those that the run began with, whose reference it keeps; it can neither train "
+            f"nor be measured on others. A new run by --init has a reference of its own"
         )
     if missing and model is not None:
         wanted, turn = [], 0
