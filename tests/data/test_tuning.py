@@ -114,6 +114,33 @@ def test_a_jinja_template_trains_the_answers_with_its_own_stop_token(given: str,
     assert found.tokens.tolist()[1:] == ids, "transformers writes the same tokens"
 
 
+def test_a_special_token_of_a_template_counts_no_byte(bpe: Any) -> None:
+    """As the stop token of the plain template: bits per byte are those of the text."""
+    found = sequence({"messages": talk("hello", "hell", "o", "he")}, jinja(CHATML, eos_token="<|im_end|>"), bpe)
+    assert found.size == len("hell\nhe\n")
+    spelled = sequence({"messages": talk("o", "he<|im_end|>")}, jinja(CHATML, eos_token="<|im_end|>"), bpe)
+    assert spelled.size == len("he<|im_end|>\n"), "what a message spells is text"
+
+
+def test_a_template_s_file_names_the_special_tokens_of_the_run_that_it_begins_with(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"config": {"data": {"chat_template": jinja("x", bos_token="<s>")}}}))
+    assert chat.resolve("", run) == jinja("x", bos_token="<s>")
+    assert json.loads(chat.resolve(str(tmp_path / "mine.jinja"), run))["tokens"] == {"bos_token": "<s>"}
+
+
+def test_bytes_of_a_table_are_no_text(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows_ = [{"prompt": "a", "completion": b"b", "picture": b"c"}] * 3
+    pq.write_table(pa.Table.from_pylist(rows_), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet, row 1: completion must be a text"):
+        prepared(tmp_path / "a.parquet")
+
+
 def test_a_template_that_marks_its_answers_gets_the_stop_token_behind_them_trained(bpe: Any) -> None:
     found = sequence({"messages": talk("hello", "hell")}, jinja(MARKED, bos_token="<s>"), bpe)
     assert spoken(found, bpe) == "hell<|im_end|>"

@@ -253,7 +253,10 @@ def _reader(named: dict[str, nn.Module], path: str) -> str:
 
 @functools.cache
 def _weights_read(cls: type) -> dict[str, str]:
-    """Names of children whose weight the methods of a class read, and the method. Those that make or initialise it aside."""
+    """Names of children whose weight the methods of a class read, each with the first that does.
+
+    Methods that make or initialise a weight are left out.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
@@ -264,7 +267,7 @@ def _weights_read(cls: type) -> dict[str, str]:
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute):
-                found[node.value.attr] = function.name
+                found.setdefault(node.value.attr, function.name)
     return found
 
 

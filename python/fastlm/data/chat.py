@@ -173,7 +173,8 @@ def resolve(given: str, init: Path | None = None) -> str:
         return given
     if given == "plain":
         return PLAIN
-    tokens = {} if init is None else _tokens(init)
+    run, kept = (None, "") if init is None else _kept(init)
+    tokens = {} if run is None else _tokens(run) or json.loads(kept or PLAIN).get("tokens", {})
     if given:
         path = Path(given).expanduser()
         if path.is_dir():
@@ -183,15 +184,17 @@ def resolve(given: str, init: Path | None = None) -> str:
         if not found:
             raise InputError(f"--chat-template {given} is a folder without a chat template (chat_template.jinja)")
         return _spec(found, tokens)
-    if init is None:
-        return PLAIN
-    run = init.parent.parent if (init / "state.json").is_file() else init
-    own = _json(run / "config.json")
-    kept = own.get("chat_template") or own.get("config", {}).get("data", {}).get("chat_template", "")
-    if kept:
-        return str(kept)
+    if kept or run is None:
+        return kept or PLAIN
     found = _folder(run)
     return _spec(found, tokens) if found else PLAIN
+
+
+def _kept(init: Path) -> tuple[Path, str]:
+    """The folder of a run, of a checkpoint of it, or of transformers; and the specification that it keeps."""
+    run = init.parent.parent if (init / "state.json").is_file() else init
+    own = _json(run / "config.json")
+    return run, str(own.get("chat_template") or own.get("config", {}).get("data", {}).get("chat_template", ""))
 
 
 def _spec(template: str, tokens: Mapping[str, str]) -> str:

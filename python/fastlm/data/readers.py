@@ -207,7 +207,10 @@ def _grouped(text: bytes, group: Any, source: str, where: str) -> Piece:
 
 def _whole(row: dict[str, Any], where: str) -> Iterator[Piece]:
     """A row as JSON, without what the split and the card read apart."""
-    text = json.dumps({k: v for k, v in row.items() if k not in (GROUP, SOURCE)}, sort_keys=True, default=str)
+    own = {k: v for k, v in row.items() if k not in (GROUP, SOURCE)}
+    text = json.dumps(
+        own, sort_keys=True, default=lambda _: None
+    )  # bytes of a table are no text: what needs one refuses
     for piece in _row(text, where, row.get(GROUP), row.get(SOURCE)):
         yield dataclasses.replace(piece, where=where)
 

@@ -94,7 +94,7 @@ class Rendering:
 
     def _sequence(self, spans: Sequence[Span], tokenizer: Tokenizer) -> Sequenced:
         tokens, trained = encode(spans, tokenizer, chat.load(self.template).bos)
-        size = sum(len(to_bytes(span.text)) for span in spans if span.trained)
+        size = sum(_size(span.text, tokenizer) for span in spans if span.trained)
         short = self.context + 1
         cut = len(tokens) > short
         if cut:
@@ -107,6 +107,13 @@ class Rendering:
             size = len(tokenizer.decode([t for t, own in zip(tokens, trained) if own]))
         assert any(trained)
         return Sequenced(np.array(tokens, dtype=tokenizer.dtype), np.array(trained, dtype=np.uint8), size, cut)
+
+
+def _size(text: str, tokenizer: Tokenizer) -> int:
+    """Bytes of a text without the special tokens that a template wrote into it, as a stop token has none."""
+    for name in chat.specials_of(tokenizer).values():
+        text = text.replace(name, "")
+    return len(to_bytes(text))
 
 
 def encode(spans: Sequence[Span], tokenizer: Tokenizer, bos: str = "") -> tuple[list[int], list[bool]]:

@@ -8,6 +8,9 @@ Targets of -100 count nothing. Sums and gradients of W are float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,22 +104,30 @@ class _Each(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, targets, lse = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[:2]
-        w = weight.to(x.dtype)
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
-        scale = grad.masked_fill(targets == IGNORE, 0.0)
-        for start in range(0, x.shape[0], ctx.rows):
-            part = slice(start, start + ctx.rows)
-            g = ((x[part] @ w.t()).float() - lse[part, None]).exp_() * scale[part, None]
-            g.scatter_add_(1, targets[part].clamp(min=0)[:, None], -scale[part, None])
-            g = g.to(x.dtype)
-            if dx is not None:
-                torch.matmul(g, w, out=dx[part])
-            if dw is not None:
-                dw += g.t() @ x[part]
-        return dx, None if dw is None else dw.to(weight.dtype), None, None
+        return token_gradients(ctx, grad, lambda targets, columns: (targets.clamp(min=0)[:, None], 1.0))
+
+
+def token_gradients(ctx: Any, grad: Tensor, own: Callable[[Tensor, int], tuple[Tensor, Tensor | float]]) -> Any:
+    """Gradients of losses of tokens, chunk by chunk, of what ``ctx`` saved: x, weight, targets, log-sums; and ``rows``.
+
+    ``own(targets, columns)`` gives the column [N, 1] of each target and 1, or 0 where another rank has that column.
+    """
+    x, weight, targets, lse = ctx.saved_tensors
+    need_x, need_w = ctx.needs_input_grad[:2]
+    w = weight.to(x.dtype)
+    dx = torch.empty_like(x) if need_x else None
+    dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
+    scale = grad.masked_fill(targets == IGNORE, 0.0)
+    for start in range(0, x.shape[0], ctx.rows):
+        part = slice(start, start + ctx.rows)
+        g = ((x[part] @ w.t()).float() - lse[part, None]).exp_() * scale[part, None]
+        column, mine = own(targets[part], g.shape[1])
+        g = g.scatter_add_(1, column, -(scale[part] * mine)[:, None]).to(x.dtype)
+        if dx is not None:
+            torch.matmul(g, w, out=dx[part])
+        if dw is not None:
+            dw += g.t() @ x[part]
+    return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
 def linear_token_losses(x: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastlm import rng
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import GPT, MLP, Attention
-from fastlm.models.loss import IGNORE, chunk_rows
+from fastlm.models.loss import IGNORE, chunk_rows, token_gradients
 
 __all__ = ["Cut", "Tensors", "cut", "cuts"]
 
@@ -208,22 +208,7 @@ class _Each(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight, targets, lse = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[:2]
-        w = weight.to(x.dtype)
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
-        scale = grad.masked_fill(targets == IGNORE, 0.0)
-        for start in range(0, x.shape[0], ctx.rows):
-            part = slice(start, start + ctx.rows)
-            g = ((x[part] @ w.t()).float() - lse[part, None]).exp_() * scale[part, None]
-            own, mine = _own(targets[part], ctx.first, g.shape[1])
-            g = g.scatter_add_(1, own, -(scale[part] * mine)[:, None]).to(x.dtype)
-            if dx is not None:
-                torch.matmul(g, w, out=dx[part])
-            if dw is not None:
-                dw += g.t() @ x[part]
-        return dx, None if dw is None else dw.to(weight.dtype), None, None
+        return token_gradients(ctx, grad, lambda targets, columns: _own(targets, ctx.first, columns))
 
 
 def _own(targets: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
