@@ -100,7 +100,7 @@ def main() -> None:
 
     for module, _ in COMMANDS.values():
         importlib.import_module(module)
-    for name in ("clean", "augment", "filter", "labels", "tasks"):
+    for name in ("clean", "augment", "filter", "labels", "pairs", "tasks"):
         importlib.import_module(f"fastlm.cli.{name}")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")

@@ -25,6 +25,8 @@ COMMANDS = {
     "data show": {"data": GROUPS["data"]},
     "data augment": {"how": Augment},
     "data filter": {},
+    "data pairs": {},
+    "review": {},
 }
 
 

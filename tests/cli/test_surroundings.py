@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fastlm.cli.main import COMMANDS
+from fastlm.data.review import Item, Judgement, Store
 
 SMALL = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --eval-tokens 512 --sample 8 --steps 2".split()  # noqa: SIM905
 SMALL += ["--threads", "1", "--device", "cpu"]
@@ -32,6 +33,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             for who in (1, 2)
         ]} for i in range(4)
     ]))  # fmt: skip
+    reviews = Store.make(place / "reviews.db", "tasks.json", ("a", "b"), 0)
+    reviews.add([Item({"text": "text 1"})])
+    reviews.judge("ann", "1", 1, Judgement("a", better="text 2"))
+    reviews.close()
     env = {**os.environ, "FASTLM_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
     env.pop("COLUMNS", None)
     command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
@@ -62,6 +67,7 @@ COMMAND_LINES = {
     "compress": ["compress", "a", "--int8", "--name", "small"],
     "runs": ["runs"],
     "compare": ["compare", "a", "b"],
+    "review": ["review", "reviews.db", "--export", "export.json"],
     "energy": ["energy", "curve.csv", "--hours", "1", "--deadline", "9h", "--start", "2027-01-15T10:00Z"],
     "plan": ["plan", *SMALL],
     "plan json": ["plan", *SMALL, "--json"],
@@ -73,6 +79,7 @@ COMMAND_LINES = {
     "data tasks": ["data", "tasks", "book.txt", "--out", "tasks.json"],
     "data labels": ["data", "labels", "labels.json", "--out", "labelled.jsonl"],
     "data filter": ["data", "filter", "--words", "book.txt", "--out", "filter"],
+    "data pairs": ["data", "pairs", "reviews.db", "--out", "pairs.jsonl"],
     "data augment": ["data", "augment", "book.txt", "--out", "more.jsonl", "--shuffle", "1"],
     "bench": ["bench", "--status"],
     "version": ["--version"],
@@ -151,6 +158,8 @@ NAMED = {
     "data tasks": ["data", "tasks", "{}.txt", "--out", "{}.tasks"],
     "data labels": ["data", "labels", "{}.labels", "--out", "{}.jsonl"],
     "data filter": ["data", "filter", "--words", "{}.txt", "--out", "{}.filter"],
+    "data pairs": ["data", "pairs", "{}.db", "--out", "{}.pairs"],
+    "review": ["review", "{}.db", "--export", "{}.exported.json"],
     "data augment": ["data", "augment", "{}.txt", "--out", "{}.more.jsonl", "--shuffle", "1"],
     "missing": ["eval", "{0}/{0}", "{}.none"],
 }  # fmt: skip
@@ -168,6 +177,7 @@ def named(run: Run) -> Run:
     (place / f"{BYTES}.json").write_text(made.to_str())
     shutil.copy(place / "book.txt", place / f"{BYTES}.txt")
     shutil.copy(place / "labels.json", place / f"{BYTES}.labels")
+    shutil.copy(place / "reviews.db", place / f"{BYTES}.db")
     return run
 
 

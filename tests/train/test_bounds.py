@@ -62,15 +62,20 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     "energy": {"hours": Range(above=0, high=1e6), "restart": Range(0, 1e6)},
     "data filter": {"precision": Range(above=0, high=1), "seed": Range(*SEED)},
     "inspect": {"layer": Range(0, COUNT), "head": Range(0, COUNT), "steps": Range(1, 1024)},
+    "review": {
+        "judges": Range(0, COUNT), "n": WHOLE, "each": WHOLE, "tokens": WHOLE, "temperature": Range(0), "seed": Range(*SEED),
+        "port": Range(0, 65535),
+    },
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
     "bench": RANGES,
-    "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {},
+    "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {}, "data pairs": {},
 }  # fmt: skip
 HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
     "train": GROUPS, "plan": GROUPS, "data prepare": (DataConfig,), "data show": (DataConfig,), "data clean": (CleanOptions,),
     "data augment": (Augment,),
 }  # fmt: skip
 PLACES = {  # what each must be given besides
+    "review": ["none"],
     "generate": ["none"], "inspect": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
     "compress": ["none", "--prune", "0.5"], "energy": ["none", "--deadline", "1h", "--hours", "1"],
     "data filter": ["none", "--out", "out"],

@@ -191,6 +191,7 @@ OTHERS = {  # each in a module of its own, imported when called
     "card": ("fastlm.cli.card", "[CORPUS ...] [--model RUN]"),
     "tasks": ("fastlm.cli.tasks", "IN ... --out FILE"),
     "labels": ("fastlm.cli.labels", "EXPORT ... --out FILE"),
+    "pairs": ("fastlm.cli.pairs", "REVIEWS --out FILE"),
 }
 
 

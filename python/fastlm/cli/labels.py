@@ -43,7 +43,7 @@ def labels(exports: tyro.conf.Positional[tuple[str, ...]], out: str, below: floa
     """Merge several annotators' labels into one an item, with its confidence.
 
     Args:
-        exports: Exports of Label Studio in its JSON format.
+        exports: Exports of Label Studio in its JSON format, or databases of `fastlm review`.
         out: The .jsonl file to write.
         below: Confidence below which an item is disputed; above 1 all are.
         disputed: The JSON file that disputed items are written to, as new tasks.

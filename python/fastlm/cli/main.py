@@ -16,6 +16,7 @@ COMMANDS = {
     "compress": ("fastlm.cli.compress", "a trained model made smaller: int8"),
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
     "inspect": ("fastlm.cli.inspect", "a look inside a model: loss, attention, logit lens, saliency of a text"),
+    "review": ("fastlm.cli.review", "a page on which people judge outputs or tasks: labels, thumbs, better answers"),
     "plan": ("fastlm.cli.plan", "what training takes of each device under every mesh, and which to take"),
     "energy": ("fastlm.cli.energy", "when to run for less carbon or cost: what waiting and pausing would save"),
     "runs": ("fastlm.cli.runs", "runs side by side"),

@@ -14,6 +14,8 @@ from fastlm.data import corpus, groups
 from fastlm.data import filter as filters
 from fastlm.data.augment.text import needed
 from fastlm.data.errors import InputError
+from fastlm.data.review import results
+from fastlm.data.review.store import is_store
 
 
 def tasks(names: tuple[str, ...], count: int, seed: int, field: str = "text", filter: str = "") -> list[dict[str, Any]]:
@@ -67,15 +69,17 @@ class Merged:
 
 
 def read(paths: Iterable[Path]) -> tuple[list[tuple[str, str, str]], dict[str, dict[str, Any]]]:
-    """(key, annotator, label) of each annotation of Label Studio's exports, the later of two by one annotator, and the data
-    of each key. Raises InputError, naming the file and the task, for what is no export."""
+    """(key, annotator, label) of each annotation of Label Studio's exports or databases of `fastlm review`, the later of two by
+    one annotator, and the data of each key. Raises InputError, naming the file and the task, for what is no export."""
     found: dict[tuple[str, str], str] = {}
     data: dict[str, dict[str, Any]] = {}
     for path in paths:
         try:
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = results.read_export(path) if is_store(path) else json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(items, list):
                 raise ValueError("not a list of tasks")
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no export of Label Studio in its JSON format: {error}") from None
         for number, item in enumerate(items, 1):
