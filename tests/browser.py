@@ -102,8 +102,15 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, code: str, seconds: float = 60) -> Any:
-        """The value of an expression when it is true."""
-        return waited(lambda: self.js(code), code, seconds)
+        """The value of an expression when it is true; one that throws, on a page that is being loaded, is not."""
+
+        def get() -> Any:
+            try:
+                return self.js(code)
+            except RuntimeError:
+                return None
+
+        return waited(get, code, seconds)
 
     def key(self, key: str, modifiers: int = 0) -> None:
         """Press a key; `modifiers` 2 is Ctrl."""

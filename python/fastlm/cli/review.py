@@ -26,7 +26,7 @@ from fastlm.train import job, outputs
 from fastlm.train.files import shown, write_text
 
 EXAMPLES = """
-fastlm review myrun --n 100                      # what a model says: thumbs, better answers
+fastlm review myrun --n 100    # what it says: thumbs and better answers
 fastlm review tasks.json --labels harmless hateful offensive
 fastlm review myrun/reviews.db --export export.json
 """
@@ -151,10 +151,8 @@ def _serve(store: Store, port: int) -> int:
         print(_told(store))
         at = own.getsockname()[1]
         print(f"http://{app.HOST}:{at}/#{store.meta('token')}\nCtrl-C ends it; all that is judged stays", flush=True)
-        try:
-            app.serve(store, own)
-        except KeyboardInterrupt:
-            print(f"\n{_told(store)}")
+        app.serve(store, own)
+        print(f"\n{_told(store)}")
     return 0
 
 

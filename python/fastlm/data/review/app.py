@@ -152,9 +152,10 @@ def listening(port: int) -> Iterator[socket.socket]:
 
 
 def serve(store: Store, own: socket.socket) -> None:
-    """Answer until the process is interrupted. A request has a thread of its own."""
+    """Answer until the process is interrupted (Ctrl-C), then return. A request has a thread of its own."""
     serving = needed("werkzeug.serving", "the page of a review", "review")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = serving.make_server(HOST, own.getsockname()[1], app(store), threaded=True, fd=own.fileno())
     server.daemon_threads = True  # one that waits for a browser holds nothing up at the end
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -42,13 +42,15 @@ function keep() {
 }
 
 function adopt() { // what a window of this person that was closed could not send
-  const mine = `fastlm ${about.id} ${who} `;
+  const mine = `fastlm ${about.id} ${who} `, later = [];
   box = mine + windowName;
   for (const key of Object.keys(localStorage).filter((key) => key.startsWith(mine))) {
     outbox.push(...JSON.parse(localStorage.getItem(key)).filter((one) => !outbox.some((o) => o.request === one.request)));
+    if (key !== box) later.push(key);
   }
   outbox.sort((a, b) => a.at - b.at);
   keep();
+  later.forEach((key) => localStorage.removeItem(key)); // once it is kept under this window's name
 }
 
 function post(path, body) {
@@ -264,14 +266,14 @@ $("enter").onsubmit = async (event) => {
 };
 
 async function enter(name) {
+  clearTimeout(timer);
   who = name.trim().replace(/\s+/g, " ");
   if (!who) return;
   const found = await ask("next", {have: [], count: 0});
   if (!found || found.error) {
-    const why = found ? found.error : refused || "There is no connection to fastlm review.";
     who = "";
-    notice(why);
-    if (!found && name === sessionStorage.fastlmName) setTimeout(() => enter(name), 1000);
+    notice(found ? found.error : refused || "There is no connection to fastlm review. It is tried again.");
+    if (!found) timer = setTimeout(() => enter(name), 1000);
     return show();
   }
   notice("");
