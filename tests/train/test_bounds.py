@@ -68,14 +68,14 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
     },
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
     "bench": RANGES,
-    "data clean": {}, "data augment": {}, "eval": {}, "export": {}, "runs": {}, "compare": {}, "data pairs": {},
+    "data clean": {}, "data augment": {}, "eval": {}, "export": {"outputs": WHOLE}, "runs": {}, "compare": {}, "data pairs": {},
 }  # fmt: skip
 HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
     "train": GROUPS, "plan": GROUPS, "data prepare": (DataConfig,), "data show": (DataConfig,), "data clean": (CleanOptions,),
     "data augment": (Augment,),
 }  # fmt: skip
 PLACES = {  # what each must be given besides
-    "review": ["none"],
+    "review": ["none"], "export": ["none"],
     "generate": ["none"], "inspect": ["none"], "data prepare": ["none"], "data show": ["1", "none"], "train": ["none"],
     "compress": ["none", "--prune", "0.5"], "energy": ["none", "--deadline", "1h", "--hours", "1"],
     "data filter": ["none", "--out", "out"],

@@ -11,12 +11,17 @@ import tyro
 
 from fastlm import console
 from fastlm.cli import flags
+from fastlm.cli.harm import measure_harm
+from fastlm.data.bounds import COUNT, Range, check
 from fastlm.nn import int8
 from fastlm.train import export as exporting
-from fastlm.train import gguf, job
+from fastlm.train import gguf, job, modelcard
+from fastlm.train.files import write_text
+from fastlm.train.folders import has_data
 
 EXAMPLES = """
 fastlm export myrun --to hf --dtype bfloat16
+fastlm export myrun --filter filter     # its card says how harmful it is
 fastlm export myrun/checkpoints/step-1000 --folder model
 """
 
@@ -26,23 +31,40 @@ def export(
     to: Literal["safetensors", "hf", "gguf"] = "safetensors",
     folder: str = "",
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto",
+    filter: str = "",
+    prompts: str = "",
+    outputs: int = 100,
+    device: str = "auto",
     out: str = "runs",
 ) -> int:
     """Write a trained model into a folder of its own.
 
     safetensors: the plain GPT's names, which `fastlm` reads back; hf: what transformers loads as GPT2LMHeadModel or
     LlamaForCausalLM, with the same logits, an int8 run as compressed-tensors, which vLLM reads too; gguf: one file for
-    llama.cpp. The tokenizer goes along.
+    llama.cpp. The tokenizer goes along, a chat template, and the model card (README.md).
 
     Args:
         run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         to: safetensors, hf or gguf.
         folder: New folder to write; without it, RUN/export-safetensors, RUN/export-hf or RUN/export-gguf.
         dtype: Type of the float weights; auto: float32, and q8_0 in gguf, which alone has it.
+        filter: Folder of a filter: the card says in how many outputs it finds something, of this model and of the one that it
+            was tuned from.
+        prompts: File of prompts for these outputs, as `fastlm review` takes it; by default beginnings of held-out documents.
+        outputs: How many to draw for that.
+        device: Where they are drawn: auto, cpu, cuda or mps.
         out: Folder of runs.
     """
+    check("outputs", outputs, Range(1, COUNT))
+    if prompts and not filter:
+        raise job.InputError("--prompts are for outputs that a filter reads: give --filter too")
     origin = job.find_run(run, out)
     target = Path(folder) if folder else origin / f"export-{to}"
+    if filter:
+        if not has_data(origin):
+            raise job.InputError(f"--filter measures the outputs of a run, and {origin} is none")
+        measure_harm(origin, filter, prompts, outputs, device)
+        modelcard.write(origin)
     source = exporting.read_model(origin)
     if to == "gguf":
         names = gguf.write(float_origin(origin, source), target, "q8_0" if dtype == "auto" else dtype)
@@ -52,6 +74,9 @@ def export(
         )
     else:
         names = exporting.export(source, to, target, "float32" if dtype == "auto" else dtype)
+    if card := modelcard.of_export(origin, target, to):
+        write_text(target / modelcard.NAME, card)
+        names = sorted({*names, modelcard.NAME})
     print(f"{target}: {', '.join(names)}")
     return 0
 

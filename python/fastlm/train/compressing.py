@@ -30,7 +30,7 @@ from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.prepare import of_set
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.train import checkpoint, export, job, state
+from fastlm.train import checkpoint, export, job, modelcard, state
 from fastlm.train.checkpoint import Piece
 from fastlm.train.config import Config, told_shape
 from fastlm.train.files import write_text
@@ -231,6 +231,8 @@ def run(
         "after": asdict(after),
     }
     write(target, model, body, source, record)
+    if "config" in body:
+        modelcard.write(target)
     return made
 
 

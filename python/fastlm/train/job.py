@@ -25,13 +25,13 @@ from fastlm.data import InputError, Options, Prepared, TokenSource, chat, corpus
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.bounds import flag
+from fastlm.data.card import policies
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, lock, lora, parallel, reference, report, state, waiting
+from fastlm.train import checkpoint, export, lock, lora, modelcard, parallel, reference, report, state, waiting
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig, told_shape
 from fastlm.train.costs import Costs
-from fastlm.train.files import write_text
 from fastlm.train.folders import find_init, forked_from, new_folder, write_config
 from fastlm.train.folders import find_run as find_run  # for those who use jobs
 from fastlm.train.folders import read_config as read_config
@@ -409,10 +409,7 @@ class Job:
             text = self.sample(self.config.run.sample)
         result = {"why": why, "step": trainer.step, "val": found, "counted": counted, "best": trainer.best}
         if self.ranks.first:
-            report.write_result(self.folder, result)
-            if ended:
-                write_text(self.folder / "sample.txt", text)
-            report.write(self.folder)
+            modelcard.close(self.folder, result, text if ended else None)
         for line in self._reached(why, found, counted, text):
             say(line)
         return Result(self.folder, why, found, counted)
@@ -500,6 +497,7 @@ class Job:
             "flops_per_step": c.flops_per_sample * self.config.optim.batch,
             "memory": c.parts,
             "energy": self.trainer.energy.facts(),
+            "policies": policies.of_corpus(self.corpus),
             "swap": str(table) if table is not None else "PyTorch's own kernels (--kernels torch)",
         }
 

@@ -33,7 +33,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_text(folder / "result.json", json.dumps(result, indent=1))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -68,7 +68,7 @@ class Summary:
 
 def summary(folder: Path) -> Summary:
     """The numbers of a run's folder. Raises InputError when its config.json cannot be read."""
-    saved, facts, result = (_read(folder / f"{name}.json") for name in ("config", "facts", "result"))
+    saved, facts, result = (read(folder / f"{name}.json") for name in ("config", "facts", "result"))
     try:
         config, context = Config.from_dict(saved["config"]), int(saved["model"]["context"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -204,8 +204,8 @@ def _configuration(config: Config) -> str:
 
 def page(folder: Path) -> str:
     """The report of a run as one HTML text."""
-    run, saved = summary(folder), _read(folder / "config.json")
-    facts, result = _read(folder / "facts.json"), _read(folder / "result.json")
+    run, saved = summary(folder), read(folder / "config.json")
+    facts, result = read(folder / "facts.json"), read(folder / "result.json")
     samples = read_metrics(folder, "samples.jsonl")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",

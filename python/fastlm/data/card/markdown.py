@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastlm.data.card.card import Card
 from fastlm.data.card.page import share, size
+from fastlm.data.card.sheet import cell, is_own, sealed, table
 from fastlm.data.errors import InputError
 
 _STEPS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-_MARK = "<!-- fastlm data card "
+_MAKER = "fastlm data card"
 
 
 def size_category(documents: int) -> str:
@@ -25,38 +25,19 @@ def size_category(documents: int) -> str:
 
 def text(card: Card) -> str:
     """The card, with a last line that tells whether it was edited since."""
-    body = "\n".join(_lines(card)) + "\n"
-    return body + f"\n{_MARK}{_digest(body)} -->\n"
+    return sealed("\n".join(_lines(card)) + "\n", _MAKER)
 
 
 def refuse_edited(path: Path) -> None:
     """InputError where writing would take what someone wrote: a file that is no card, or one that was edited."""
-    if not path.exists():
-        return
-    body, found, mark = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n{_MARK}")
-    if not found or mark.split(" ")[0] != _digest(body):
+    if path.exists() and not is_own(path, _MAKER):
         raise InputError(f"{path} was written or edited by someone: move it away, or give another --out")
-
-
-def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _cell(value: str) -> str:
-    return " ".join(value.encode("utf-8", "replace").decode().split()).replace("|", "\\|")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "| --- |" + " ---: |" * (len(head) - 1)
-    yield from (f"| {' | '.join(map(_cell, row))} |" for row in rows)
-    yield ""
 
 
 def _header(card: Card) -> Iterator[str]:
     codes = card.languages()
     yield "---"
-    yield f"pretty_name: {json.dumps(_cell(card.title), ensure_ascii=False)}"
+    yield f"pretty_name: {json.dumps(cell(card.title), ensure_ascii=False)}"
     if codes:
         yield "language:"
         yield from (f"- {json.dumps(code)}" for code in codes)  # quoted: YAML reads no as false
@@ -70,10 +51,10 @@ def _header(card: Card) -> Iterator[str]:
 def _lines(card: Card) -> Iterator[str]:
     facts, copies, total = card.facts, card.copies, card.facts.sums["documents"]
     yield from _header(card)
-    yield f"\n# {_cell(card.title)}\n"
+    yield f"\n# {cell(card.title)}\n"
     yield f"Made by `fastlm data card` on {card.date}. What only people know (licence, consent, purpose) is theirs to add.\n"
     yield "## Dataset Description\n"
-    yield from _table(("", "figure"), [
+    yield from table(("", "figure"), [
         ("documents", f"{total:,}"), ("text", size(facts.sums["bytes"])), ("words", f"{facts.sums['words']:,}"),
         ("words of a document: mean", f"{card.mean():,.0f}"),
         *((f"words of a document: {name}", f"{facts.quantile(q):,}") for name, q in
@@ -83,22 +64,22 @@ def _lines(card: Card) -> Iterator[str]:
         ("near-duplicates", f"{copies.near:,} ({share(copies.near, total)})" if copies.threshold else "not looked for"),
     ])  # fmt: skip
     yield "### Languages\n"
-    yield from _table(("language", "documents", "share of bytes"), [
+    yield from table(("language", "documents", "share of bytes"), [
         (card.language(code), f"{n:,}", share(facts.language_bytes[code], facts.sums["bytes"]))
         for code, n in facts.languages.most_common(20)
     ])  # fmt: skip
     yield "## Dataset Creation\n\n### Source Data\n"
     ordered = sorted(facts.sources.items(), key=lambda item: (-facts.source_bytes[item[0]], item[0]))
-    yield from _table(("source", "documents", "share of bytes"), [
+    yield from table(("source", "documents", "share of bytes"), [
         (name, f"{n:,}", share(facts.source_bytes[name], facts.sums["bytes"])) for name, n in ordered[:20]
     ])  # fmt: skip
     yield "### Personal and Sensitive Information\n"
-    yield from _table(("kind", "found"), [(name, f"{facts.personal[kind]:,}") for kind, name in card.personal()])
+    yield from table(("kind", "found"), [(name, f"{facts.personal[kind]:,}") for kind, name in card.personal()])
     yield f"{facts.sums['personal']:,} documents ({share(facts.sums['personal'], total)}) hold some.\n"
     yield f"Toxicity: {card.toxicity()}\n"
     yield "## Bias, Risks, and Limitations\n\n### Who is spoken of\n"
     yield card.caution() + "\n"
-    yield from _table(("group", "mentions", "documents", "around them more than elsewhere"), [
+    yield from table(("group", "mentions", "documents", "around them more than elsewhere"), [
         (group, f"{n:,}", f"{docs:,}", ", ".join(f"{w} ×{times:.1f}" for w, _, times in facts.neighbours(group, 8)) or "-")
         for groups in facts.groups().values() for group, n, docs in groups if n
     ])  # fmt: skip
@@ -112,7 +93,7 @@ def _expected(card: Card) -> Iterator[str]:
         return
     yield "### What a model expects\n"
     yield card.expects() + "\n"
-    yield from _table(("pairs", "first / second", "loss gap, nats", "95% interval", "pairs", "first likelier"), [
+    yield from table(("pairs", "first / second", "loss gap, nats", "95% interval", "pairs", "first likelier"), [
         (b.kind, f"{b.forms[0]} / {b.forms[1]}", f"{b.gap:+.3f}", f"[{b.low:+.3f}, {b.high:+.3f}]", f"{b.pairs:,}",
          f"{b.first_likelier:.0%}") for b in card.bias
     ])  # fmt: skip

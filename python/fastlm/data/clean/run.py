@@ -18,6 +18,7 @@ from typing import Any
 
 from fastlm.data import corpus as corpora
 from fastlm.data import filter as filters
+from fastlm.data.card import policies
 from fastlm.data.clean.options import CleanOptions, bands
 from fastlm.data.cutting import WHOLE, Part, parts
 from fastlm.data.errors import FULL, InputError
@@ -107,7 +108,8 @@ class Plan:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps({"key": own, "options": said, "in": list(names), "tasks": found}))
+        policy = policies.told(filters.load(options.filter)) if options.filter else {}
+        draft.write_text(json.dumps({"key": own, "options": said, "in": list(names), "tasks": found, "policy": policy}))
         os.replace(draft, self.path)
         return len(found)
 
@@ -133,7 +135,7 @@ class Plan:
             "kept_bytes": found["kept_bytes"], "dropped": rules,
             "found": {k: v for k, v in sorted(found.items()) if k.startswith(("masked:", "found:"))},
             "passages": {k.partition(":")[2]: v for k, v in sorted(found.items()) if k.startswith("passages:")},
-            "filter": self.load()["options"]["filter"],
+            "filter": self.load()["options"]["filter"], "policy": self.load().get("policy", {}),
         }  # fmt: skip
         draft = self.folder / "table.draft"
         draft.write_text(json.dumps(table, indent=1))
