@@ -55,7 +55,7 @@ def train(
 ) -> tuple[float, float]:
     """Bits per byte of the held-out text at the best of eight evaluations, and of the real training text then.
 
-    A token is a byte. The order of training depends on `seed` and `data` alone.
+    The order of training depends on `seed` and `data` alone.
     """
     torch.manual_seed(seed)
     config = GPTConfig(vocab=held.tokenizer.vocab, layers=2, heads=4, width=width, context=CONTEXT, dropout=0.0)
@@ -80,9 +80,9 @@ def train(
 
 @torch.no_grad()
 def bits(model: GPT, data: Prepared, limit: int = 30_000) -> float:
-    """Bits per byte of a whole text, in contexts side by side (a token is a byte)."""
+    """Bits per byte of a text's first `limit` tokens, in contexts side by side."""
     tokens = torch.as_tensor(np.concatenate([np.asarray(s[:limit]) for s in data.val])[:limit].astype(np.int64))
     rows = (len(tokens) - 1) // CONTEXT
     inputs, targets = tokens[: rows * CONTEXT].view(rows, CONTEXT), tokens[1 : rows * CONTEXT + 1].view(rows, CONTEXT)
     total = sum(float(model(i, t)) for i, t in zip(inputs.split(64), targets.split(64)))
-    return total / math.log(2) / targets.numel()
+    return total / math.log(2) / len(data.tokenizer.decode(targets.flatten().tolist()))

@@ -30,7 +30,8 @@ from fastlm.train.files import write_text
 
 VARIABLE = "FASTLM_WAITER"  # tells the process that trains who waits for it, and where to say why it ended
 SETTLED = 5  # steps after the first, before their time is believed
-SPARE = 0.1  # of the time that is left: what the deadline keeps for steps that take longer, evaluations and the end
+SPARE = 0.1  # of the time that is left: what the deadline keeps for steps that take longer, and evaluations
+ENDING = 0.5  # of a restart: what it keeps for the last evaluation, save and report, whose time is not known before
 NAME = "schedule.json"
 
 
@@ -156,7 +157,7 @@ def _decide(
     found: curve.Curve, left: float, now: float, end: float, restart: float, running: bool
 ) -> tuple[float, str]:
     """(when to run: now, or later; why), with `left` seconds of work."""
-    need = left * (1 + SPARE) + restart
+    need = left * (1 + SPARE) + restart * (1 + ENDING)
     plan = schedule.planned(found, need, now, end, restart, running)
     start = plan[0][0]
     if start <= now or start + need > end:
