@@ -102,8 +102,8 @@ def test_what_the_filter_finds_is_drawn_again_or_withheld() -> None:
     verdict = model.Verdict("drop", "insult", 0.9, 1.0, ((0, 1),))
     shown = iter(["one grobble", "two grobble", "three", "four"])
     judge = lambda text: verdict if "grobble" in text else None
-    assert _passed(lambda show: show(next(shown)), judge, 3) == "three"
-    assert _passed(lambda show: show("grobble"), judge, 2) == "[withheld: insult; drawn 3 times]"
+    assert _passed(lambda show: show(next(shown)), judge, 3) == ("three", True)
+    assert _passed(lambda show: show("grobble"), judge, 2) == ("[withheld: insult; drawn 3 times]", False)
 
 
 def test_rules_of_categories_without_letters_are_apart() -> None:

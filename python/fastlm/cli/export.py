@@ -12,10 +12,11 @@ import tyro
 from fastlm import console
 from fastlm.cli import flags
 from fastlm.cli.harm import measure_harm
+from fastlm.data import chat
 from fastlm.data.bounds import COUNT, Range, check
 from fastlm.nn import int8
+from fastlm.train import chat_export, gguf, job, modelcard
 from fastlm.train import export as exporting
-from fastlm.train import gguf, job, modelcard
 from fastlm.train.files import write_text
 from fastlm.train.folders import has_data
 
@@ -66,14 +67,17 @@ def export(
         measure_harm(origin, filter, prompts, outputs, device)
         modelcard.write(origin)
     source = exporting.read_model(origin)
+    template = chat.of_folder(origin)
     if to == "gguf":
-        names = gguf.write(float_origin(origin, source), target, "q8_0" if dtype == "auto" else dtype)
+        spoken = chat_export.jinja(template, source.tokenizer) if template and source.tokenizer else ""
+        names = gguf.write(float_origin(origin, source), target, "q8_0" if dtype == "auto" else dtype, spoken)
     elif dtype == "q8_0":
         raise job.InputError(
             f"--dtype q8_0 is a type of --to gguf; with --to {to} choose auto, float32, bfloat16 or float16"
         )
     else:
-        names = exporting.export(source, to, target, "float32" if dtype == "auto" else dtype)
+        more = chat_export.files(template, source.tokenizer, to)
+        names = exporting.export(source, to, target, "float32" if dtype == "auto" else dtype, more)
     if card := modelcard.of_export(origin, target, to):
         write_text(target / modelcard.NAME, card)
         names = sorted({*names, modelcard.NAME})

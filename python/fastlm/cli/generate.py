@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import tyro
 
-from fastlm.cli import flags
+from fastlm.cli import conversation, flags
 from fastlm.cli.data import SpecialTokens, special_tokens_of
 from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.filter import Verdict, load
@@ -20,6 +20,7 @@ from fastlm.train.generation import TextStream
 EXAMPLES = """
 fastlm generate --prompt "def main("    # the last run
 fastlm generate myrun --tokens 200 --num 3 --temperature 0.7 --top-p 0.95
+fastlm generate myrun --chat             # a conversation with a run of --sft or --dpo
 """
 
 
@@ -38,6 +39,8 @@ def generate(
     out: str = "runs",
     filter: str = "",
     redraw: int = 3,
+    chat: bool = False,
+    system: str = "",
 ) -> int:
     """Continue a prompt with a trained model.
 
@@ -57,6 +60,8 @@ def generate(
         out: Folder of runs.
         filter: Folder of a filter. A text is shown when it is whole and the filter's policy finds nothing in it.
         redraw: How often a text that the filter finds something in is drawn again before it is withheld.
+        chat: Answer messages by the run's chat template: --prompt, or each line of standard input.
+        system: With --chat, the message of the role system that the conversation begins with.
     """
     for name, value, allowed in (
         ("tokens", tokens, Range(0, COUNT)),
@@ -73,13 +78,27 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:
         raise job.InputError(f"--prompt must be UTF-8; it is {os.fsencode(prompt)!r}") from None
+    if chat and num > 1 and not prompt:
+        raise job.InputError("--num answers are of one --prompt: in a conversation each message has one")
+    if system and not chat:
+        raise job.InputError("--system is a message of a conversation: give --chat too")
     found = load(filter) if filter else None
-    model, tokenizer = job.load(job.find_run(run, out), device, special_tokens_of(special_tokens))
+    folder = job.find_run(run, out)
+    model, tokenizer = job.load(folder, device, special_tokens_of(special_tokens))
+    choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
+    judge = functools.partial(found.judge, whole=True) if found else None
+    if chat:
+        talk = lambda: conversation.begin(folder, model, tokenizer, system, tokens, choose, _shower(judge, redraw))
+        if not prompt:
+            conversation.converse(talk(), conversation.lines())
+        for number in range(num if prompt else 0):
+            if num > 1:
+                print(f"--- {number + 1} of {num}")
+            talk().say(prompt)
+        return 0
     ids = tokenizer.encode(prompt.encode()).astype("int64") if prompt else [tokenizer.eot]
     start = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
-    judge = functools.partial(found.judge, whole=True) if found else None
-    choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
-    show = sys.stdout.write
+    shown = _shower(judge, redraw)
     for number in range(num):
         if num > 1:
             print(f"--- {number + 1} of {num}")
@@ -90,25 +109,38 @@ def generate(
             def stream(logits: torch.Tensor) -> torch.Tensor:
                 token = choose(logits)
                 show(text.push(int(token)))
-                sys.stdout.flush()
                 return token
 
             show(prompt)
             model.generate(start, tokens, stream)
             show(text.end())
 
-        if judge is None:
-            draw(show)
-        else:
-            show(_passed(draw, judge, redraw))
-        show("\n")
+        shown(draw)
     return 0
 
 
-def _passed(
-    draw: Callable[[Callable[[str], object]], None], judge: Callable[[str], Verdict | None], redraw: int
-) -> str:
-    """The first of so many more draws that a filter finds nothing in; else what it found, in the text's place.
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _shower(judge: Callable[[str], Verdict | None] | None, redraw: int) -> Callable[[conversation.Draw], bool]:
+    """What shows a text, and says whether it did: as it is drawn, or with a filter what `_passed` gives."""
+
+    def shown(draw: conversation.Draw) -> bool:
+        if judge is None:
+            draw(_show)
+            _show("\n")
+            return True
+        text, passed = _passed(draw, judge, redraw)
+        _show(f"{text}\n")
+        return passed
+
+    return shown
+
+
+def _passed(draw: conversation.Draw, judge: Callable[[str], Verdict | None], redraw: int) -> tuple[str, bool]:
+    """The first of so many more draws that a filter finds nothing in, and True; else what it found, in the text's place.
 
     A text is judged when it is whole: what is shown is never taken back.
     """
@@ -117,9 +149,9 @@ def _passed(
         draw(parts.append)
         verdict = judge("".join(parts))
         if verdict is None:
-            return "".join(parts)
+            return "".join(parts), True
     assert verdict is not None
-    return f"[withheld: {verdict.category}; drawn {redraw + 1} times]"
+    return f"[withheld: {verdict.category}; drawn {redraw + 1} times]", False
 
 
 def main(argv: list[str]) -> int:

@@ -184,10 +184,16 @@ def resolve(given: str, init: Path | None = None) -> str:
         if not found:
             raise InputError(f"--chat-template {given} is a folder without a chat template (chat_template.jinja)")
         return _spec(found, tokens)
-    if kept or run is None:
-        return kept or PLAIN
+    return (of_folder(init) if init is not None else "") or PLAIN
+
+
+def of_folder(folder: Path) -> str:
+    """The specification of the template that a run, checkpoint or exported folder has; "" for one of no conversations."""
+    run, kept = _kept(folder)
+    if kept:
+        return kept
     found = _folder(run)
-    return _spec(found, tokens) if found else PLAIN
+    return _spec(found, _tokens(run)) if found else ""
 
 
 def _kept(init: Path) -> tuple[Path, str]:

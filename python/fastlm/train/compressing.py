@@ -245,7 +245,7 @@ def _shape(model: dict[str, Any], shape: GPTConfig) -> None:
 
 def write(target: Path, model: GPT, body: dict[str, Any], source: export.Source, record: dict[str, Any]) -> None:
     """The folder of a compressed model, whole or not at all. InputError where the disk does not take it."""
-    kept = {k: v for k, v in body.items() if k in ("config", "corpus", "data")}
+    kept = {k: v for k, v in body.items() if k in ("config", "corpus", "data", "chat_template")}
     if "config" in kept:
         kept["config"] = copy.deepcopy(kept["config"])
         kept["config"]["run"]["name"] = target.name

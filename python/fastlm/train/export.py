@@ -35,9 +35,8 @@ from fastlm.train.config import Config, OptimConfig
 from fastlm.train.files import sync_folder, write_text
 
 END = "<|endoftext|>"
-SPECIAL = (
-    "fastlm_special_tokens"  # in transformers' config.json: how the run's tokenizer read text, where that is not `text`
-)
+# in transformers' config.json: how the run's tokenizer read text, where that is not `text`
+SPECIAL = "fastlm_special_tokens"
 ATTEMPTS = 20  # at a checkpoint of a run that is training
 TOP = {
     "gpt2": {
@@ -495,8 +494,11 @@ def tokenizer_json(spec: Mapping[str, Any]) -> str:
     return json.dumps({**body, **outer, "post_processor": None, "model": model}, ensure_ascii=False)
 
 
-def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> list[str]:
-    """Write the model into a new folder, whole or not at all; returns the names of its files.
+def export(
+    source: Source, to: str, folder: Path, dtype: str = "float32", more: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Write the model into a new folder, whole or not at all; returns the names of its files. `more` has further ones by their
+    names: a text, or a dict that is added to the JSON that is there.
 
     Raises InputError for a folder that exists, a disk that cannot take it, or a model that --to hf has no class for.
     """
@@ -518,13 +520,12 @@ def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> lis
         texts["config.json"] = {"model": dataclasses.asdict(source.shape), "tokenizer": source.tokenizer}
     if source.tokenizer:
         texts["tokenizer.json"] = tokenizer_json(source.tokenizer)
-        settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": source.shape.context,
-        }
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["model_max_length"] = source.shape.context
         if f'"{END}"' in texts["tokenizer.json"]:
             settings |= {"eos_token": END, "bos_token": END}
         texts["tokenizer_config.json"] = settings | {"clean_up_tokenization_spaces": False}
+    texts |= {n: {**texts.get(n, {}), **c} if isinstance(c, dict) else c for n, c in (more or {}).items()}
     kind = getattr(torch, dtype)
     plain = lambda name, t: t.to(kind) if t.is_floating_point() and not name.endswith("weight_scale") else t
     tensors = {name: plain(name, t).contiguous() for name, t in tensors.items()}
@@ -536,8 +537,7 @@ def export(source: Source, to: str, folder: Path, dtype: str = "float32") -> lis
             file.flush()
             os.fsync(file.fileno())
         for name, content in texts.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            write_text(draft / name, text)
+            write_text(draft / name, content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
         os.rename(draft, folder)
         sync_folder(folder.parent)
     except OSError as error:

@@ -67,8 +67,8 @@ def paired(t: Tensor, heads: int) -> Tensor:
     return t.reshape(heads, 2, size // 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
 
-def write(source: export.Source, folder: Path, dtype: str = "q8_0") -> list[str]:
-    """Write FOLDER/model.gguf, whole or not at all; returns the names of its files.
+def write(source: export.Source, folder: Path, dtype: str = "q8_0", chat_template: str = "") -> list[str]:
+    """Write FOLDER/model.gguf, whole or not at all; returns the names of its files. `chat_template` is in Jinja.
 
     Raises InputError where the package gguf is missing, the folder exists, or llama.cpp has no such model.
     """
@@ -86,6 +86,8 @@ def write(source: export.Source, folder: Path, dtype: str = "q8_0") -> list[str]
         writer = gguf.GGUFWriter(str(draft / "model.gguf"), style)
         _facts(writer, source, style, gguf.LlamaFileType[f"MOSTLY_{TYPES[dtype]}" if dtype != "float32" else "ALL_F32"])
         _vocabulary(writer, source, gguf.TokenType)
+        if chat_template:
+            writer.add_chat_template(chat_template)
         odd = []
         for name, t in names(source).items():
             array, kind = t.float().contiguous().numpy(), gguf.GGMLQuantizationType.F32
