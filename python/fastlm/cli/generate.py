@@ -20,7 +20,7 @@ from fastlm.train.generation import TextStream
 EXAMPLES = """
 fastlm generate --prompt "def main("    # the last run
 fastlm generate myrun --tokens 200 --num 3 --temperature 0.7 --top-p 0.95
-fastlm generate myrun --chat             # a conversation with a run of --sft or --dpo
+fastlm generate myrun --chat    # a conversation with a run of --sft or --dpo
 """
 
 
