@@ -2,16 +2,17 @@
 
 The default job's model is trained on the default corpus, for ``--steps`` of its 2,930 steps. Copies of it are pruned to 50%,
 to 70% and to 2:4 by magnitude, Wanda and SparseGPT, and each is healed (a run of ``--heal`` steps, masks held). "gradual" is
-the same training anew with ``--prune`` (the cubic schedule; 2:4 at once), and the same healing after it. Beside them stand the
-dense model, and the dense model trained for as many steps as healing takes. All perplexities are of the same validation tokens.
+the same training anew with ``--prune`` (the cubic schedule; 2:4 at once), and the same healing after it; "sr-ste" is it with
+``--prune 2:4 --prune-method sr-ste``, of the same steps. Beside them stand the dense model, and the dense model trained for as
+many steps as healing takes. All perplexities are of the same validation tokens.
 
-    python bench/quality_prune.py --only model        # trains the dense model into --keep: 2,000 steps
+    python bench/quality_prune.py --only model        # trains the dense model into --keep: 1,800 steps
     python bench/quality_prune.py --only one-shot     # magnitude, Wanda, SparseGPT, without healing: no training
-    python bench/quality_prune.py --only healed       # and with: 2,500 steps
-    python bench/quality_prune.py --only gradual      # three trainings and healings: 6,750 steps
-    python bench/quality_prune.py --only smaller      # heads, channels or a layer removed, without healing and with: 750
+    python bench/quality_prune.py --only healed       # and with: 2,000 steps
+    python bench/quality_prune.py --only gradual      # three trainings and healings, and one of SR-STE: 8,000 steps
+    python bench/quality_prune.py --only smaller      # heads, channels or a layer removed, without healing and with: 600
 
-All in all 12,000 steps of 1,024 tokens, which take 12 minutes at 17,000 tokens/s, and 32 measurements. ``--steps 2930
+All in all 12,400 steps of 1,024 tokens, which take 12 minutes at 17,000 tokens/s, and 34 measurements. ``--steps 2930
 --heal 600 --tokens 65536`` is the whole default job and takes twice as long. The parts share runs and losses through
 ``--keep``, and a part that was stopped goes on where it was; the one that measures what was still missing writes the result.
 ``--run RUN`` takes a trained run in place of a new one. A tiny setting, which writes nothing but ``--keep``: ``--steps 60
@@ -40,29 +41,31 @@ from fastlm.train.healing import Heal
 
 TARGETS = {"50%": "0.5", "70%": "0.7", "2:4": "2:4"}
 METHODS = ("magnitude", "wanda", "sparsegpt")
+SR_STE = "2:4"  # the target that SR-STE is for
 SMALLER = ("heads:0.25", "channels:0.3", "layers:1")
 PARTS = ("model", "one-shot", "healed", "gradual", "smaller")
 BARS = {"50%": 0.5, "70%": 0.5, "2:4": 0.35}  # SparseGPT's increase of the loss against magnitude's
 OF = ("fastlm.compress.prune", "fastlm.compress.shrink", "fastlm.compress.calibrate", "fastlm.compress.masks",
-      "fastlm.train.pruning", "fastlm.train.compress_pruning",
+      "fastlm.train.pruning", "fastlm.train.sparsity", "fastlm.train.compress_pruning",
       "fastlm.train.healing", "fastlm.reference.prune_mask")  # fmt: skip
 Found = dict[str, dict[str, Any]]  # by "method target" (and " healed"): loss, seconds, parameters
 
 
-def config(args: argparse.Namespace, name: str, prune: str = "") -> Config:
+def config(args: argparse.Namespace, name: str, prune: str = "", method: str = "gradual") -> Config:
     made = Config()
     made.optim.steps, made.optim.prune, made.run.seed = args.steps, prune, args.seed
+    made.optim.prune_method = method  # type: ignore[assignment]
     made.run.name, made.run.out = name, str(args.keep)
     made.run.eval_every = made.run.save_every = made.run.sample = 0
     made.run.eval_tokens, made.run.quiet = args.tokens, True
     return made
 
 
-def trained(args: argparse.Namespace, name: str, prune: str = "") -> Path:
+def trained(args: argparse.Namespace, name: str, *how: str) -> Path:
     """The folder of a run that has taken all its steps; one that is there already is taken."""
     folder: Path = args.keep / name
     if not (folder / "result.json").is_file():
-        job.start(config(args, name, prune)).run(say=lambda line: None)
+        job.start(config(args, name, *how)).run(say=lambda line: None)
     return folder
 
 
@@ -103,8 +106,8 @@ class Measure:
 
     def made(self, method: str, target: str, heal: bool) -> GPT:
         """The dense model pruned by a method, or one that was trained with the masks growing."""
-        if method == "gradual":
-            folder = trained(self.args, f"gradual-{target.replace(':', 'of')}", TARGETS[target])
+        if method in ("gradual", "sr-ste"):
+            folder = trained(self.args, f"{method}-{target.replace(':', 'of')}", TARGETS[target], method)
             model, _ = job.load(folder, "cpu")
             compress.attach(model, export.read_model(folder).masks)
         else:
@@ -127,7 +130,8 @@ def figures(part: str) -> list[str]:
     """What a part measures, as "METHOD TARGET" or "METHOD TARGET healed"."""
     if part in ("gradual", "smaller"):
         targets = TARGETS if part == "gradual" else SMALLER
-        return [f"{part} {target}{healed}" for target in targets for healed in ("", " healed")]
+        made = [f"{part} {target}{healed}" for target in targets for healed in ("", " healed")]
+        return [*made, *(f"sr-ste {SR_STE}{healed}" for healed in ("", " healed") if part == "gradual")]
     healed = " healed" * (part == "healed")
     dense = ["dense 0% healed"] if healed else []
     return dense + [f"{m} {t}{healed}" for t in TARGETS for m in METHODS if part != "model"]
@@ -159,6 +163,13 @@ def write(evidence: Quality, found: Found, args: argparse.Namespace, steps: int)
             note=f"Without healing {of(name)}. "
             f"{found[name]['parameters'] / found['dense']['parameters']:.3f} of the parameters.",
         )  # fmt: skip
+    name, at_once = f"sr-ste {SR_STE}", f"gradual {SR_STE}"
+    evidence.row(
+        "pruning", f"perplexity at {SR_STE} while training, {steps} steps: masked at once, and chosen in each step (SR-STE)",
+        of(at_once), of(name), found[name]["seconds"], seeds=(args.seed,),
+        command=f"fastlm train --prune {SR_STE} --prune-method sr-ste",
+        note=f"After {args.heal} steps of healing {of(f'{at_once} healed')} and {of(f'{name} healed')}.",
+    )  # fmt: skip
     best = min((*METHODS, "gradual"), key=lambda m: perplexity[f"{m} 70% healed"])
     name = "sparsegpt 70% healed"
     evidence.row(
@@ -172,10 +183,14 @@ def write(evidence: Quality, found: Found, args: argparse.Namespace, steps: int)
     evidence.table(
         "Change of the perplexity against the dense model, on the same tokens",
         ["method", *kinds],
-        [[m, *(f"{change(found, f'{m} {kind}'):+.2%}" for kind in kinds)] for m in (*METHODS, "gradual")],
+        [
+            [m, *(f"{change(found, f'{m} {k}'):+.2%}" if f"{m} {k}" in found else "-" for k in kinds)]
+            for m in (*METHODS, "gradual", "sr-ste")
+        ],
         f"{args.tokens:,} validation tokens; dense {perplexity['dense']:.4f}. Layer by layer; the tied embedding and head stay "
         f"whole. healed: {args.heal} steps more at a third of the learning rate, which change the dense model by "
-        f"{change(found, 'dense 0% healed'):+.2%}. gradual: trained anew for {steps} steps with growing zeros (2:4: at once).",
+        f"{change(found, 'dense 0% healed'):+.2%}. gradual: trained anew for {steps} steps with growing zeros (2:4: at once). "
+        "sr-ste: as many steps, the weights of 2:4 chosen anew in each between 20% and 70% of them.",
     )
     evidence.table(
         "Increase of the loss, as a part of another's",
@@ -195,13 +210,14 @@ def bars(found: Found) -> list[tuple[str, float, float]]:
         for target, limit in BARS.items()
     ]
     out.append(("gradual with healing against SparseGPT, 70%", 1.0, more("gradual 70% healed") / more("sparsegpt 70%")))
+    out.append((f"SR-STE against masked at once, {SR_STE}", 1.0, more(f"sr-ste {SR_STE}") / more(f"gradual {SR_STE}")))
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of each training (the default job takes 2930)")
-    parser.add_argument("--heal", type=int, default=250, help="steps of healing")
+    parser.add_argument("--steps", type=int, default=1800, help="of each training (the default job takes 2930)")
+    parser.add_argument("--heal", type=int, default=200, help="steps of healing")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32_768, help="of validation")
     parser.add_argument("--run", default="", help="a trained run in place of a new one")

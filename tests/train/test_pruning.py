@@ -139,12 +139,14 @@ def test_the_target_is_reached_though_growth_ends_with_the_run(book: str, method
 
 
 def test_flags_of_pruning_without_effect_are_named() -> None:
-    given = {"prune_method": "magnitude", "prune_begin": 0.1, "prune_end": 0.9, "prune_every": 3}
+    given = {"prune_method": "magnitude", "prune_begin": 0.1, "prune_end": 0.9, "prune_every": 3, "prune_decay": 0.5}
     named = lambda **more: [note.split()[0] for note in tiny(**given | more).notes() if "--prune" in note.split()[0]]
-    assert named() == ["--prune-method", "--prune-begin", "--prune-end", "--prune-every"]
-    assert named(prune="0.5") == ["--prune-end", "--prune-every"]
-    assert named(prune="2:4") == ["--prune-method", "--prune-end", "--prune-every"]
-    assert named(prune="0.5", prune_method="gradual") == []
+    assert named() == ["--prune-method", "--prune-begin", "--prune-end", "--prune-every", "--prune-decay"]
+    assert named(prune="0.5") == ["--prune-end", "--prune-every", "--prune-decay"]
+    assert named(prune="2:4") == ["--prune-method", "--prune-end", "--prune-every", "--prune-decay"]
+    assert named(prune="0.5", prune_method="gradual") == ["--prune-decay"]
+    assert named(prune="2:4", prune_method="sr-ste") == ["--prune-every"]
+    assert named(prune_method="sr-ste") == named()
 
 
 @pytest.fixture
@@ -239,10 +241,14 @@ def test_a_run_that_was_not_pruned_is_not_pruned_later(book: str, fork: bool) ->
 
 
 @pytest.mark.slow  # two ranks
-@pytest.mark.parametrize(("mesh", "prune"), [("fsdp=2", "0.5"), ("dp=2", "0.5"), ("fsdp=2", "2:4t")])
-def test_masks_of_two_ranks_are_those_of_one(book: str, mesh: str, prune: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("mesh", "prune", "method"),
+    [("fsdp=2", "0.5", "gradual"), ("dp=2", "0.5", "gradual"), ("fsdp=2", "2:4t", "gradual"),
+     ("fsdp=2", "2:4", "sr-ste"), ("dp=2", "2:4", "sr-ste"), ("fsdp=2", "2:4t", "sr-ste")],
+)  # fmt: skip
+def test_masks_of_two_ranks_are_those_of_one(book: str, mesh: str, prune: str, method: str) -> None:  # noqa: F811
     shape = "--layers 1 --heads 2 --width 36 --context 16 --batch 8 --steps 30 --eval-every 0 --sample 0 --dropout 0"
-    words = ["train", book, *shape.split(), "--prune", prune, "--threads", "1", "--quiet"]
+    words = ["train", book, *shape.split(), "--prune", prune, "--prune-method", method, "--threads", "1", "--quiet"]
     assert cli.main([*words, "--name", "one"]) == 0
     two = [sys.executable, "-m", "fastlm", *words, "--name", "two", "--mesh", mesh, "--nproc", "2"]
     subprocess.run(two, check=True, timeout=300)

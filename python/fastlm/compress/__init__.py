@@ -2,7 +2,7 @@
 go whole (``shrink``)."""
 
 from fastlm.compress.held import Held, held
-from fastlm.compress.masks import Masks, attach, hold, masked, masks, split
+from fastlm.compress.masks import Masks, attach, floats, hold, masked, masks, split
 from fastlm.compress.prune import Pruned, prune, unprune
 from fastlm.compress.quantize import Converted, convert, plan, restore
 from fastlm.compress.semi_structured import check_24, pack_24, unpack_24
@@ -20,6 +20,7 @@ __all__ = [
     "attach",
     "check_24",
     "convert",
+    "floats",
     "held",
     "hold",
     "masked",

@@ -35,6 +35,17 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return {name: t for name, t in tensors.items() if name not in found}, found
 
 
+def floats(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Named tensors as float32. Those with a mask among ``masks`` are 0 where it says so, float32 ones in place: a checkpoint
+    holds what a mask hides while a run still chooses."""
+    out = {name: t.float() for name, t in tensors.items()}
+    for name, mask in masks.items():
+        weight = name.removesuffix("_mask")
+        if weight in out:
+            ops.apply_mask_(out[weight], mask)
+    return out
+
+
 def attach(model: nn.Module, found: Mapping[str, Tensor]) -> None:
     """Gives a model masks by the keys of ``masks`` and applies them. Int8 layers, frozen at zero there, keep one beside them.
 

@@ -16,7 +16,7 @@ from fastlm.data.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.data.errors import InputError
 from fastlm.energy import EnergyError, carbon_intensity
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
-from fastlm.train.sparsity import target
+from fastlm.train import sparsity
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base", "head_size")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
@@ -245,19 +245,27 @@ class OptimConfig:
     """Decay of an exponential moving average of the weights, used for evaluation; 0: none."""
     prune: str = ""
     """Prune the linear layers while training, by magnitude: to a part of zeros such as 0.7, or a pattern such as 2:4."""
-    prune_method: Literal["gradual", "magnitude"] = "gradual"
-    """gradual: the zeros grow by a cubic schedule (Zhu and Gupta 2017). magnitude, and patterns: all at once, at the begin."""
+    prune_method: Literal["gradual", "magnitude", "sr-ste"] = "gradual"
+    """gradual: the zeros grow by a cubic schedule (Zhu and Gupta 2017). magnitude, and patterns: all at once, at the begin.
+    sr-ste: a pattern's weights are chosen anew in each step, and those masked learn too (Zhou et al. 2021), to --prune-end."""
     prune_begin: float = bounded(0.2, 0, below=1)
     """Part of the steps before the first weights go."""
     prune_end: float = bounded(0.7, 0, 1)
     """Part of the steps after which no more go; what follows heals."""
     prune_every: int = bounded(20, 1)
     """Steps between two growths of the masks."""
+    prune_decay: float = bounded(2e-4, 0)
+    """With --prune-method sr-ste: this times a masked weight is added to its gradient, after clipping."""
 
     @property
     def grows(self) -> bool:
         """Whether --prune makes its zeros bit by bit. InputError where it asks for what cannot be."""
-        return bool(self.prune) and target(self.prune)[0] is not None and self.prune_method == "gradual"
+        return bool(self.prune) and sparsity.target(self.prune)[0] is not None and self.prune_method == "gradual"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether --prune's weights are chosen anew in each step (SR-STE), until the last choice is held."""
+        return bool(self.prune) and self.prune_method == "sr-ste"
 
     @property
     def rise(self) -> int:
@@ -372,13 +380,7 @@ class Config:
         if r.patience and not r.eval_every:
             raise InputError("--patience needs evaluations on the way: --eval-every is 0")
         if self.optim.prune:
-            if self.optim.grows and self.optim.prune_begin > self.optim.prune_end:
-                raise InputError(
-                    f"--prune-begin must not be above --prune-end; they are {self.optim.prune_begin:g} and "
-                    f"{self.optim.prune_end:g}"
-                )
-            if self.model.lora_rank:
-                raise InputError("--prune and --lora-rank exclude each other: LoRA leaves the weights frozen")
+            sparsity.check(self.optim, self.model.lora_rank)
         if r.compile and r.recompute != "none":
             raise InputError(
                 f"--compile and --recompute {r.recompute} exclude each other: torch.compile cannot trace the "
@@ -441,10 +443,7 @@ class Config:
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
             (o, "min_lr", o.falls, "a step whose rate falls (--schedule, --warmup, --cooldown)"),
-            (o, "prune_method", bool(o.prune) and target(o.prune)[0] is not None, "--prune with a part such as 0.7"),
-            (o, "prune_begin", bool(o.prune), "--prune"),
-            (o, "prune_end", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
-            (o, "prune_every", o.grows, "--prune with a part such as 0.7, and --prune-method gradual"),
+            *((o, *rest) for rest in sparsity.heeded(o)),
             (r, "deadline", bool(r.when), "--when"),
             (r, "eval_tokens", 0 < r.eval_every < o.steps, "an evaluation before the last (--eval-every)"),
         ):

@@ -128,6 +128,9 @@ def _rank(
         "gradients": 4 * mine,
         "optimizer": states_bytes,
         "average of weights": 4 * mine if o.ema else 0,
+        "weights that masks hide": 4
+        * sum(held[n] for n in named if n.startswith("blocks") and len(shapes[n]) == 2)
+        * o.chooses,
         "activations": kept * min(ahead(at, mesh.pp, each, micros) + 1, each * micros) + working,
         "logits of one chunk": min(tokens * _ceil(c.vocab, mesh.tp), max(CHUNK_ELEMENTS, 16 * c.vocab)) * 12 * last,
     }

@@ -134,7 +134,7 @@ def read_model(path: Path) -> Source:
         settings = config["config"]["model"]
         tensors = lora.merged(tensors, settings["lora_alpha"] / settings["lora_rank"])
     tensors, masks = compress.split(tensors)
-    return Source(shape, {name: t.float() for name, t in tensors.items()}, config.get("tokenizer"), int8, masks)
+    return Source(shape, compress.floats(tensors, masks), config.get("tokenizer"), int8, masks)
 
 
 def _compressed(run: Path, record: Any) -> tuple[dict[str, Tensor], Held | None]:

@@ -73,7 +73,7 @@ class Heal:
         part = RATE if self.lr is None else self.lr / optim.lr
         model.lora_rank, model.init = 0, ""
         optim.steps, optim.ema, optim.ramp, optim.warmup = self.steps, 0.0, 0, None
-        for name in ("prune", "prune_method", "prune_begin", "prune_end", "prune_every"):
+        for name in ("prune", "prune_method", "prune_begin", "prune_end", "prune_every", "prune_decay"):
             setattr(optim, name, getattr(OptimConfig, name))
         run.eval_tokens = RunConfig.eval_tokens
         optim.lr *= part

@@ -24,6 +24,7 @@ from fastlm.console import warn
 from fastlm.data import InputError, Prefetch
 from fastlm.data.bounds import flag
 from fastlm.data.loader import Source
+from fastlm.ops import apply_mask_
 from fastlm.train import callbacks as events
 from fastlm.train import checkpoint, lock, optim, parallel, pruning, signals, state
 from fastlm.train.config import Config
@@ -210,13 +211,14 @@ class Trainer:
                 count += tokens * (stage == 0)
         total, count = self.ranks.sum(total), self.ranks.sum(count)
         grads = self.layout.grads()
-        self.pruning.masks.gradients()
+        self.pruning.gradients()
         factor = self.ranks.size_of_mean / (unit * self.scale * count)
         norm = self.layout.norm() * factor
         found = (~(torch.isfinite(norm) & torch.isfinite(total))).float()
         if cfg.clip:
             factor = factor * (cfg.clip / (norm + 1e-6)).clamp(max=1.0)
         multiply_all(grads, factor)
+        self.pruning.decay()
         self.optimizer.set_found_inf(found)
         self.optimizer.step()
         self.pruning.after_step()
@@ -224,16 +226,8 @@ class Trainer:
         self._after(found)
         self.step += 1
         self.consumed += size
-        self.pending.append(
-            {
-                "step": self.step,
-                "loss": total / count,
-                "grad_norm": norm,
-                "bad": found,
-                "lr": part * cfg.lr,
-                "size": size,
-            }
-        )
+        row = {"step": self.step, "loss": total / count, "grad_norm": norm, "bad": found}
+        self.pending.append(row | {"lr": part * cfg.lr, "size": size})
 
     def _next_micro_batch(self) -> tuple[np.ndarray, tuple[Tensor, ...], bool]:
         """Sample numbers and tensors; and whether they count nothing, standing in for samples that other ranks have."""
@@ -302,10 +296,8 @@ class Trainer:
         keys = ("loss", "grad_norm", "bad")
         values = torch.stack([row[k].float() for row in rows for k in keys]).tolist()
         now = time.perf_counter()
-        took, stalled = (
-            now - self._clock - sum(row.get("aside", 0.0) for row in rows),
-            self.loader.stalled - self._stalled,
-        )
+        took = now - self._clock - sum(row.get("aside", 0.0) for row in rows)
+        stalled = self.loader.stalled - self._stalled
         self._clock, self._stalled = now, self.loader.stalled
         samples = sum(row["size"] for row in rows)
         for i, (row, used) in enumerate(zip(rows, list(self.energy.lines(len(rows), self.nominal(samples))))):
@@ -389,12 +381,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving average in the weights' place, if there is one."""
-        params = {n: self.layout.params[n] for n in self.ema}
+        """The moving average in the weights' place, if there is one; and 0 in the place of what --prune hides."""
+        hidden = self.pruning.choice(self.step)
+        params = {n: self.layout.params[n] for n in (*self.ema, *hidden)}
         own = {n: p.detach().clone() for n, p in params.items()}
         with torch.no_grad():
             for n, p in params.items():
-                p.copy_(self.ema[n])
+                p.copy_(self.ema.get(n, p))
+            for n, mask in hidden.items():
+                apply_mask_(params[n], mask)
         try:
             yield
         finally:
@@ -408,6 +403,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- stop and go on
 
     def save(self, best: bool = False) -> None:
+        self.pruning.choice(self.step)
         groups = {"model": state.model_pieces(self.layout)} | {
             "optimizer": state.optimizer_pieces(self.layout, self.optimizer),
             "ema": state.tensor_pieces(self.layout, self.ema),
