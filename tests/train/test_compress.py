@@ -16,8 +16,10 @@ from fastlm.cli.main import main
 from fastlm.data import InputError
 from fastlm.nn import Int8Linear
 from fastlm.train import checkpoint, compressing, export, job, lora, state
+from fastlm.train.base import read_shape
 from fastlm.train.files import read_metrics
 from test_train import StopAt, _own_place, book, tiny  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LORA = {"init": "runs/base-int8", "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2}
 
@@ -218,6 +220,64 @@ def test_lora_trains_on_an_int8_base_and_goes_on(base: str, options: dict[str, A
     tokens = torch.randint(256, (2, 16))
     with torch.no_grad():
         assert (merged(tokens) - whole.model.eval()(tokens)).abs().max() < 0.1
+
+
+class Floats(TorchDispatchMode):
+    """Counts the float matrices of some shapes that are made, but for meta ones."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes, self.seen = shapes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_meta:
+                self.seen += tuple(t.shape) in self.shapes
+        return out
+
+
+def test_no_float_matrix_is_made_of_an_int8_base(base: str) -> None:
+    shrink(base)
+    path, same = Path("runs/base-int8"), {"width": None, "layers": None, "heads": None, "context": None, **LORA}
+    layers = job.load(path, "cpu")[0].named_modules()
+    shapes = {tuple(m.weight.shape) for _, m in layers if isinstance(m, Int8Linear)}
+    with Floats(shapes) as floats:
+        job.load(path, "cpu")
+        made = job.start(tiny(name="thin", **same), (base,))
+    assert floats.seen == 0
+    made.trainer.fit()
+    config, corpus = job.read_config(made.folder)
+    config.optim.steps += 1
+    with Floats(shapes) as floats:
+        job.resume(made.folder, config, corpus, other_data=False, say=str)
+    assert floats.seen == 0
+    with Floats(shapes) as floats:  # it does count
+        export.read_model(path)
+    assert floats.seen > 0
+
+
+def test_a_plan_reads_the_shape_of_init(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shrink(base)
+    for path in (Path("runs/base"), checkpoint.newest(Path("runs/base")), Path("runs/base-int8")):
+        shape, int8 = read_shape(path)
+        found = export.read_model(path)
+        assert shape == found.shape
+        assert (int8 is None) == (found.int8 is None)
+    assert int8 is not None
+    assert all(t.is_meta for pair in int8.layers.values() for t in pair)
+    capsys.readouterr()
+    words = ["--device", "cpu", "--memory", "8", "--batch", "4", "--json", "--init", "base-int8"]
+    weights = []
+    for more in ([], ["--lora-rank", "4"]):
+        assert main(["plan", *words, *more]) == 0
+        weights.append(json.loads(capsys.readouterr().out)["plans"][0]["memory"]["weights"])
+    same = {"width": None, "layers": None, "heads": None, "context": None, **LORA}
+    made = job.start(tiny(name="thin", **same), (base,))
+    assert weights[1] == made.costs.parts["weights"] == weight_bytes(made.model)
+    assert weights[0] == 4 * made.costs.parameters
+    assert main(["plan", *words, "--width", "64"]) == 2
+    assert "--width is 64, but the model of --init" in capsys.readouterr().err
 
 
 def test_training_without_adapters_starts_at_the_dequantised_weights(base: str, capsys) -> None:

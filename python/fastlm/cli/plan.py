@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -13,7 +14,9 @@ from fastlm.cli import flags
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.bounds import Range, check
 from fastlm.data.errors import InputError
+from fastlm.train.base import read_shape
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from fastlm.train.folders import find_init
 from fastlm.train.machine import memory_limit, pick_device
 from fastlm.train.plan import Plan, plans
 
@@ -64,6 +67,7 @@ def _table(found: list[Plan]) -> Table:
 EXAMPLES = """
 fastlm plan --size 350M --devices 8 --memory 80
 fastlm plan --size 1B --batch 256 --dtype bfloat16 --devices 16 --memory 40
+fastlm plan --init RUN-int8 --lora-rank 8 --memory 8
 """
 
 
@@ -78,8 +82,9 @@ def plan(
 ) -> int:
     """What training takes of each device under every mesh of so many devices, and which mesh to take.
 
-    Takes the flags of fastlm train; nothing is allocated or trained. All figures are of one rank: memory at its peak
-    (estimated), floating-point operations and bytes sent in a step.
+    Takes the flags of fastlm train; nothing is allocated or trained. Of a model that --init names only the shape is read, and
+    which layers are int8. All figures are of one rank: memory at its peak (estimated), floating-point operations and bytes sent
+    in a step.
 
     Args:
         devices: How many devices (processes) the run may have.
@@ -88,8 +93,12 @@ def plan(
     """
     config = Config(model, data, optim, run)
     config.check()
+    int8 = None
     if model.init:
-        raise InputError("fastlm plan reads no model: give --init's shape by --size, --layers, --width ...")
+        model.init = str(find_init(model.init, run.out))
+        given, held = read_shape(Path(model.init))
+        model.take_shape(given)
+        int8 = held if model.lora_rank else None  # else they train in float
     check("memory", memory, Range(0))
     check("devices", devices, Range(1, 65536))
     if memory and run.device in ("cpu", "cuda"):
@@ -100,8 +109,8 @@ def plan(
         kind, limit = device.type, int(memory * 2**30) or own
         if not limit:
             raise InputError(f"--memory: this machine does not tell how much its {kind} has; give GiB for each device")
-    shape = model.resolve(_vocab(model, data))
-    found, refused = plans(shape, config, devices, limit, kind)
+    shape = model.resolve(model.rows if model.init else _vocab(model, data))
+    found, refused = plans(shape, config, devices, limit, kind, int8)
     if not found:
         raise InputError(f"--devices {devices}: no mesh of as many can be: {'; '.join(refused.values())}")
     best = found[0] if found[0].fits else None

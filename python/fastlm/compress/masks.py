@@ -36,12 +36,12 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def floats(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Named tensors as float32. Those with a mask among ``masks`` are 0 where it says so, float32 ones in place: a checkpoint
-    holds what a mask hides while a run still chooses."""
-    out = {name: t.float() for name, t in tensors.items()}
+    """Named tensors, those of floating dtypes as float32. With a mask among ``masks`` they are 0 where it says so, float32 ones
+    in place: a checkpoint holds what a mask hides while a run still chooses."""
+    out = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     for name, mask in masks.items():
         weight = name.removesuffix("_mask")
-        if weight in out:
+        if weight in out and out[weight].is_floating_point():
             ops.apply_mask_(out[weight], mask)
     return out
 

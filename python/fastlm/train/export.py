@@ -96,19 +96,30 @@ def _json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def read_model(path: Path) -> Source:
-    """The model of a run (its best weights, else its last), a checkpoint, or an exported folder of either kind.
-
-    An average of the weights (--ema) comes in the weights' place, and LoRA's adapters are merged into their matrices.
-    Raises InputError, in one sentence, for a folder that is none of these or a model that the plain GPT cannot be.
-    """
-    if (path / "state.json").is_file():
-        run, own = path.parent.parent, path
-    else:
-        run, own = path, None
+def described(path: Path) -> tuple[Path, dict[str, Any], GPTConfig]:
+    """The folder whose config.json tells of the model in `path`, that file, and the shape in it; as `read_model` raises."""
+    run = path.parent.parent if (path / "state.json").is_file() else path
     config = _json(run / "config.json") if (run / "config.json").is_file() else {}
     if "quantization_config" in config:
         raise InputError(f"{path} holds quantized weights; fastlm reads float ones, or what `fastlm compress` wrote")
+    if "model_type" in config:
+        return run, config, _hf_shape(config, path)
+    if "model" not in config:
+        raise InputError(f"{path} is no run, checkpoint or exported folder: it holds no config.json of a model")
+    try:
+        return run, config, GPTConfig(**config["model"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{run / 'config.json'} cannot be read: {error}") from None
+
+
+def read_model(path: Path, floats: bool = True) -> Source:
+    """The model of a run (its best weights, else its last), a checkpoint, or an exported folder of either kind.
+
+    An average of the weights (--ema) comes in the weights' place, and LoRA's adapters are merged into their matrices. Without
+    `floats` int8 layers stay as they are: weights int8 and scales beside them, as `base.build` takes them.
+    Raises InputError, in one sentence, for a folder that is none of these or a model that the plain GPT cannot be.
+    """
+    run, config, shape = described(path)
     if "model_type" in config:
         tensors = {name: t.float() for name, t in _files(path).items()}
         try:
@@ -116,19 +127,13 @@ def read_model(path: Path) -> Source:
         except InputError:  # a model serves without; who needs its tokenizer asks for it and gets the reason
             tokenizer = None
         return Source(*from_hf(config, tensors, path), tokenizer)
-    if "model" not in config:
-        raise InputError(f"{path} is no run, checkpoint or exported folder: it holds no config.json of a model")
-    try:
-        shape = GPTConfig(**config["model"])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{run / 'config.json'} cannot be read: {error}") from None
     int8 = None
-    if own is None and config.get("compressed"):
-        tensors, int8 = _compressed(run, config["compressed"])
-    elif own is None and checkpoint.steps(run):
+    if run == path and config.get("compressed"):
+        tensors, int8 = _compressed(run, config["compressed"], floats)
+    elif run == path and checkpoint.steps(run):
         tensors = _chosen(run, config)
     else:
-        tensors = checkpoint_tensors(own) if own is not None else _files(path)
+        tensors = _files(path) if run == path else checkpoint_tensors(path)
     if (run / lora.BASE).is_dir():
         tensors = {**base_tensors(run)[0], **tensors}
         settings = config["config"]["model"]
@@ -137,8 +142,8 @@ def read_model(path: Path) -> Source:
     return Source(shape, compress.floats(tensors, masks), config.get("tokenizer"), int8, masks)
 
 
-def _compressed(run: Path, record: Any) -> tuple[dict[str, Tensor], Held | None]:
-    """The float tensors of a folder that `fastlm compress` wrote, and its int8 layers."""
+def _compressed(run: Path, record: Any, floats: bool) -> tuple[dict[str, Tensor], Held | None]:
+    """The tensors of a folder that `fastlm compress` wrote, or of LoRA's base, and its int8 layers."""
     checkpoint.verify(run)
     tensors = checkpoint.read_safetensors(run / "model.safetensors")
     try:
@@ -146,20 +151,13 @@ def _compressed(run: Path, record: Any) -> tuple[dict[str, Tensor], Held | None]
         int8 = Held.of(tensors, facts) if facts else None
     except (AttributeError, ValueError) as error:
         raise InputError(f"{run} cannot be read: {error}") from None
-    return (tensors if int8 is None else int8.floats(tensors)), int8
+    return (int8.floats(tensors) if int8 is not None and floats else tensors), int8
 
 
-def base_tensors(run: Path) -> tuple[dict[str, Tensor], Held | None]:
-    """The float tensors of the frozen base beside a run's adapters, and its int8 layers where it has some."""
-    checkpoint.verify(run / lora.BASE)
-    tensors = checkpoint.read_safetensors(run / lora.BASE / "model.safetensors")
-    if not (run / lora.BASE / lora.INT8).is_file():
-        return tensors, None
-    try:
-        int8 = Held.of(tensors, _json(run / lora.BASE / lora.INT8))
-    except ValueError as error:
-        raise InputError(f"{run / lora.BASE} cannot be read: {error}") from None
-    return int8.floats(tensors), int8
+def base_tensors(run: Path, floats: bool = True) -> tuple[dict[str, Tensor], Held | None]:
+    """The tensors of the frozen base beside a run's adapters, and its int8 layers where it has some; as of `read_model`."""
+    facts = run / lora.BASE / lora.INT8
+    return _compressed(run / lora.BASE, {"int8": _json(facts)} if facts.is_file() else {}, floats)
 
 
 def _chosen(run: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -273,10 +271,7 @@ def from_hf(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The plain GPT's shape and tensors from those of GPT2LMHeadModel or LlamaForCausalLM."""
-    style = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
-    if style not in BLOCK:
-        raise InputError(f"{path} is a {style} model; fastlm reads gpt2, llama and mistral")
-    shape = _hf_shape(config, path)
+    shape, style = _hf_shape(config, path), {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     if style == "gpt2":  # older files leave the prefix out
         tensors = {
             n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in tensors.items()
@@ -300,6 +295,8 @@ def from_hf(
 
 def _hf_shape(config: Mapping[str, Any], path: Path) -> GPTConfig:
     """The shape that transformers' config.json tells; InputError, naming the field, where it does not."""
+    if config["model_type"] not in (*BLOCK, "mistral"):
+        raise InputError(f"{path} is a {config['model_type']} model; fastlm reads gpt2, llama and mistral")
     try:
         return (_gpt2_shape if config["model_type"] == "gpt2" else _llama_shape)(config, path)
     except InputError:

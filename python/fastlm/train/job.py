@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlm import backend, compress
+from fastlm import backend
 from fastlm.console import say, warn
 from fastlm.data import InputError, Options, Prepared, TokenSource, chat, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
@@ -28,7 +28,7 @@ from fastlm.data.bounds import flag
 from fastlm.data.card import policies
 from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
 from fastlm.models.gpt import GPT
-from fastlm.train import checkpoint, export, lock, lora, modelcard, parallel, reference, report, state, waiting
+from fastlm.train import base, checkpoint, export, lock, lora, modelcard, parallel, reference, report, state, waiting
 from fastlm.train.callbacks import Picture, Samples, standard
 from fastlm.train.config import Config, DataConfig, told_shape
 from fastlm.train.costs import Costs
@@ -243,7 +243,7 @@ class Job:
         given = None
         if config.model.init and origin is None:
             config.model.init = str(find_init(config.model.init, config.run.out))
-            given = export.read_model(Path(config.model.init))
+            given = export.read_model(Path(config.model.init), floats=not config.model.lora_rank)
             config.model.take_shape(given.shape)
         if config.data.rows:  # of a run that goes on it is known
             init = Path(config.model.init) if config.model.init else None
@@ -260,26 +260,16 @@ class Job:
             check_tokenizer(config, tokenizer, given)
         self.shape = config.model.resolve(tokenizer.vocab)
         self.source = TokenSource(self.data, self.shape.context, config.run.seed, config.data.weights)
-        floats: dict[str, torch.Tensor] = {}
-        self.int8 = None if given is None else given.int8
+        self.int8, where = None if given is None else given.int8, config.model.init
+        tensors = {} if given is None else {**given.tensors, **given.masks}
         if config.model.lora_rank and origin is not None:
-            floats, self.int8 = export.base_tensors(origin)
+            (tensors, self.int8), where = export.base_tensors(origin, floats=False), str(origin / lora.BASE)
         frozen = self.int8 if config.model.lora_rank else None  # else they train in float
         self.costs = Costs.of(self.shape, config, self.device.type, self.ranks.sizes, frozen)
         check_memory(self.costs, self.device, self.ranks)
         state.seed_all(config.run.seed)
-        model = GPT(self.shape)
-        if given is not None:
-            state.load_model(model, given.tensors, config.model.init)
-            compress.attach(model, given.masks)
-        if config.model.lora_rank:
-            if origin is not None:
-                floats, masks = compress.split(floats)
-                state.load_model(model, floats, origin / lora.BASE)
-                compress.attach(model, masks)
-            if self.int8 is not None:
-                self.int8.into(model)
-            base = state.model_tensors(model)
+        model = base.build(self.shape, tensors, frozen, where)
+        tensors = state.model_tensors(model)
         self.references = self._references(model, origin)
         if config.model.lora_rank:
             lora.apply(model, config.model.lora_rank, config.model.lora_alpha, config.model.lora_targets)
@@ -291,7 +281,7 @@ class Job:
         try:
             self.base: dict[str, torch.Tensor] | None = None
             if config.model.lora_rank and self.folder != origin:
-                self._keep_base(base)
+                self._keep_base(tensors)
             self.trainer = Trainer(
                 config,
                 model,
@@ -674,12 +664,9 @@ def load(folder: Path, device: str = "auto", special_tokens: str = "") -> tuple[
 
     `special_tokens`: whether text holds any (text or read), where it is not what the run was trained with.
     """
-    found = export.read_model(folder)
+    found = export.read_model(folder, floats=False)
     spec = found.tokenizer or export.read_tokenizer(folder)
     if spec is None:
         raise InputError(f"{folder} holds no tokenizer.json, so there is no telling what its tokens mean")
-    model = GPT(found.shape)
-    state.load_model(model, found.tensors, folder)
-    if found.int8 is not None:
-        found.int8.into(model)
+    model = base.build(found.shape, found.tensors, found.int8, folder)
     return model.to(pick_device(device)).eval(), tokenizers.load(spec, special_tokens)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastlm.compress import Held
 from fastlm.data.errors import InputError
 from fastlm.models.gpt import GPTConfig
 from fastlm.train.config import Config
@@ -56,12 +57,13 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def plans(
-    shape: GPTConfig, config: Config, devices: int, memory: int, device: str
+    shape: GPTConfig, config: Config, devices: int, memory: int, device: str, int8: Held | None = None
 ) -> tuple[list[Plan], dict[str, str]]:
     """The plans for `devices` devices of `memory` bytes, best first; and the meshes that cannot be, each with its reason.
 
     Of each mesh the best micro-batch (--micro, or the rank's share and its halves) and recomputation (--recompute, or more)
-    are taken. Best is what fits; of that, what computes and idles least; then what sends least, in the fewest pieces.
+    are taken. Best is what fits; of that, what computes and idles least; then what sends least, in the fewest pieces. `int8`:
+    the int8 layers of LoRA's base.
     """
     if devices < 1:
         raise InputError(f"--devices must be at least 1; it is {devices}")
@@ -83,7 +85,7 @@ def plans(
             refused[mesh] = why
             continue
         try:
-            found.append(_fit(shape, config, sizes, mesh, memory, device))
+            found.append(_fit(shape, config, sizes, mesh, memory, device, int8))
         except InputError as error:
             refused[mesh] = str(error)
     found.sort(key=lambda plan: (*_worth(plan), len(plan.mesh)))
@@ -97,7 +99,9 @@ def _worth(plan: Plan) -> tuple[float, ...]:
     return (0, plan.flops / (1 - plan.idle), plan.sent, -plan.micro)
 
 
-def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, memory: int, device: str) -> Plan:
+def _fit(
+    shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, memory: int, device: str, int8: Held | None
+) -> Plan:
     share = -(-config.optim.batch // (sizes["dp"] * sizes["fsdp"]))
     order: tuple[str, ...] = ("none", "half", "full")
     micros = [min(config.optim.micro, share)] if config.optim.micro else [share]
@@ -110,7 +114,7 @@ def _fit(shape: GPTConfig, config: Config, sizes: dict[str, int], mesh: str, mem
         for micro in micros:
             changed = copy.deepcopy(config)
             changed.run.recompute, changed.optim.micro = recompute, micro  # type: ignore[assignment]
-            costs = Costs.of(shape, changed, device, sizes)
+            costs = Costs.of(shape, changed, device, sizes, int8)
             again = {"none": 0.0, "half": 1 / 2, "full": 1.0}[recompute] / 3  # a forward is a third of a step
             flops = costs.flops_per_sample * config.optim.batch / math.prod(sizes.values()) * (1 + again)
             waits = idle(sizes["pp"], each, -(-share // micro))
