@@ -8,6 +8,7 @@ from fastlm.compress.quantize import Converted, convert, plan, restore
 from fastlm.compress.semi_structured import check_24, pack_24, unpack_24
 from fastlm.compress.shrink import KINDS, Shrunk, shrink
 from fastlm.compress.smooth import Smoothed, smooth
+from fastlm.compress.sparse_kernels import Sparse24, dense_24, sparse_24
 
 __all__ = [
     "KINDS",
@@ -17,9 +18,11 @@ __all__ = [
     "Pruned",
     "Shrunk",
     "Smoothed",
+    "Sparse24",
     "attach",
     "check_24",
     "convert",
+    "dense_24",
     "floats",
     "held",
     "hold",
@@ -31,6 +34,7 @@ __all__ = [
     "restore",
     "shrink",
     "smooth",
+    "sparse_24",
     "split",
     "unpack_24",
     "unprune",
