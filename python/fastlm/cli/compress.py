@@ -27,6 +27,7 @@ def compress(
     weight_only: bool = False,
     group: Literal[32, 64, 128] | None = None,
     smooth: bool = False,
+    split: bool = False,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     only_faster: bool = False,
@@ -56,6 +57,7 @@ def compress(
         weight_only: With --int8: weights in int8, activations in float.
         group: With --weight-only: weights that share a scale; without it a whole row does.
         smooth: With --int8: SmoothQuant; outliers of activations move into weights, folded into the norms.
+        split: With --int8: columns of activations that stand out stay in float, beside the int8 product.
         include: Layers to take, by path, glob or last name; without it all but the output head.
         exclude: Layers to leave.
         only_faster: Leave layers in float that int8 would make slower on this machine.
@@ -71,7 +73,8 @@ def compress(
     if heal_lr is not None:
         check("heal_lr", heal_lr, Range(above=0))
     if not int8:
-        needs = [flag for flag, on in (("--weight-only", weight_only), ("--group", group), ("--smooth", smooth)) if on]
+        given = {"--weight-only": weight_only, "--group": group, "--smooth": smooth, "--split": split}
+        needs = [flag for flag, on in given.items() if on]
         if needs:
             raise job.InputError(f"{needs[0]} needs --int8")
         if not prune:
@@ -89,7 +92,7 @@ def compress(
             raise job.InputError("--heal needs --prune" if heal else "--heal-lr needs --heal")
         methods.append(Heal(heal, heal_lr))
     if int8:
-        methods.append(compressing.Int8(weight_only, group, smooth, include, exclude, only_faster))
+        methods.append(compressing.Int8(weight_only, group, smooth, include, exclude, only_faster, split))
     try:
         with reading() as note:
             made = compressing.run(

@@ -3,6 +3,7 @@ go whole (``shrink``)."""
 
 from fastlm.compress.held import Held, held
 from fastlm.compress.masks import Masks, attach, floats, hold, masked, masks, split
+from fastlm.compress.outliers import outlier_columns
 from fastlm.compress.prune import Pruned, prune, unprune
 from fastlm.compress.quantize import Converted, convert, plan, restore
 from fastlm.compress.semi_structured import check_24, pack_24, unpack_24
@@ -28,6 +29,7 @@ __all__ = [
     "hold",
     "masked",
     "masks",
+    "outlier_columns",
     "pack_24",
     "plan",
     "prune",

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from fastlm.nn import Int8Linear
 from fastlm.nn import int8 as layers
+from fastlm.nn.int8 import Split
 from fastlm.nn.masked import MASK, MaskedLinear, release_
 
 
 @dataclass(frozen=True)
 class Held:
-    """Int8 layers by path: weight int8 [N, K] and scales float32 [N] or [N, groups]. ``mode``: as of ``Int8Linear``."""
+    """Int8 layers by path: weight int8 [N, K] and scales float32 [N] or [N, groups]. ``mode``: as of ``Int8Linear``.
+    ``splits``: of those with outlier columns these, int64 [k], and the weight there, [N, k]."""
 
     mode: str
     group: int | None
     layers: dict[str, tuple[Tensor, Tensor]] = field(repr=False)
+    splits: dict[str, Split] = field(default_factory=dict, repr=False)
 
     def facts(self) -> dict[str, Any]:
         """What tensors do not tell, for a file beside them; ``of`` reads it."""
@@ -38,7 +41,15 @@ class Held:
                 if scale is None or scale.dtype != torch.float32:
                     raise ValueError(f"{name} is int8 and has no float32 {name}_scale beside it")
                 found[name.removesuffix(".weight")] = (t, scale)
-        return cls(str(mode), group, found)
+        splits = {}
+        for path, (weight, _) in found.items():
+            columns, beside = tensors.get(f"{path}.outliers"), tensors.get(f"{path}.outlier_weight")
+            if columns is None:
+                continue
+            if columns.dtype != torch.int64 or beside is None or beside.shape != (weight.shape[0], *columns.shape):
+                raise ValueError(f"{path}.outliers are no columns with an outlier_weight beside them")
+            splits[path] = (columns, beside)
+        return cls(str(mode), group, found, splits)
 
     def into(self, model: nn.Module) -> None:
         """Makes the linear layers at these paths Int8Linear with these values; they need not be quantised again. A mask
@@ -60,19 +71,19 @@ class Held:
             assert isinstance(module, nn.Linear)
             mask = module._buffers.get(MASK)
             release_(module)
-            layers.convert_(module, self.mode, self.group, values)
+            layers.convert_(module, self.mode, self.group, values, self.splits.get(path))
             if mask is not None:
                 module.register_buffer(MASK, mask)
 
     def floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``tensors`` as those of the float model: each int8 weight times its scales."""
+        """``tensors`` as those of the float model: each int8 weight times its scales, and outlier columns in their places."""
         out = {}
         for name, t in tensors.items():
-            path = name.removesuffix(".weight")
-            if path in self.layers and name != path:
-                out[name] = layers.dequantize(*self.layers[path])
-            elif name.removesuffix(".weight_scale") not in self.layers:
+            path, _, kind = name.rpartition(".")
+            if path not in self.layers or kind == "bias" or kind == MASK:
                 out[name] = t
+            elif kind == "weight":
+                out[name] = layers.joined(layers.dequantize(*self.layers[path]), self.splits.get(path))
         return out
 
 
@@ -85,4 +96,5 @@ def held(model: nn.Module) -> Held | None:
     if len(kinds) > 1:
         raise ValueError(f"the model's int8 layers are of {len(kinds)} kinds, {sorted(map(str, kinds))}; one is needed")
     ((mode, group),) = kinds
-    return Held(mode, group, {path: (m.weight, m.weight_scale) for path, m in found.items()})
+    splits = {path: split for path, m in found.items() if (split := layers.split_of(m)) is not None}
+    return Held(mode, group, {path: (m.weight, m.weight_scale) for path, m in found.items()}, splits)

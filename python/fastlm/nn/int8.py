@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
@@ -96,6 +97,23 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     return (weight.float() * each).to(dtype)
 
 
+Split = tuple[Tensor, Tensor]  # outlier columns int64 [k], and W's columns there, float [N, k]
+
+
+def split_of(module: nn.Module) -> Split | None:
+    """The outlier columns of a layer, and its weight there; None where it has none."""
+    if (columns := module._buffers.get("outliers")) is None:
+        return None
+    weight = module._buffers["outlier_weight"]
+    assert weight is not None
+    return columns, weight
+
+
+def joined(weight: Tensor, split: Split | None) -> Tensor:
+    """Float W [N, K] with its outlier columns in their places."""
+    return weight if split is None else weight.index_copy(1, split[0], split[1].to(weight.dtype))
+
+
 class Int8Linear(nn.Module):
     """``x W^T + bias`` with W held in int8: a quarter of float32's memory.
 
@@ -111,13 +129,17 @@ class Int8Linear(nn.Module):
     ``.half()`` and the like change the bias alone. Input [..., K] of any floating dtype gives [..., N] of the same dtype,
     or of autocast's where that is on. ``from_linear`` makes one of a trained layer.
 
+    A layer that ``convert_`` made with outlier columns holds two buffers more: ``outliers`` int64 [k], those columns of x, and
+    ``outlier_weight`` [N, k], W's in float. They are 0 in the int8 weight, are left out of x before it is quantised, and make a
+    float product of their own (LLM.int8(), Dettmers et al. 2022).
+
     In mode "dynamic" ``forward(x, rows)`` takes x already quantised beside it, ``rows`` being what
     ``ops.quantize_int8(x)`` gives: ``ops.dropout_add_norm(quantize="int8")`` makes them in its own pass, and several layers
     read the same ones. x then lends its shape and dtype and gets the gradient.
 
     Raises:
         ValueError: an unknown mode or group; "dynamic" with more than 131,071 inputs or outputs; ``rows`` of another shape
-            than x, or in mode "weight_only".
+            than x, in mode "weight_only", or of a layer with outlier columns.
         TypeError: ``rows`` of other dtypes than int8 and float32.
     """
 
@@ -159,7 +181,15 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor, rows: Int8Rows | None = None) -> Tensor:
         dtype = autocast_dtype(x.device) or x.dtype
-        x_MK, scale = _rows(x).to(dtype), self.weight_scale
+        x_MK, scale, columns = _rows(x).to(dtype), self.weight_scale, self._buffers.get("outliers")
+        if columns is not None:
+            if rows is not None:
+                raise ValueError(
+                    "Int8Linear: rows were given to a layer with outlier columns, which it leaves out before it quantises; "
+                    "leave them out"
+                )
+            beside = F.linear(x_MK[:, columns], self._buffers["outlier_weight"].to(dtype))  # type: ignore[union-attr]
+            x_MK = x_MK.index_fill(1, columns, 0.0)
         if self.mode == "dynamic":
             y = _Frozen.apply(x_MK, *_given(rows, x, "Int8Linear"), self.weight, scale, self.bias)
         else:
@@ -169,11 +199,13 @@ class Int8Linear(nn.Module):
                 )
             by_column = scale.t() if scale.dim() == 2 else scale
             y = ops.int8_matmul(x_MK, self.weight.t(), None, by_column, bias=self.bias, out_dtype=dtype)
+        if columns is not None:
+            y = y + beside
         return y.view(*x.shape[:-1], self.out_features)
 
     def float_weight(self) -> Tensor:
         """W [N, K] as the module multiplies by it, in ``float_dtype``."""
-        return dequantize(self.weight, self.weight_scale, self.float_dtype)
+        return joined(dequantize(self.weight, self.weight_scale, self.float_dtype), split_of(self))
 
     def to_linear(self) -> nn.Linear:
         """A float layer with the dequantised values, which are those of the layer before it was quantised only to 8 bits.
@@ -328,16 +360,29 @@ class Int8TrainingLinear(nn.Linear):
 WAS = "_fastlm_was"
 
 
-def convert_(linear: Any, mode: str, group: int | None = None, values: tuple[Tensor, Tensor] | None = None) -> None:
+def convert_(
+    linear: Any,
+    mode: str,
+    group: int | None = None,
+    values: tuple[Tensor, Tensor] | None = None,
+    split: Split | Tensor | None = None,
+) -> None:
     """Makes an ``nn.Linear`` (or transformers' Conv1D, whose weight is [K, N]) an Int8Linear in place.
 
     The module stays the same object, with its hooks, name and bias; its weight is quantised once, here, or is what
-    ``values`` gives: int8 [N, K] and its scales.
+    ``values`` gives: int8 [N, K] and its scales. ``split``: outlier columns int64 [k], and with ``values`` the weight there.
     """
     check_mode(mode, group)
     cls = type(linear)
     transposed = not isinstance(linear, nn.Linear)
+    if isinstance(split, Tensor):
+        weight = linear.weight.detach().t() if transposed else linear.weight.detach()
+        values = quantize_weight(weight.index_fill(1, split, 0.0), group)
+        split = split, weight[:, split].contiguous()
     _hold(linear, linear, mode, group, transposed, values)
+    if split is not None:
+        for name, t in zip(("outliers", "outlier_weight"), split, strict=True):
+            linear.register_buffer(name, t)
     linear.__class__ = Int8Linear
     linear.__dict__[WAS] = (cls.__module__, cls.__qualname__) if transposed else None
 
@@ -361,8 +406,8 @@ def restore_(module: Any) -> None:
     cls: type[nn.Module] = restored_class(type(module))
     was = module.__dict__.pop(WAS, None)
     weight, bias = module.float_weight(), module.bias
-    for name in ("weight", "weight_scale"):
-        del module._buffers[name]
+    for name in ("weight", "weight_scale", "outliers", "outlier_weight"):
+        module._buffers.pop(name, None)
     del module._parameters["bias"]
     if was is not None:
         cls = getattr(importlib.import_module(was[0]), was[1])

@@ -24,6 +24,8 @@ def why_not(style: str, int8: Held) -> str:
         return "the layers of transformers' GPT-2 are Conv1D, which compressed-tensors does not know"
     if int8.group and any(w.shape[1] % int8.group for w, _ in int8.layers.values()):
         return f"compressed-tensors has no short last group, and a layer's width is no multiple of {int8.group}"
+    if int8.splits:
+        return "compressed-tensors has no outlier columns in float"
     return ""
 
 

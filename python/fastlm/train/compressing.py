@@ -30,6 +30,8 @@ from fastlm.data import InputError, Prepared, TokenSource
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.prepare import of_set
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.nn import Int8Linear
+from fastlm.nn.int8 import convert_
 from fastlm.train import checkpoint, export, job, modelcard, state
 from fastlm.train.checkpoint import Piece
 from fastlm.train.config import Config, told_shape
@@ -80,8 +82,10 @@ class Int8:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     only_faster: bool = False
+    split: bool = False
     layers: list[str] = field(default_factory=list)
     smoothed: compress.Smoothed | None = None
+    outliers: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def mode(self) -> str:
@@ -96,6 +100,10 @@ class Int8:
             raise InputError(
                 "--smooth and --weight-only exclude each other: SmoothQuant makes activations easier to quantise at the "
                 "weights' cost, and --weight-only leaves activations as they are"
+            )
+        if self.split and self.weight_only:
+            raise InputError(
+                "--split and --weight-only exclude each other: --weight-only leaves activations as they are"
             )
 
     def apply(self, model: GPT, batches: Batches) -> list[str]:
@@ -116,6 +124,13 @@ class Int8:
         if self.smooth:
             self.smoothed = compress.smooth(model, batches(), self.layers)
             lines += self._smoothing(self.smoothed)
+        if self.split:
+            found = compress.outlier_columns(model, batches(), self.layers)
+            self.outliers = {path: columns.tolist() for path, columns in found.items()}
+            lines += self._splitting()
+            for path, columns in found.items():
+                convert_(model.get_submodule(path), self.mode, None, split=columns)
+            made.modules = [m for m in made.modules if not isinstance(m, Int8Linear)]
         compress.convert(made)
         compress.attach(model, masks)
         counts: dict[str, int] = {}
@@ -133,9 +148,17 @@ class Int8:
             reasons.setdefault(why, []).append(path.rpartition(".")[2])
         return lines + [f"not smoothed: {', '.join(dict.fromkeys(names))}: {why}" for why, names in reasons.items()]
 
+    def _splitting(self) -> list[str]:
+        if not self.outliers:
+            return ["split: no column of an input stands out, so none is in float"]
+        count = sum(map(len, self.outliers.values()))
+        names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in self.outliers))
+        return [f"split: {count} columns of {len(self.outliers)} layers in float ({names})"]
+
     def record(self) -> dict[str, Any]:
         smoothed = None if self.smoothed is None else asdict(self.smoothed)
-        return {"mode": self.mode, "group": self.group, "layers": self.layers, "smooth": smoothed}
+        more = {"smooth": smoothed, "split": self.outliers if self.split else None}
+        return {"mode": self.mode, "group": self.group, "layers": self.layers, **more}
 
 
 @dataclass

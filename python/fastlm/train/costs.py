@@ -64,6 +64,8 @@ class Costs:
         per_token = (4 if m.lora_rank else 6) * weights + 6 * c.layers * c.context * c.heads * c.size
         shapes = _shapes(plain, mesh.tp)
         scales = {} if int8 is None else {f"{path}.weight": s.nbytes for path, (_, s) in int8.layers.items()}
+        for path, split in {} if int8 is None else int8.splits.items():
+            scales[f"{path}.weight"] += sum(t.nbytes for t in split)
         ranks = []
         for at in range(mesh.pp):
             blocks = [i for i in range(c.layers) if stage_of(i, c.layers, stages) % mesh.pp == at]
