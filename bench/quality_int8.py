@@ -34,7 +34,8 @@ GOALS = {
     "split": 0.0005,
 }
 OF = ("fastlm.nn.int8", "fastlm.compress.quantize", "fastlm.compress.smooth", "fastlm.compress.outliers",
-      "fastlm.compress.held", "fastlm.train.compressing", "fastlm.reference.int8_matmul", "fastlm.reference.quantize_int8")  # fmt: skip
+      "fastlm.compress.held", "fastlm.train.compressing", "fastlm.reference.int8_matmul",
+      "fastlm.reference.quantize_int8")  # fmt: skip
 
 
 def config(out: str, name: str, steps: int, seed: int) -> Config:
