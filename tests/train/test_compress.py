@@ -178,7 +178,9 @@ def test_smoothing_and_splitting_heal_planted_outliers(base: str) -> None:
 
 def test_a_split_model_is_written_read_adapted_and_exported(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = torch.tensor([1, 5])
-    monkeypatch.setattr(compress, "outlier_columns", lambda model, batches, layers: dict.fromkeys(layers, columns))
+    monkeypatch.setattr(
+        compress, "outlier_columns", lambda model, batches, layers: {p: columns.clone() for p in layers}
+    )
     assert main(["compress", "base", base, "--int8", "--split", "--device", "cpu", "--samples", "8"]) == 0
     path = Path("runs/base-int8")
     assert json.loads((path / "config.json").read_text())["compressed"]["int8"]["split"]["blocks.0.attn.qkv"] == [1, 5]

@@ -178,6 +178,7 @@ class Trainer:
                 self.saver.settle(SETTLE)
                 raise
             finally:
+                self.pruning.show()
                 self.energy.close()
                 self.loader.close()
                 events.end(self.callbacks, self)
