@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastlm import compress
@@ -56,6 +55,8 @@ def read_shape(path: Path) -> tuple[GPTConfig, Held | None]:
     Raises InputError for a folder that is no run, checkpoint or exported folder, or a model that the plain GPT cannot be.
     """
     run, config, shape = export.described(path)
+    from safetensors import SafetensorError, safe_open
+
     file = run / "model.safetensors"
     try:
         facts = config["compressed"]["int8"] if run == path and config.get("compressed") else None

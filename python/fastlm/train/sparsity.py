@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastlm.data.errors import InputError
 from fastlm.reference.prune_mask import parse
-
-if TYPE_CHECKING:
-    from fastlm.train.config import OptimConfig
 
 
 def target(prune: str) -> tuple[float | None, str]:
@@ -30,8 +27,8 @@ def target(prune: str) -> tuple[float | None, str]:
     return sparsity, "unstructured"
 
 
-def check(o: OptimConfig, lora_rank: int) -> None:
-    """Raise InputError for what --prune, its method and its steps cannot be together."""
+def check(o: Any, lora_rank: int) -> None:
+    """`o` is an `OptimConfig`. Raise InputError for what --prune, its method and its steps cannot be together."""
     sparsity, _ = target(o.prune)
     if o.chooses and sparsity is not None:
         raise InputError(
@@ -43,7 +40,7 @@ def check(o: OptimConfig, lora_rank: int) -> None:
         raise InputError("--prune and --lora-rank exclude each other: LoRA leaves the weights frozen")
 
 
-def heeded(o: OptimConfig) -> list[tuple[str, bool, str]]:
+def heeded(o: Any) -> list[tuple[str, bool, str]]:
     """Of each field beside --prune whether it has an effect, and what that needs."""
     parts = bool(o.prune) and target(o.prune)[0] is not None
     method = "--prune with a pattern such as 2:4" if o.prune_method == "sr-ste" else "--prune with a part such as 0.7"
