@@ -142,11 +142,13 @@ def test_who_is_offline_goes_on_and_what_was_said_arrives_later_even_by_another_
     for _ in range(3):
         page.key("1")
     page.wait("$('line').className === 'off' && $('line').textContent === 'no connection, 3 kept here'")
-    page.js("sessionStorage.clear()")  # the window is closed, and another one opened
+    page.js(
+        "sessionStorage.clear(), outbox = [], who = ''"
+    )  # the window is closed, still offline, and another one opened
     browser.ask(
         "Network.emulateNetworkConditions", page.session, offline=False, **(offline | dict.fromkeys(offline, -1))
     )
-    page.js("outbox = [], who = '', location.reload()")
+    page.js("location.reload()")
     page.wait("document.activeElement === $('name') && !who")
     page.write("Ann")
     page.key("Enter")
