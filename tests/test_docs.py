@@ -42,7 +42,7 @@ def test_the_trainer_s_example_trains_one_s_own_model_and_goes_on(tmp_path: Path
 
 def test_the_trainer_s_flags_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for group in Config().to_dict().values() for name in group}
-    known |= {"--resume", "--fork", "--other-data", "--help", "--max-restarts"}
+    known |= {"--resume", "--fork", "--other-data", "--help", "--max-restarts", "--folds", "--fractions"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", (DOCS / "trainer.md").read_text()))
     assert not named - known
     table = re.findall(r"`(--[^`]*)`", (DOCS / "trainer.md").read_text())

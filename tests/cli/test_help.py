@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": {},
     "eval": {},
     "export": {},
+    "soup": {},
     "inspect": {},
     "compare": {},
     "data prepare": {"data": GROUPS["data"]},

@@ -50,7 +50,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "init": ("first",), "head_size": (8,), "lora_targets": (("qkv",),),
     "tokenizer": ("chars", "bpe", "first.json"), "field": ("body",), "separator": ("\\n",), "weights": ((1.0, 3.0),),
     "val": (("more=more.txt",),), "betas": ((0.5, 0.5),), "prune": ("0.5", "2:4"),
-    "shapes": ("2/2/96,1/1/32",), "chat_template": ("other.jinja",),
+    "fold": ("1/2",), "shapes": ("2/2/96,1/1/32",), "chat_template": ("other.jinja",),
     "name": ("other",), "out": ("elsewhere",), "device": ("auto",), "mesh": ("dp=1",), "wandb": ("project",),
     "carbon": ("381",), "when": ("curve.csv",), "deadline": ("1h",),
 }  # fmt: skip

@@ -45,6 +45,7 @@ FREE = {
     "carbon",
     "when",
     "deadline",
+    "fold",
 }
 WHOLE = Range(1, COUNT)
 OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are arguments of a function
@@ -67,8 +68,10 @@ OWN: dict[str, dict[str, Range]] = {  # of the commands whose flags are argument
         "port": Range(0, 65535),
     },
     "plan": {"devices": Range(1, 65536), "memory": Range(0)},
+    "train": {"folds": Range(2, COUNT), "fractions": Range(above=0, high=1)},
     "bench": RANGES,
-    "data clean": {}, "data augment": {}, "eval": {}, "export": {"outputs": WHOLE}, "runs": {}, "compare": {}, "data pairs": {},
+    "data clean": {}, "data augment": {}, "eval": {}, "export": {"outputs": WHOLE}, "soup": {}, "runs": {}, "compare": {},
+    "data pairs": {},
 }  # fmt: skip
 HELD: dict[str, tuple[type, ...]] = {  # and those that hold dataclasses
     "train": GROUPS, "plan": GROUPS, "data prepare": (DataConfig,), "data show": (DataConfig,), "data clean": (CleanOptions,),

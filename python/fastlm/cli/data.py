@@ -74,7 +74,9 @@ def _lines(data: Prepared, seconds: float) -> Iterator[str]:
         yield line
     yield from job.tuned([data])
     if m.get("left_out"):
-        yield f"{m['left_out']:,} documents are on neither side: they, or their groups, are in a --val set"
+        yield (
+            f"{m['left_out']:,} documents are on neither side: they, or their groups, are in a --val set or beyond --fraction"
+        )
     if m["undecodable"]:
         yield f"{m['undecodable']:,} texts are not UTF-8 throughout"
     yield f"{seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s; {data.folder}"

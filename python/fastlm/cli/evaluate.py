@@ -1,36 +1,36 @@
 """`fastlm eval [RUN] [TEXT ...]`: loss, perplexity and bits per byte on the run's validation split or on any text.
 
-It reads and measures as the run does: under its --dtype, with packed documents apart; a text is prepared like a further
-validation set.
+`fastlm eval RUN RUN ... --ensemble` is of the mean of the runs' probabilities, on what the first of them holds out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch
 import tyro
 
+from fastlm import console
 from fastlm.cli import flags
 from fastlm.cli.data import SpecialTokens, reading, special_tokens_of
-from fastlm.data import prepare
-from fastlm.train import job, reference
-from fastlm.train.config import Config
+from fastlm.models.ensemble import Ensemble
+from fastlm.train import job, together
+from fastlm.train.evaluating import Evaluation
 from fastlm.train.folders import has_data
-from fastlm.train.machine import autocast
-from fastlm.train.ranks import SingleProcess
 
 EXAMPLES = """
 fastlm eval                      # the last run on its validation split
 fastlm eval myrun other.txt --json
+fastlm eval first second third --ensemble    # the mean of their probabilities
 """
 
 
 def evaluate(
     run: tyro.conf.Positional[str] = "",
     text: tyro.conf.Positional[tuple[str, ...]] = (),
+    ensemble: bool = False,
     special_tokens: SpecialTokens = "run",
     device: str = "auto",
     out: str = "runs",
@@ -41,60 +41,89 @@ def evaluate(
     Args:
         run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
         text: Files, folders or globs; without any, the run's own validation split.
+        ensemble: Take several runs, which stand before the texts, by the mean of their probabilities.
         special_tokens: text: what looks like a special token in a TEXT is text. read: it becomes that token. run: as the run
             was trained.
         device: auto, cpu, cuda or mps.
         out: Folder of runs.
         as_json: Print one JSON object.
     """
-    folder = job.find_run(run, out)
-    model, tokenizer = job.load(folder, device, special_tokens_of(special_tokens))
+    folders = [] if ensemble else [job.find_run(run, out)]
+    if ensemble:
+        folders, text = together.split_words([run, *text] if run else [], out)
+        together.need_several(folders, "eval --ensemble")
+    for name in text:
+        if has_data(Path(name)):
+            raise job.InputError(f"{name} is a run, not a text: give --ensemble to take several runs together")
+    model, tokenizer = together.load(folders, device, special_tokens_of(special_tokens))
+    context = model.context if isinstance(model, Ensemble) else model.config.context
     place = next(model.parameters()).device
-    own = not has_data(folder)
-    if own and not text:
-        raise job.InputError(f"{folder} is a model without a run's data: name a TEXT to evaluate on")
-    config, corpus = (Config(), ()) if own else job.read_config(folder)
-    context = model.config.context
     with reading() as note:
-        if text:
-            options = job.options_of(config.data, context)
-            data = [prepare(text, options, tokenizer=tokenizer, whole=True, note=note)]
-        else:
-            data = job.read_data(corpus, config.data, context, note, tokenizer)
-    pairs = any(one.kind == "dpo" for one in data)
-    if pairs:
-        if not (folder / reference.FILE).is_file():
-            raise job.InputError(
-                f"{folder} holds no reference log-probabilities, which a loss of pairs is taken against"
-            )
-        known = reference.read(folder / reference.FILE)
-        reference.attach(data, None, "", known, SingleProcess(), place, config.run.dtype)
-    with torch.no_grad(), autocast(place, config.run.dtype):
-        measured = job.validation(data, config, context, place)(model, True)
-    if pairs:
+        measure = Evaluation(folders[0], tokenizer, context, place, text, note)
+    if isinstance(model, Ensemble):
+        _check(measure, model, folders, text)
+    measured = measure(model)
+    found = _found(folders, measured, measure)
+    if isinstance(model, Ensemble):
+        found["members"] = _members(folders, model, measured)
+    print(json.dumps(found) if as_json else _said(folders, found))
+    return 0
+
+
+def _check(measure: Evaluation, model: Ensemble, folders: list[Path], text: tuple[str, ...]) -> None:
+    if measure.kind:
+        raise job.InputError(
+            f"{folders[0]} learned from pairs, and --ensemble is a mean of probabilities of tokens: name a TEXT"
+        )
+    others = [] if text else together.strangers(folders)
+    if others:
+        console.warn(
+            f"{', '.join(map(str, others))}: other data than those of {folders[0]}, or another split, so what is held out "
+            f"here may have been trained on there"
+        )
+    if len(set(model.contexts)) > 1:
+        console.warn(f"the runs' contexts differ: each is given {model.context} tokens, the least, at once")
+
+
+def _found(folders: list[Path], measured: dict[str, float], measure: Evaluation) -> dict[str, Any]:
+    runs: dict[str, Any] = {"run": str(folders[0])} if len(folders) == 1 else {"runs": [str(f) for f in folders]}
+    if measure.kind:
         nats, share, count = (measured[f"val_{name}"] for name in ("loss", "accuracy", "pairs"))
-        said = f"loss {nats:.4f} nats per pair, {share:.1%} of {int(count):,} pairs the right way round"
-        told = {"run": str(folder), "pairs": int(count), "loss": nats, "accuracy": share}
-        print(json.dumps(told) if as_json else f"{folder}: {said}")
-        return 0
-    nats, count = measured["val_loss"], int(measured["val_tokens"])
-    size = sum(d.manifest["val"]["target_bytes" if d.kind else "bytes"] for d in data)
-    found = {
-        "run": str(folder),
-        "tokens": count,
-        "bytes": size,
+        return {**runs, "pairs": int(count), "loss": nats, "accuracy": share}
+    nats = measured["val_loss"]
+    return {
+        **runs,
+        "tokens": int(measured["val_tokens"]),
+        "bytes": measure.bytes,
         "loss": nats,
         "perplexity": math.exp(min(nats, 700.0)),
         "bits_per_byte": measured["val_bpb"],
     }
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(
-            f"{folder}: loss {nats:.4f} nats per token, perplexity {found['perplexity']:.3f}, "
-            f"{found['bits_per_byte']:.4f} bits per byte on {count:,} tokens ({size:,} bytes)"
+
+
+def _members(folders: list[Path], model: Ensemble, measured: dict[str, float]) -> list[dict[str, Any]]:
+    """What each of an ensemble reached alone, by the same forwards."""
+    nats = (model.losses / measured["val_tokens"]).tolist()
+    bits = measured["val_bpb"] / measured["val_loss"] if measured["val_loss"] else 0.0
+    return [{"run": str(f), "loss": n, "bits_per_byte": n * bits} for f, n in zip(folders, nats, strict=True)]
+
+
+def _said(folders: list[Path], found: dict[str, Any]) -> str:
+    if "pairs" in found:
+        return (
+            f"{folders[0]}: loss {found['loss']:.4f} nats per pair, {found['accuracy']:.1%} of {found['pairs']:,} pairs the "
+            f"right way round"
         )
-    return 0
+    lines = [
+        f"{one['run']}: loss {one['loss']:.4f} nats per token, {one['bits_per_byte']:.4f} bits per byte"
+        for one in found.get("members", ())
+    ]
+    name = str(folders[0]) if len(folders) == 1 else f"the ensemble of {len(folders)}"
+    line = (
+        f"{name}: loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.3f}, "
+        f"{found['bits_per_byte']:.4f} bits per byte on {found['tokens']:,} tokens ({found['bytes']:,} bytes)"
+    )
+    return "\n".join([*lines, line])
 
 
 def main(argv: list[str]) -> int:

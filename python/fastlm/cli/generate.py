@@ -1,4 +1,4 @@
-"""`fastlm generate [RUN] --prompt "..."`: continue a prompt, token by token, to the terminal."""
+"""`fastlm generate [RUN ...] --prompt "..."`: continue a prompt, token by token, to the terminal."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from fastlm.cli import conversation, flags
 from fastlm.cli.data import SpecialTokens, special_tokens_of
 from fastlm.data.bounds import COUNT, SEED, Range, check
 from fastlm.data.filter import Verdict, load
-from fastlm.train import job
+from fastlm.models.ensemble import Ensemble
+from fastlm.train import job, together
 from fastlm.train.generation import TextStream
 
 EXAMPLES = """
 fastlm generate --prompt "def main("    # the last run
 fastlm generate myrun --tokens 200 --num 3 --temperature 0.7 --top-p 0.95
+fastlm generate first second third    # by the mean of their probabilities
 fastlm generate myrun --chat    # a conversation with a run of --sft or --dpo
 """
 
 
 def generate(
-    run: tyro.conf.Positional[str] = "",
+    run: tyro.conf.Positional[tuple[str, ...]] = (),
     prompt: str = "",
     tokens: int = 400,
     num: int = 1,
@@ -45,7 +47,8 @@ def generate(
     """Continue a prompt with a trained model.
 
     Args:
-        run: Run, checkpoint or exported folder to take, by path or name; without one, the last run.
+        run: Run, checkpoint or exported folder to take, by path or name; without one, the last run. Several are taken by
+            the mean of their probabilities.
         prompt: Text to go on from.
         tokens: Tokens to generate.
         num: Texts to generate, one after the other.
@@ -83,12 +86,18 @@ def generate(
     if system and not chat:
         raise job.InputError("--system is a message of a conversation: give --chat too")
     found = load(filter) if filter else None
-    folder = job.find_run(run, out)
-    model, tokenizer = job.load(folder, device, special_tokens_of(special_tokens))
+    folders = [job.find_run(name, out) for name in run or ("",)]
+    if len(folders) > 1:
+        together.need_several(folders, "generate")
+    folder = folders[0]  # which has the chat template
+    model, tokenizer = together.load(folders, device, special_tokens_of(special_tokens))
+    if chat and isinstance(model, Ensemble):
+        raise job.InputError(f"--chat is a conversation with one run; it was given {len(folders)}")
     choose = job.sampler(temperature, top_k, top_p, min_p, seed, tokenizer.vocab)
     judge = functools.partial(found.judge, whole=True) if found else None
-    if chat:
-        talk = lambda: conversation.begin(folder, model, tokenizer, system, tokens, choose, _shower(judge, redraw))
+    if chat and not isinstance(model, Ensemble):
+        one = model
+        talk = lambda: conversation.begin(folder, one, tokenizer, system, tokens, choose, _shower(judge, redraw))
         if not prompt:
             conversation.converse(talk(), conversation.lines())
         for number in range(num if prompt else 0):

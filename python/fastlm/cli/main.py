@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("fastlm.cli.evaluate", "loss, perplexity and bits per byte of a trained model on a text"),
     "data": ("fastlm.cli.data", "prepare, show, clean, augment, describe, filter a corpus; tasks and labels"),
     "compress": ("fastlm.cli.compress", "a trained model made smaller: int8"),
+    "soup": ("fastlm.cli.soup", "the average of runs' weights as a run"),
     "export": ("fastlm.cli.export", "a trained model as safetensors, or for transformers"),
     "inspect": ("fastlm.cli.inspect", "a look inside a model: loss, attention, logit lens, saliency of a text"),
     "review": ("fastlm.cli.review", "a page on which people judge outputs or tasks: labels, thumbs, better answers"),

@@ -1,4 +1,5 @@
-"""`fastlm train [CORPUS ...]`: flags from the configuration's dataclasses, then a new run, a resumed or a forked one."""
+"""`fastlm train [CORPUS ...]`: flags from the configuration's dataclasses, then a new run, a resumed or a forked one; or,
+with --folds and --fractions, a series of runs, each by this command."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from typing import Any
 from fastlm import console
 from fastlm.cli import flags
 from fastlm.cli.data import reading
-from fastlm.train import job, launch, mesh, waiting
+from fastlm.train import job, launch, mesh, series, waiting
 from fastlm.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from fastlm.train.folders import find_init, find_origin
+from fastlm.train.folders import check_trains, find_init, find_origin
 
 
 def _value(argv: list[str], flag: str) -> str:
@@ -36,14 +37,19 @@ fastlm train --fork mixed --lr 3e-4          # a new run from its weights
 fastlm train notes/ --init hf-model/ --lora-rank 8
 fastlm train book.txt --mesh fsdp=2 --dtype bfloat16
 fastlm train book.txt --when carbon.csv --deadline 24h
+fastlm train rows.jsonl --folds 5            # cross-validation
+fastlm train book.txt --fractions 0.125 0.25 0.5    # a learning curve
 """
 
 
 def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
-    """Configuration, corpus and {resume, fork, other_data, origin}. With --resume or --fork the defaults are that run's."""
+    """Configuration, corpus and {resume, fork, other_data, origin, folds, fractions}. With --resume or --fork the defaults are
+    that run's."""
     origin = _value(argv, "--resume") or _value(argv, "--fork")
     folder = find_origin(origin, _value(argv, "--out")) if origin else None
     base, known_corpus = job.read_config(folder) if folder else (Config(), ())
+    if folder:
+        check_trains(folder)
     if _value(argv, "--fork"):
         base.run.name = ""
 
@@ -56,6 +62,8 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         resume: str = "",
         fork: str = "",
         other_data: bool = False,
+        folds: int | None = None,
+        fractions: tuple[float, ...] = (),
     ) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         """Train a language model on text.
 
@@ -68,8 +76,11 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
             resume: Run to go on with, from its last checkpoint; flags given beside it change it.
             fork: Run from whose last checkpoint a new run starts.
             other_data: Go on although the data differ from the checkpoint's.
+            folds: Cross-validation: as many runs, each of which holds out another part of the documents.
+            fractions: Learning curve: a run on each of these parts of the training text, and what more text would bring.
         """
         options = {"resume": resume, "fork": fork, "other_data": other_data, "origin": folder}
+        options |= {"folds": folds, "fractions": fractions}
         return Config(model, data, optim, run), corpus or known_corpus, options
 
     init = _value(argv, "--init")
@@ -79,7 +90,11 @@ def parse(argv: list[str]) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
+    if (place := series.find(_value(argv, "--resume"), _value(argv, "--out"))) is not None:
+        return _series_goes_on(place, argv)
     config, corpus, options = parse(argv)
+    if several := series.asked(options.get("folds"), options.get("fractions", ()), config):
+        return _series(several, config, corpus, options)
     config.check()
     if options["resume"] and options["fork"]:
         raise job.InputError("--resume and --fork exclude each other")
@@ -99,6 +114,32 @@ def main(argv: list[str]) -> int:
         return 2  # the rank that could not go on has said why
     finally:
         ranks.close()
+
+
+def _series(several: tuple[str, tuple[str, ...]], config: Config, corpus: tuple[str, ...], options: Any) -> int:
+    kind, parts = several
+    name = f"--{kind}s"
+    config.check()
+    for other in ("resume", "fork"):
+        if options[other]:
+            raise job.InputError(
+                f"{name} and --{other} exclude each other: {options[other]} has seen what a run would hold out"
+            )
+    if mesh.find(os.environ) is not None:
+        raise job.InputError(
+            f"{name} beside torchrun or slurm, which start the processes: each run starts them itself, by --nproc"
+        )
+    with reading() as note:
+        made = series.begin(kind, parts, config, corpus, note)
+    return series.run(made, main)
+
+
+def _series_goes_on(folder: Path, argv: list[str]) -> int:
+    known = {"--resume", "--out"}
+    rest = [word for i, word in enumerate(argv) if word.split("=")[0] not in known and not (i and argv[i - 1] in known)]
+    if rest:
+        raise job.InputError(f"{folder} is a series of runs and goes on as it began: leave {' '.join(rest)} out")
+    return series.run(series.read(folder), main)
 
 
 def _wait(config: Config, options: dict[str, Any], argv: list[str], count: int) -> int:

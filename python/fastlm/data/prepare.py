@@ -11,6 +11,7 @@ time), the tokenizer and the options: a second call starts at once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -27,11 +28,12 @@ import numpy as np
 from fastlm.data import readers
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.corpus import documents, expand, jobs, pieces, whole_texts
-from fastlm.data.cutting import BLOCK, Job, Part, Piece, cut, mark
+from fastlm.data.cutting import BLOCK, Job, Part
 from fastlm.data.errors import InputError
-from fastlm.data.groups import group_of, is_hash
+from fastlm.data.groups import fold_of, group_of
 from fastlm.data.pack import Packer, Rows
 from fastlm.data.shards import Column, ShardWriter, open_shard
+from fastlm.data.split import Held, Split, documents_of, interval, marked, named_and_there, parse_fold, sided
 from fastlm.data.tuning import KEYS, Rendering
 from fastlm.data.workers import ordered
 
@@ -57,7 +59,8 @@ class Options:
 
     `rows`: "sft" or "dpo" where rows are to be fine-tuned on, as `tuning` has it, with the chat template of this specification;
     `pack` is then the context that cuts them. `workers`: processes; 0: one per core for a large corpus. They change no byte of
-    the result.
+    the result. `fold`, such as 2/5, holds out that part of the marks in place of `val_fraction`; `fraction` is the part of the
+    other texts that is trained on.
     """
 
     tokenizer: str = "bytes"
@@ -70,6 +73,8 @@ class Options:
     workers: int = dataclasses.field(default=0, compare=False, repr=False)
     rows: str = dataclasses.field(default="", repr=False)
     chat_template: str = dataclasses.field(default="", repr=False)
+    fold: str = dataclasses.field(default="", repr=False)
+    fraction: float = dataclasses.field(default=1.0, repr=False)
 
     @property
     def reads(self) -> str:
@@ -132,6 +137,16 @@ class Prepared:
         """How many rows of --sft, or pairs of --dpo, a side has."""
         return int(self.manifest[side]["pieces"])
 
+    def turned(self) -> Prepared:
+        """The same with its sides exchanged, so that what measures on the validation side measures on the training side."""
+        made = copy.copy(self)
+        made.train, made.val = self.val, self.train
+        made.manifest = {**self.manifest, "train": self.manifest["val"], "val": self.manifest["train"]}
+        for name in ("_index", "_trained", "references"):
+            held = getattr(self, name)
+            setattr(made, name, {other: held[side] for side, other in zip(SIDES, SIDES[::-1]) if side in held})
+        return made
+
     def text(self, side: str, limit: int | None = None) -> bytes:
         """The bytes of one side (at most about `limit` of them), for the models that count."""
         out, size = [], 0
@@ -158,91 +173,6 @@ def cache_folder() -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------ the split
-
-
-@dataclass(frozen=True)
-class Held:
-    """Sorted marks of a validation set's documents that have no group, and of their blocks where its split is by blocks;
-    and of its groups.
-
-    What shares a group with the set is foreign to training. Two documents without a group share nothing here, even if
-    they are equal: whoever validates on a part of the training text by name may do so.
-    """
-
-    documents: np.ndarray
-    groups: np.ndarray
-
-    def has(self, piece: Piece, unit: float) -> bool:
-        """Whether a document, or its block of mark `unit`, is the set's."""
-        own = _document_mark(piece)
-        if piece.group:
-            return _among(self.groups, own) or _among(self.documents, own)
-        return _among(self.groups, own) or _among(self.groups, unit)
-
-
-def _among(marks: np.ndarray, own: float) -> bool:
-    at = int(np.searchsorted(marks, own))
-    return at < len(marks) and bool(marks[at] == own)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which texts are held out: those whose mark is below `limit`, by document (`block` 0) or by block of that size.
-
-    A row with a group goes by the group's mark in either case. `without`: what further validation sets hold; it falls on
-    neither side.
-    """
-
-    block: int
-    limit: float
-    without: Held | None = dataclasses.field(default=None, compare=False)
-
-
-def _document_mark(piece: Piece) -> float:
-    return mark(piece.text) if piece.mark is None else piece.mark
-
-
-def _marked(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, float, bool, bool]]:
-    """(its piece, text, mark, first, last) of each document, or block of one."""
-    for piece in pieces(job, name):
-        if not split.block or piece.group or piece.where:
-            yield piece, piece.text, _document_mark(piece), piece.first, piece.last
-            continue
-        blocks = cut(piece.text, split.block)
-        for i, text in enumerate(blocks):
-            yield piece, text, mark(text), piece.first and i == 0, piece.last and i == len(blocks) - 1
-
-
-def _parts(job: Job, split: Split, name: str) -> Iterator[tuple[Piece, bytes, bool | None, bool, bool]]:
-    """(its piece, text, held out, first, last) of each document, or block of one. None in the place of "held out": on neither
-    side, being of a further validation set."""
-    for piece, text, own, first, last in _marked(job, split, name):
-        foreign = split.without is not None and split.without.has(piece, own)
-        yield piece, text, None if foreign else own < split.limit, first, last
-
-
-def _documents(job: Job, split: Split, name: str) -> np.ndarray:
-    """(mark, whether it is a group's) of each document that begins in a job and, in a split by blocks, of each block of one
-    that has no group, [marks, 2]."""
-    found = set[tuple[float, bool]]()
-    for piece, _, own, first, _ in _marked(job, split, name):
-        if first:
-            found.add((_document_mark(piece), bool(piece.group)))
-        if split.block and not piece.group:
-            found.add((own, False))
-    return np.array(sorted(found), dtype=np.float64).reshape(-1, 2)
-
-
-def _named_and_there(job: Job, split: Split, name: str) -> np.ndarray:
-    """(mark, whether it is of a group that is a hash) of the groups of rows, and of all texts that a group may name."""
-    found = set[tuple[float, bool]]()
-    for piece, text, own, *_ in _marked(job, split, name):
-        found.add((mark(text) if piece.group else own, False))
-        if is_hash(piece.group):
-            found.add((own, True))
-        elif not piece.group:
-            found.add((_document_mark(piece), False))
-    return np.array(sorted(found), dtype=np.float64).reshape(-1, 2)
 
 
 @dataclass
@@ -336,7 +266,7 @@ class _Corpus:
         # so few that chance may choose none: then the one with the smallest hash
         lowest, kinds = 1.0, set[float]()
         for job, _ in jobs(self.files, self.options.reads, self.options.separator):
-            for _, _, own, *_ in _marked(job, Split(size, 1.0), self.options.reads):
+            for _, _, own, *_ in marked(job, Split(size, 1.0), self.options.reads):
                 lowest = min(lowest, own)
                 if len(kinds) < 2:
                     kinds.add(own)
@@ -347,7 +277,7 @@ class _Corpus:
     def train_texts(self, split: Split) -> Iterator[bytes]:
         done, how = 0, self.options.rendering
         for job, size in jobs(self.files, self.options.reads, self.options.separator):
-            for _, text, held, *_ in _parts(job, split, self.options.reads):
+            for _, text, held, *_ in sided(job, split, self.options.reads):
                 if held is False:
                     yield from [text] if how is None else how.texts(text)
             done += size
@@ -378,7 +308,7 @@ class _Encoded:
 def _encode_rows(job: Job, split: Split, tokenizer: tokenizers.Tokenizer, how: Rendering) -> _Encoded:
     sides: list[list[Any]] = [[], []]
     out = _Encoded([], [], [0, 0], 0)
-    for piece, text, held, *_ in _parts(job, split, readers.ROW):
+    for piece, text, held, *_ in sided(job, split, readers.ROW):
         if held is None:
             out.left_out += 1
             continue
@@ -405,7 +335,7 @@ def _encode(
     sides: list[list[np.ndarray]] = [[], []]
     out = _Encoded([], [], [0, 0], 0)
     eot = np.array([tokenizer.eot], dtype=tokenizer.dtype)
-    for _, text, held, first, last in _parts(job, split, name):
+    for _, text, held, first, last in sided(job, split, name):
         if held is None:
             out.left_out += last or bool(split.block)
             continue
@@ -482,7 +412,7 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
             empty = "training" if name == "train" else "validation"
             raise InputError(
                 f"the {empty} side of the split is empty ({corpus.documents} document(s), {corpus.total} bytes): "
-                f"give more text or change --val-fraction (now {corpus.options.val_fraction})"
+                f"give more text or change {_deciding(corpus.options, name)}"
                 + (f"; {left_out} document(s) were left out, which a --val set holds" if left_out else "")
             )
     manifest["content"] = digest.hexdigest()[:32]
@@ -491,6 +421,13 @@ def _write(corpus: _Corpus, split: Split, tokenizer: tokenizers.Tokenizer, folde
         json.dump(manifest, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _deciding(options: Options, side: str) -> str:
+    """The flag that decides how large a side of the split is, and its value."""
+    if side == "train" and options.fraction < 1:
+        return f"--fraction (now {options.fraction:g})"
+    return f"--fold (now {options.fold})" if options.fold else f"--val-fraction (now {options.val_fraction})"
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
@@ -552,6 +489,7 @@ def prepare(
     whole: bool = False,
     without: Held | None = None,
     least: float = 0.0,
+    bounds: tuple[float, float] | None = None,
     cache: Path | None = None,
     note: Note = silent,
 ) -> Prepared:
@@ -559,7 +497,8 @@ def prepare(
 
     `tokenizer` takes the place of the one that the options name; so does `kept`, unless the options' own is in the cache
     and is the same. `whole`: no split, all is validation. `without`: what neither side takes (`held`). `least`: what the
-    limit of the split is raised to (`joint_limit`).
+    limit of the split is raised to (`joint_limit`). `bounds`: the marks that the options' fold holds out, where they are not
+    this corpus's alone (`fold_bounds`).
     Raises InputError where the corpus, an option or the cache cannot be used.
     """
     options = options or Options()
@@ -568,8 +507,13 @@ def prepare(
     more: tuple[object, ...] = (options.rows, options.chat_template) if options.rows else ()
     if without is not None and without.groups.size + without.documents.size:
         more += ("without", hashlib.sha256(without.groups.tobytes() + b"|" + without.documents.tobytes()).hexdigest())
-    if least > options.val_fraction:
+    if whole:
+        options = dataclasses.replace(options, fold="", fraction=1.0)
+    if options.fold and bounds is None:
+        bounds = fold_bounds([corpus], options, cache=cache, note=note)
+    if least > options.val_fraction and not options.fold:
         more += ("least", least)
+    more += _parts_of(options, bounds)
     folders = (cache or cache_folder()) / "corpora"
     key = _key(corpus, options, tokenizer.hash if tokenizer else _named(options), whole, *more)
     if kept is not None:
@@ -583,8 +527,10 @@ def prepare(
             _need_rows(corpus, found.files, options.rows)
         if whole:
             found.count()
-        split = Split(0, 2.0) if whole else dataclasses.replace(found.split(), without=without)
-        if least > split.limit:
+        split = (
+            Split(0, 2.0) if whole else dataclasses.replace(_narrowed(found.split(), options, bounds), without=without)
+        )
+        if least > split.limit and not options.fold:
             split = dataclasses.replace(split, limit=least)
         own = tokenizer or tokenizers.make(
             options.tokenizer, options.vocab, lambda: found.train_texts(split), options.special_tokens
@@ -599,7 +545,9 @@ def joint_tokenizer(
 ) -> tokenizers.Tokenizer:
     """The tokenizer that the options name; one that learns does so on the training sides of all the corpora."""
     _check(options)
-    more = (options.rows, options.chat_template) if options.rows else ()
+    more: tuple[object, ...] = (options.rows, options.chat_template) if options.rows else ()
+    bounds = fold_bounds(corpora, options, cache=cache, note=note) if options.fold else None
+    more += _parts_of(options, bounds)
     every = tuple(name for corpus in corpora for name in corpus)
     key = _key(every, options, _named(options), list(map(len, corpora)), *more)
 
@@ -608,7 +556,7 @@ def joint_tokenizer(
         for corpus, part in zip(corpora, parts):
             if options.rows:
                 _need_rows(corpus, part.files, options.rows)
-        splits = [part.split() for part in parts]
+        splits = [_narrowed(part.split(), options, bounds) for part in parts]
 
         def texts() -> Iterator[bytes]:
             for part, split in zip(parts, splits):
@@ -630,7 +578,7 @@ def held(
     """
 
     def make(draft: Path) -> None:
-        np.save(draft / "marks.npy", _marks(corpora, options, _documents, note))
+        np.save(draft / "marks.npy", _marks(corpora, options, documents_of, note))
         (draft / "manifest.json").write_text("{}")
 
     if not corpora:
@@ -668,7 +616,7 @@ def strangers(
         return 0, 0
 
     def make(draft: Path) -> None:
-        found = _marks(corpora, options, _named_and_there, note)
+        found = _marks(corpora, options, named_and_there, note)
         named, there = found[found[:, 1] == 1, 0], found[found[:, 1] == 0, 0]
         counts = {"strange": len(np.setdiff1d(named, there, assume_unique=True)), "all": len(named)}
         (draft / "manifest.json").write_text(json.dumps(counts))
@@ -706,6 +654,50 @@ def joint_limit(
     )
 
 
+def fold_bounds(
+    corpora: list[tuple[str, ...]], options: Options, *, cache: Path | None = None, note: Note = silent
+) -> tuple[float, float]:
+    """The marks [low, high) that the options' fold holds out of corpora, the same in each of them.
+
+    Raises InputError for fewer documents, blocks and groups than folds.
+    """
+    number, folds = parse_fold(options.fold)
+
+    def make(draft: Path) -> None:
+        seen, found = set[int](), set[float]()
+        for one in corpora:
+            part = _Corpus(expand(one), options, note)
+            split = Split(part.block(part.count()), 1.0)
+            for job, _ in jobs(part.files, options.reads, options.separator):
+                for _, _, own, *_ in marked(job, split, options.reads):
+                    found.add(own)
+                    seen.add(fold_of(own, folds))
+                if len(seen) == folds:  # none is empty, whatever follows
+                    break
+        low, high = interval(sorted(found), number, folds)
+        (draft / "manifest.json").write_text(json.dumps({"low": low, "high": high}))
+
+    names = tuple(name for one in corpora for name in one)
+    key = _key(
+        names, "fold", options.fold, options.field, options.separator, list(map(len, corpora)), *_rows_of(options)
+    )
+    read = json.loads((_made((cache or cache_folder()) / "limits" / key, make) / "manifest.json").read_text())
+    return float(read["low"]), float(read["high"])
+
+
+def _narrowed(split: Split, options: Options, bounds: tuple[float, float] | None) -> Split:
+    """A split by the options' fold, which holds out the marks in `bounds`, and by the part that is trained on."""
+    if bounds is not None:
+        split = dataclasses.replace(split, low=bounds[0], limit=bounds[1])
+    return dataclasses.replace(split, part=options.fraction)
+
+
+def _parts_of(options: Options, bounds: tuple[float, float] | None) -> tuple[object, ...]:
+    """What of the options names a part of the texts, for the key of a cache; nothing where all are taken."""
+    held = ("fold", *bounds) if options.fold and bounds is not None else ()
+    return (*held, *(("fraction", options.fraction) if options.fraction < 1 else ()))
+
+
 def split_units(
     corpus: tuple[str, ...], options: Options | None = None, note: Note = silent
 ) -> Iterator[tuple[bytes, str]]:
@@ -717,7 +709,7 @@ def split_units(
     found = _Corpus(expand(corpus), options, note)
     split = found.split()
     for job, _ in jobs(found.files, options.reads, options.separator):
-        for piece, text, *_ in _marked(job, split, options.reads):
+        for piece, text, *_ in marked(job, split, options.reads):
             yield text, piece.group or group_of(text)
 
 

@@ -232,7 +232,7 @@ class GPT(nn.Module):
     not cross their borders and positions start anew. With `reference` [B, L], the log-probability under another model of
     document j at [:, j], rows 2i and 2i + 1 hold pairs of answers, and the loss is that of `loss.preference`; with `wins` also
     how many pairs the model has the right way round, as a second number. `scores` asks for the log-probabilities [B, L]
-    themselves.
+    themselves, `each` for the loss of each target [B, L], 0 where it is -100.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -286,6 +286,7 @@ class GPT(nn.Module):
         normalized: bool = False,
         wins: bool = False,
         scores: bool = False,
+        each: bool = False,
     ) -> Tensor:
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -311,6 +312,8 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.head(x)
+        if each:
+            return self.token_losses(x, targets)
         if documents is not None and scores:
             return document_scores(self.token_losses(x, targets), targets, documents)[0]
         if documents is not None and reference is not None:
@@ -335,12 +338,27 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, sample) -> Tensor:
-        """Append `count` tokens to [B, L]; `sample` turns logits [B, V] into tokens [B]. The cache starts anew when full."""
-        context, cache = self.config.context, Cache(self.config.layers, self.config.context)
-        fresh = tokens[:, -context:]
+        """Append `count` tokens to [B, L]; `sample` turns logits [B, V] into tokens [B]."""
+        reader = Reader(self)
         for _ in range(count):
-            if cache.length + fresh.shape[1] > context:  # keep the last half of the context and read it again
-                cache, fresh = Cache(self.config.layers, context), tokens[:, -max(context // 2, 1) :]
-            fresh = sample(self(fresh, cache=cache)[:, -1])[:, None]
-            tokens = torch.cat((tokens, fresh), dim=1)
+            tokens = torch.cat((tokens, sample(reader.next(tokens))[:, None]), dim=1)
         return tokens
+
+
+class Reader:
+    """Reads a text that grows, each token once: `next(tokens)` gives the logits [B, V] that follow [B, L].
+
+    The cache starts anew when it is full, with the last half of the context.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.seen = model, 0
+        self.cache = Cache(model.config.layers, model.config.context)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        context = self.model.config.context
+        fresh = tokens[:, self.seen :] if self.seen else tokens[:, -context:]
+        if self.cache.length + fresh.shape[1] > context:
+            self.cache, fresh = Cache(self.model.config.layers, context), tokens[:, -max(context // 2, 1) :]
+        self.seen = tokens.shape[1]
+        return self.model(fresh, cache=self.cache)[:, -1]

@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 from fastlm.data.bounds import SEED, bounded, check_fields, flag, optional
 from fastlm.data.errors import InputError
+from fastlm.data.split import parse_fold
 from fastlm.energy import EnergyError, carbon_intensity
 from fastlm.models.gpt import SIZES, STYLES, GPTConfig, named
 from fastlm.train import sparsity
+from fastlm.train.shapes import parsed, shapes_text
+from fastlm.train.shapes import told_shape as told_shape
 
 SHAPE = ("layers", "heads", "kv_heads", "width", "hidden", "context", "tied", "bias", "eps", "rope_base", "head_size")
 Size = Literal["nano", "small", "124M", "350M", "1B", "7B"]
@@ -77,7 +80,7 @@ class ModelConfig:
             for name in ("kv_heads", "hidden"):
                 if name in changes and getattr(self, name) is not None:
                     raise InputError(f"{flag(name)} and --shapes exclude each other: --shapes has it of each layer")
-            found, layers = _shapes(self.shapes), self.layers or SIZES[self.size].layers
+            found, layers = parsed(self.shapes), self.layers or SIZES[self.size].layers
             if len(found) != layers:
                 gives = "" if self.layers else f", which --size {self.size} gives"
                 raise InputError(
@@ -128,32 +131,6 @@ class ModelConfig:
         self.style, self.rows = styles[0], shape.vocab  # type: ignore[assignment]
 
 
-def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
-    """Of --shapes; InputError for what it cannot be."""
-    layers = text.split(",")
-    if not all(re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}/[0-9]{1,9}", layer) for layer in layers):
-        raise InputError(
-            f"--shapes must be heads/kv-heads/hidden of each layer, such as 4/4/352,2/2/128; it is {text!r}"
-        )
-    return tuple(tuple(map(int, layer.split("/"))) for layer in layers)
-
-
-def told_shape(shape: GPTConfig) -> dict[str, Any]:
-    """Fields that say of a model what its configuration leaves to others; None where layers differ, which --shapes tells."""
-    differ = bool(shape.shapes)
-    return {
-        "kv_heads": None if differ else shape.kv_heads or shape.heads,
-        "hidden": None if differ else shape.mlp_width,
-        "head_size": shape.size,
-        "shapes": shapes_text(shape),
-    }
-
-
-def shapes_text(shape: GPTConfig) -> str:
-    """`--shapes` of a model."""
-    return ",".join("/".join(map(str, layer)) for layer in shape.shapes)
-
-
 @dataclass
 class DataConfig:
     """The data."""
@@ -172,6 +149,10 @@ class DataConfig:
     """Weights that mix several corpora (one per CORPUS); without them all are one."""
     val_fraction: float = bounded(0.05, above=0, below=1)
     """Part of the documents held out for validation, chosen by their content's hash."""
+    fold: str = ""
+    """Hold out this part of the documents in place of --val-fraction, such as 2/5; --folds 5 runs all five."""
+    fraction: float = bounded(1.0, above=0, high=1)
+    """Part of the other documents to train on; a larger one holds each smaller one. --fractions runs several."""
     val: tuple[str, ...] = ()
     """More validation sets, as NAME=PATH: each evaluation also gives val_NAME_loss. The split's own decides."""
     packing: Literal["blocks", "documents"] = "blocks"
@@ -193,6 +174,8 @@ class DataConfig:
     def check(self) -> None:
         """Raise InputError, naming the flag, for a value that cannot be; no data are read."""
         check_fields(self)
+        if self.fold:
+            parse_fold(self.fold)
         named: set[str] = set()
         for given in self.val:
             name, _, path = given.partition("=")
@@ -435,6 +418,7 @@ class Config:
             (m, "lora_alpha", m.lora_rank > 0, "--lora-rank"),
             (m, "lora_targets", m.lora_rank > 0, "--lora-rank"),
             (d, "vocab", d.tokenizer == "bpe", "--tokenizer bpe"),
+            (d, "val_fraction", not d.fold, "a split without --fold"),
             (d, "field", not d.rows or bool(d.val), "a corpus of texts, not --sft or --dpo"),
             (d, "separator", not d.rows or bool(d.val), "a corpus of texts, not --sft or --dpo"),
             (d, "chat_template", bool(d.rows), "--sft or --dpo"),

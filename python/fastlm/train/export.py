@@ -128,8 +128,8 @@ def read_model(path: Path, floats: bool = True) -> Source:
             tokenizer = None
         return Source(*from_hf(config, tensors, path), tokenizer)
     int8 = None
-    if run == path and config.get("compressed"):
-        tensors, int8 = _compressed(run, config["compressed"], floats)
+    if run == path and (config.get("compressed") or config.get("soup")):
+        tensors, int8 = _compressed(run, config.get("compressed", {}), floats)
     elif run == path and checkpoint.steps(run):
         tensors = _chosen(run, config)
     else:
@@ -143,7 +143,7 @@ def read_model(path: Path, floats: bool = True) -> Source:
 
 
 def _compressed(run: Path, record: Any, floats: bool) -> tuple[dict[str, Tensor], Held | None]:
-    """The tensors of a folder that `fastlm compress` wrote, or of LoRA's base, and its int8 layers."""
+    """The tensors of a folder that `fastlm compress` or `soup` wrote, or of LoRA's base, and its int8 layers."""
     checkpoint.verify(run)
     tensors = checkpoint.read_safetensors(run / "model.safetensors")
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlm.data import InputError, Prepared
 from fastlm.models.gpt import GPTConfig
-from fastlm.train import checkpoint, export, lock
+from fastlm.train import checkpoint, export, lineage, lock
 from fastlm.train.config import Config
 from fastlm.train.files import write_text
 
@@ -68,6 +68,9 @@ def find_run(name: str | None, out: str = "runs") -> Path:
         for folder in (Path(name), Path(out) / name):
             if (folder / "config.json").is_file() or (folder / "state.json").is_file():
                 return folder
+            if (folder / "series.json").is_file():
+                part = min((path.parent.name for path in folder.glob("*/config.json")), default="one of its folders")
+                raise InputError(f"{name} is a series of runs: name one of them, such as {folder / part}")
         raise InputError(f"there is no run {name} (a folder with config.json, here or in {out}/)")
     runs = [p.parent for p in Path(out).glob("*/config.json") if checkpoint.steps(p.parent)]
     if not runs:
@@ -109,6 +112,18 @@ def read_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
 
 
+def check_trains(folder: Path) -> None:
+    """InputError for a folder that a command wrote of trained runs: no training goes on there."""
+    body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    made = next((what for what in ("compressed", "soup") if what in body), None)
+    if made is not None:
+        what = "a compressed model" if made == "compressed" else "a soup of runs"
+        raise InputError(
+            f"{folder} is {what} and holds no training to go on with: --init {folder} in the place of --resume or --fork "
+            f"starts a run from it"
+        )
+
+
 def forked_from(folder: Path) -> Path | None:
     """The checkpoint that a fork started from, or None for any other run."""
     try:
@@ -137,6 +152,7 @@ def write_config(
         "config": saved,
         "corpus": where,
         "fork": str(fork.resolve()) if fork is not None else "",
+        **lineage.record(folder, fork, config.model.init),
         "model": dataclasses.asdict(model),
         "tokenizer": data[0].tokenizer.spec(),
         "data": [

@@ -26,7 +26,8 @@ from fastlm.data import tokenizer as tokenizers
 from fastlm.data.baselines import baselines
 from fastlm.data.bounds import flag
 from fastlm.data.card import policies
-from fastlm.data.prepare import Note, cache_folder, held, joint_limit, joint_tokenizer, silent, strangers
+from fastlm.data.mixing import prepare_each
+from fastlm.data.prepare import Note, cache_folder, held, silent, strangers
 from fastlm.models.gpt import GPT
 from fastlm.train import base, checkpoint, export, lock, lora, modelcard, parallel, reference, report, state, waiting
 from fastlm.train.callbacks import Picture, Samples, standard
@@ -47,7 +48,8 @@ def options_of(config: DataConfig, context: int) -> Options:
     c = config
     pack = context if c.packing == "documents" or c.rows else 0
     return Options(
-        c.tokenizer, c.vocab, c.special_tokens, c.field, c.separator, c.val_fraction, pack, c.workers, c.rows, c.chat_template
+        c.tokenizer, c.vocab, c.special_tokens, c.field, c.separator, c.val_fraction, pack, c.workers, c.rows, c.chat_template,
+        c.fold, c.fraction,
     )  # fmt: skip
 
 
@@ -66,9 +68,7 @@ def read_data(
         return [prepare(corpus, options, kept=kept, without=without, note=note)]
     if len(config.weights) != len(corpus) or min(config.weights) <= 0:
         raise InputError(f"--weights needs one positive weight per corpus: {len(config.weights)} for {len(corpus)}")
-    tokenizer = kept or joint_tokenizer([(name,) for name in corpus], options, note=note)
-    least = joint_limit([(name,) for name in corpus], options, note=note)
-    return [prepare((name,), options, tokenizer=tokenizer, without=without, least=least, note=note) for name in corpus]
+    return prepare_each(corpus, options, kept, without, note)
 
 
 def check_groups(

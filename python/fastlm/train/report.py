@@ -77,7 +77,7 @@ def summary(folder: Path) -> Summary:
     step, steps = (int(rows[-1]["step"]) if rows else 0), config.optim.steps
     vals = [row for row in rows if "val_loss" in row]
     counted = [row for row in vals if pruning.settled(config.optim, int(row["step"]))]
-    best = min(counted, key=lambda row: float(row["val_loss"]), default={})
+    best = min(counted, key=lambda row: float(row["val_loss"]), default=result.get("val") or {})
     fresh = result and int(result.get("step", -1)) == step
     if fresh:
         state = str(result["why"])
@@ -95,7 +95,7 @@ def summary(folder: Path) -> Summary:
         steps=steps,
         samples=samples,
         tokens=samples * context,
-        parameters=facts.get("parameters"),
+        parameters=facts.get("parameters", result.get("parameters")),
         best_loss=best.get("val_loss"),
         best_bpb=best.get("val_bpb"),
         speed=median(float(row["tokens_per_s"]) for row in rows) if rows else None,
