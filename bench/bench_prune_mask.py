@@ -136,6 +136,8 @@ def _groups(i: Inputs) -> Prepared:
 def _by_size(result: Any, i: Inputs) -> float:
     """0 if nothing that a threshold keeps is smaller than what it drops, else 1. Ties may make its count inexact."""
     keep, score = torch.as_tensor(result).flatten(), i.score.float().flatten()
+    if keep.all() or not keep.any():  # of equal scores a threshold keeps none
+        return float(bool(score.min() < score.max()))
     return float(bool(score[keep].min() < score[~keep].max()))
 
 
