@@ -236,7 +236,7 @@ def _case(name: str, options: dict[str, Any], kind: str, dtype: str, device: str
     else:
         others.append(Contender("copy of as many bytes", _copy, "ceiling", checked=False))
     if kind != "normal":
-        others.append(Contender("normal scores", _of_normal, "self", checked=False))
+        others.append(Contender("normal scores", _of_normal, "ceiling", checked=False))
     nbytes = rows * columns * DTYPES[dtype].itemsize + rows * ((columns + 7) // 8)
     return Case(
         "prune_mask", f"{rows}x{columns} {dtype} {name}", inputs, (Contender("fastlm", _ours, "ours"), *others), nbytes, 0,

@@ -67,6 +67,7 @@ COMMAND_LINES = {
     "compress": ["compress", "a", "--int8", "--name", "small"],
     "runs": ["runs"],
     "compare": ["compare", "a", "b"],
+    "soup": ["soup", "a", "b", "--out", "mixed"],
     "review": ["review", "reviews.db", "--export", "export.json"],
     "energy": ["energy", "curve.csv", "--hours", "1", "--deadline", "9h", "--start", "2027-01-15T10:00Z"],
     "plan": ["plan", *SMALL],
@@ -88,7 +89,8 @@ COMMAND_LINES = {
     "data help": ["data", "--help"],
 }
 """A line of each command that ends well and prints."""
-PRODUCT = set(COMMAND_LINES) - {"train", "compress"}  # what these print is what they are for, or says where it is
+# what these print is what they are for, or says where it is
+PRODUCT = set(COMMAND_LINES) - {"train", "compress", "soup"}
 
 
 def test_every_command_has_a_line() -> None:
@@ -109,7 +111,7 @@ def test_a_command_survives_what_it_prints_to(run: Run, which: str, out: str) ->
     if which == "train":
         words += ["--name", f"new-{out}"]
     place = run("--version")["place"]
-    for made in ("cleaned", "carded", "runs/small", "runs/a/export-safetensors"):
+    for made in ("cleaned", "carded", "runs/small", "runs/mixed", "runs/a/export-safetensors"):
         shutil.rmtree(place / made, ignore_errors=True)
     for made in ("more.jsonl", "tasks.json", "labelled.jsonl"):
         (place / made).unlink(missing_ok=True)
