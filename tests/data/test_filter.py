@@ -320,6 +320,13 @@ def test_a_folder_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"PK not safetensors")
     with pytest.raises(InputError, match=r"weights\.safetensors cannot be read"):
         load(tmp_path)
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "weights.safetensors")
+    for bias in (np.full_like(weights["bias"], np.nan), weights["bias"].astype(np.float64)):
+        save_file(weights | {"bias": bias}, tmp_path / "weights.safetensors")
+        with pytest.raises(InputError, match="must hold finite numbers in float32"):
+            load(tmp_path)
     about = json.loads((tmp_path / "filter.json").read_text())
     (tmp_path / "filter.json").write_text(json.dumps(about | {"format": 9}))
     with pytest.raises(InputError, match="of another version"):
@@ -346,6 +353,10 @@ def test_a_word_list_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert verdict is not None, text
         assert verdict.category == "listed"
     assert found.judge("grobbles in the grobbl") is None
+    (tmp_path / "f" / "words.txt").rename(tmp_path / "kept.txt")
+    with pytest.raises(InputError, match=r"--filter .*f: words\.txt cannot be read"):
+        load(tmp_path / "f")
+    (tmp_path / "kept.txt").rename(tmp_path / "f" / "words.txt")
     words.write_text("# nothing\n")
     assert main(["data", "filter", "--words", str(words), "--out", str(tmp_path / "g")]) == 2
     assert "holds no word" in capsys.readouterr().err

@@ -43,6 +43,7 @@ def test_bad_input_is_one_sentence(
     assert "labelled texts are rows of" in said(written("a.txt", ["x"]), *out)
     assert "cannot be read" in said(str(tmp_path / "none.jsonl"), *out)
     assert "--out FOLDER is needed" in said(str(rows))
+    assert "a.txt is a file" in said(str(rows), "--out", str(tmp_path / "a.txt" / "filter"))
     assert "give labelled texts or --words" in said(*out)
     assert "--attack needs labelled texts" in said("--words", "auto", "--attack", *out)
     assert "--precision must be" in said(str(rows), *out, "--precision", "1.5")

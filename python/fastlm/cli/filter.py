@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import tyro
@@ -55,6 +56,9 @@ def filter(
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {out} is a file; it must be a folder")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):  # said before it is learnt, which takes minutes
+        raise InputError(f"--out {out} cannot be written: {place} is {'not writable' if place.is_dir() else 'a file'}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / policy.NAME).is_file():
         raise InputError(f"--out {out} is not empty and holds no filter: give another folder")
     if (folder / policy.NAME).is_file() and (old := load(folder, "--out")).hash != old.about.get("policy"):

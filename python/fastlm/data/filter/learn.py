@@ -26,7 +26,8 @@ ANY = "any"
 HELD_OUT = 0.1  # of the texts, for the thresholds, and again for the figures
 COPIES = 3  # attacked ones of a text
 TRIED = 1000  # held-out harmful texts that each family rewrites
-ALPHA, EPOCHS = 1e-5, 6  # of the regression
+ALPHA, EPOCHS = 1e-4, 6  # of the regression
+SMOOTH = 0.1  # added to the weight of each feature in both classes
 TELLING = 1.0  # log-odds from which a word gives a harmful text away
 IDENTITY = 0.2  # weight of the sentences of `identity`, against the labelled texts
 Note = Callable[[str], None]
@@ -108,7 +109,7 @@ def threshold(scores: np.ndarray, truth: np.ndarray, wanted: float) -> float | N
     return half if not after or half > after[0] else lowest
 
 
-class _Sets:
+class Sets:
     """Texts that are learnt from, as features, with their labels, weights and the family that rewrote them."""
 
     def __init__(self, rows: list[Row], attack: bool, seed: int, targets: set[str], note: Note) -> None:
@@ -132,15 +133,28 @@ class _Sets:
         self.extra, self.seed = len(extra), seed
 
     def fit(self, category: str, without: str = "") -> tuple[np.ndarray, float]:
-        """Weights and bias of a category, learnt without the texts of one family."""
+        """Weights and bias of a category, learnt without the texts of one family.
+
+        Features are scaled by how much likelier they are in one class than in the other, in logarithms (Wang and Manning 2012,
+        Baselines and Bigrams), which the weights then take up.
+        """
         linear_model = needed("sklearn.linear_model", "learning a filter", "safety")
         keep = self.families != without if without else np.ones(len(self.families), bool)
         truth = np.array([_is(row, category) for row in self.rows] + [False] * self.extra)
         model = linear_model.SGDClassifier(
             "log_loss", alpha=ALPHA, average=True, max_iter=EPOCHS, tol=None, random_state=self.seed % 2**32
         )
-        model.fit(self.matrix[keep], truth[keep], sample_weight=self.weights[keep])
-        return model.coef_[0].astype(np.float32), float(model.intercept_[0])
+        x, y, weights = self.matrix[keep], truth[keep], self.weights[keep]
+        odds = _odds(x, y, weights)
+        x.data *= odds[x.indices]
+        model.fit(x, y, sample_weight=weights)
+        return (model.coef_[0] * odds).astype(np.float32), float(model.intercept_[0])
+
+
+def _odds(x: Any, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Log-odds of each feature between the classes, float32 [SIZE]."""
+    sums = [x.T @ np.where(y == of, weights, 0.0) + SMOOTH for of in (True, False)]
+    return np.log((sums[0] / sums[0].sum()) / (sums[1] / sums[1].sum())).astype(np.float32)
 
 
 def _is(row: Row, category: str) -> bool:
@@ -182,7 +196,7 @@ def learn(rows: list[Row], attack: bool = False, precision: float = 0.98, seed: 
         few = "; ".join(f"{name} has {why}" for name, why in left_out.items())
         raise InputError(f"{len(rows):,} labelled texts are too few: of the four fifths to learn from, {few}")
     targets = telling([r.text for r in own], [bool(r.categories) for r in own])
-    sets = _Sets(own, attack, seed, targets, note)
+    sets = Sets(own, attack, seed, targets, note)
     fitted = [sets.fit(name) for name in names]
     scorer = Linear(np.stack([w for w, _ in fitted]), np.array([b for _, b in fitted]))
     made = Filter(scorer, names, policy.Policy((), ""), {})
@@ -217,7 +231,7 @@ def learn(rows: list[Row], attack: bool = False, precision: float = 0.98, seed: 
     return made, policy.text(tuple(found), figures.missed), figures
 
 
-def _attacked(figures: Figures, sets: _Sets, made: Filter, tried: list[Row], chosen: list[Row], name: str, limit: float,
+def _attacked(figures: Figures, sets: Sets, made: Filter, tried: list[Row], chosen: list[Row], name: str, limit: float,
               targets: set[str], precision: float, note: Note) -> None:  # fmt: skip
     """Recall on each family, of the filter and of one that was learnt without it, each at its own threshold."""
     draw = random.Random(sets.seed + 1)

@@ -14,8 +14,8 @@ AUTO = "auto"
 CATEGORY = "listed"
 
 
-def read(name: str) -> list[str]:
-    """The words of a file, one a line (# begins a comment); of `auto` those of better-profanity.
+def read(name: str, said: str = "") -> list[str]:
+    """The words of a file, one a line (# begins a comment); of `auto` those of better-profanity. `said` is how errors name it.
 
     Raises InputError for a file that cannot be read or holds no word.
     """
@@ -26,10 +26,10 @@ def read(name: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--words {name} cannot be read: {error}") from None
+        raise InputError(f"{said or f'--words {name}'} cannot be read: {error}") from None
     found = sorted({word for line in lines if (word := line.partition("#")[0].strip().lower())})
     if not found:
-        raise InputError(f"--words {name} holds no word")
+        raise InputError(f"{said or f'--words {name}'} holds no word")
     return found
 
 

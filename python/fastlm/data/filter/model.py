@@ -189,7 +189,7 @@ def load(folder: str | Path, flag: str = "--filter") -> Filter:
         raise InputError(f"{flag} {folder} is of another version: its format is {form!r}, and this one reads {FORMAT}")
     scorer: Scorer
     if kind == "words":
-        scorer = lists.WordList(lists.read(str(folder / "words.txt")))
+        scorer = lists.WordList(lists.read(str(folder / "words.txt"), f"{flag} {folder}: words.txt"))
     else:
         scorer = _weights(folder, flag, len(categories))
     return Filter(scorer, categories, policy.read(folder / policy.NAME, categories, scorer_hash(scorer)), about)
@@ -206,4 +206,8 @@ def _weights(folder: Path, flag: str, count: int) -> Linear:
     shapes = {name: value.shape for name, value in found.items()}
     if shapes != {"weights": (count, features.SIZE), "bias": (count,)}:
         raise InputError(f"{flag} {folder}: weights.safetensors is not of these categories; it holds {shapes}")
+    if not all(value.dtype == np.float32 and np.isfinite(value).all() for value in found.values()):
+        raise InputError(
+            f"{flag} {folder}: weights.safetensors must hold finite numbers in float32: it would find nothing"
+        )
     return Linear(found["weights"], found["bias"])
