@@ -346,6 +346,7 @@ SAME = {
     frozenset({("context", 1), ("rope_base", 0.5)}),  # the only position is 0, which no base turns
     frozenset({("sft", True), ("packing", "documents")}),  # rows are packed as documents are
     frozenset({("dpo", True), ("packing", "documents")}),
+    frozenset({("dpo", True), ("init", "first")}),  # pairs need a model to start from, which the walk gives them
     frozenset({("batch", 1), ("ramp", 1)}),  # a batch of one cannot start smaller
     frozenset({("style", "gpt2"), ("bias", True)}),  # that style has biases
     frozenset({("batch", 1), ("micro", 1)}),  # a batch of one is one part
