@@ -63,7 +63,9 @@ class GpuReport:
         return report
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_few_fast(items)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow (make test-all)"))
@@ -72,6 +74,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--grid-part") < 1:
         leave_out(config, items)
     interpreter.redirect(config, items)
+
+
+def leave_few_fast(items: list[pytest.Item]) -> None:
+    """Of the tests marked ``grid(fast=N)`` N cases stay fast, the same in every run; the others are slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("grid")
+        if marker and "fast" in marker.kwargs and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, alike in cases.items():
+        marker = alike[0].get_closest_marker("grid")
+        assert marker is not None
+        for item in random.Random(name).sample(alike, max(len(alike) - marker.kwargs["fast"], 0)):
+            item.add_marker(pytest.mark.slow)
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +102,7 @@ def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
         if marker := item.get_closest_marker("grid"):
             if "of" in marker.kwargs:
                 long.setdefault(item.nodeid.split("[")[0], []).append(item)
-            elif random.Random(f"{seed} {item.nodeid}").random() >= part:
+            elif item.get_closest_marker("slow") and random.Random(f"{seed} {item.nodeid}").random() >= part:
                 left.append(item)
     for name, cases in long.items():
         marker = cases[0].get_closest_marker("grid")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import fastlm
+import pytest
 from fastlm.train import checkpoint
 from fastlm.train.config import Config
 from fastlm.train.files import read_metrics
@@ -23,6 +24,8 @@ def test_the_readme_s_five_lines_swap_a_model() -> None:
     assert "dropout_add_norm" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_the_trainer_s_example_trains_one_s_own_model_and_goes_on(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "trainer.md").read_text(), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20

@@ -266,6 +266,8 @@ def test_runs_without_the_command_line_library_and_outside_a_checkout_says_so(tm
     assert "Clone the repository" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_a_short_run_writes_json_of_the_schema_and_pictures(tmp_path, capsys):
     assert main([OP, "--seconds", "0.01", "--case", "2048x768 float32 p=0.1 forward", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "result.json").read_text())

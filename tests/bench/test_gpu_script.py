@@ -163,6 +163,8 @@ FORBIDDEN = ("tyro", "rich", "matplotlib", "safetensors", "tokenizers", "pyarrow
              "hypothesis", "psutil", "transformers", "xdist", "pytest_timeout")  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_gpu_tests_and_benchmarks_import_only_what_a_gpu_machine_has(tmp_path):
     """torch, numpy, triton, pytest and pytest-benchmark: whatever else this project uses is refused on import."""
     files = [str(p) for p in gpu.gpu_test_files(ROOT / "tests")]

@@ -51,6 +51,7 @@ def _trial(direction="forward", norm="layer", p=0.1):
     return kernel._trial(direction, 64, torch.float32, norm, p, CONFIGS, rows=3)
 
 
+@pytest.mark.grid(fast=1)
 @pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("norm,p", [("layer", 0.1), ("rms", 0.0)])
@@ -130,6 +131,7 @@ ATTENTION = [
 ]  # fmt: skip
 
 
+@pytest.mark.grid(fast=1)
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "kernel,features", ATTENTION, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain"

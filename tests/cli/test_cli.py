@@ -201,6 +201,8 @@ def test_a_closed_terminal_saves_the_run() -> None:
     assert read_metrics(Path("runs/a"))[-1]["step"] == int(found.name.split("-")[1])
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
     process, keeper = on_a_terminal(["--steps", "300", "--name", "a", "--eval-every", "0"], signal.SIG_IGN)

@@ -113,6 +113,7 @@ def test_narrow_rows_share_a_block(device, shape):
     check(replace(RICH, shape=shape, dtype=BF16, norm="rms", bias=False))
 
 
+@pytest.mark.grid(fast=2)
 @pytest.mark.parametrize("columns,capability,clusters", [(8192, 9, 0), (8200, 9, 2), (20001, 9, 2), (65536, 9, 2),
                                                          (65544, 9, 0), (8200, 8, 0), (9001, 8, 0)])  # fmt: skip
 def test_wide_rows_take_a_cluster_or_several_passes(device, columns, capability, clusters):

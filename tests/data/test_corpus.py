@@ -50,6 +50,7 @@ print(before, peak_memory(torch.device("cpu")))
 """
 
 
+@pytest.mark.grid(fast=1)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_memory_does_not_grow_with_the_corpus(kind: str, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def small(case: Case) -> Case:
 QUICK = (1, 3, 4, 6, 8, 10, 11, 14, 15, 16, 17, 18)
 
 
+@pytest.mark.grid(fast=4)
 @pytest.mark.parametrize("number", [
     pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in range(len(FEATURES))
 ])  # fmt: skip
@@ -104,6 +105,7 @@ def test_as_exact_as_torch_in_every_dtype(number, dtype):
     assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
+@pytest.mark.grid(fast=6)
 @pytest.mark.parametrize("option", SDPA_OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", SDPA_LENGTHS)
 def test_agrees_with_sdpa(option, lengths):
@@ -115,6 +117,7 @@ BROADCAST = ["".join(axes) for axes in (
 )]  # fmt: skip
 
 
+@pytest.mark.grid(fast=2)
 @pytest.mark.parametrize("axes", [
     pytest.param(a, marks=() if a in ("hqk", "bqk", "qk", "bq", "bhk", "k", "h", "") else pytest.mark.slow)
     for a in BROADCAST
@@ -143,6 +146,7 @@ def decoded(case: Case, generator: torch.Generator) -> dict[str, Result]:
 GENERATION = Case(heads=16, kv_heads=4, queries=1, keys=1100, head_size=64, causal=True, valid=(1100, 530))
 
 
+@pytest.mark.grid(fast=2)
 @pytest.mark.parametrize("case", [
     GENERATION, replace(GENERATION, dtype=BF16), replace(GENERATION, dtype=F16, valid=(0, 1), bias="hk"),
     replace(GENERATION, heads=4, kv_heads=4, head_size=40, queries=3, alibi=True, window=(600, -1), dtype=BF16),

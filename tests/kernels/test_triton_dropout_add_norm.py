@@ -86,6 +86,7 @@ def test_masks_are_those_of_the_reference(seed, offset):
 EVERY = [replace(f, shape=(2, 4099), dtype=d) for f in FEATURES for d in (F32, BF16, F16)]
 
 
+@pytest.mark.grid(fast=10)
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_as_exact_as_torch(case):
     assert_as_exact_as_torch(lambda generator: draw(case, generator))
@@ -139,6 +140,7 @@ def test_as_exact_as_torch_at_extreme_shapes(shape, dtype):
     assert_as_exact_as_torch(lambda generator: draw(case, generator))
 
 
+@pytest.mark.grid(fast=7)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 1), (3, 7), (5, 2, 65), (1000, 1), (9, 1030), (1, 65536)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_small_integers_are_exact_at_every_shape(shape, dtype):

@@ -48,6 +48,7 @@ def backend(request):
         yield request.param
 
 
+@pytest.mark.grid(fast=36)
 @pytest.mark.parametrize("name,case", [(b, c) for b in BACKENDS for c in grid(b)], ids=lambda x: str(x))
 def test_as_exact_as_torch(name, case):
     with fastlm.backend.use(name):
@@ -450,6 +451,7 @@ def _peak(dtype, bias, length):
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.grid(fast=1)
 @needs_cpu
 @pytest.mark.parametrize(
     "dtype,bias", [("float32", "1x8192"), ("bfloat16", "1x8192"), ("float32", "8192x1"), ("bfloat16", "1x1"),

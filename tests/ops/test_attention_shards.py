@@ -104,6 +104,7 @@ RINGS = [
 ]
 
 
+@pytest.mark.grid(fast=12)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", RINGS, ids=str)
 @pytest.mark.parametrize("ends", [([200], [64, 130, 200]), ([70, 200], [200]), ([50, 100, 150, 200],) * 2], ids=str)

@@ -32,6 +32,7 @@ def backend(request):
         yield request.param
 
 
+@pytest.mark.grid(fast=36)
 @pytest.mark.parametrize(
     "name,case", [pytest.param(name, case, id=f"{name}-{case}") for name in BACKENDS for case in grid()]
 )

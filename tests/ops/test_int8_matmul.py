@@ -138,6 +138,7 @@ def test_activations_as_exact_as_torch(backend, activation):
     assert_as_exact_as_torch(draw)
 
 
+@pytest.mark.grid(fast=30)
 @pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("group", [0, 32, 64, 128])

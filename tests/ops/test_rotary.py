@@ -75,6 +75,7 @@ def draw(shape, half, dtype, kind, interleaved, generator, make=lambda x: x, fun
     return {"y": Result(*(r[0] for r in results)), "dx": Result(*(r[1] for r in results))}
 
 
+@pytest.mark.grid(fast=28)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(

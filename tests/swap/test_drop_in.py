@@ -64,6 +64,7 @@ def first(out):
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
+@pytest.mark.grid(fast=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_under_autocast_keep_dtype_and_twice_the_error(name):
     errors = {"ours": [], "torch": []}

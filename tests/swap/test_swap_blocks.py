@@ -138,6 +138,7 @@ def test_training_runs_one_op_a_chain(name):
     assert not bernoulli or "torch" in name  # nn.MultiheadAttention's own, inside the attention
 
 
+@pytest.mark.grid(fast=6)
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("mode", ["eval", "train, p 0"])
 def test_as_exact_as_the_original(name, mode):

@@ -47,6 +47,7 @@ def trained(model, folder, **options):
     return torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
 
 
+@pytest.mark.grid(fast=2)
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_trainer_follows_the_unswapped_models_losses(bf16, reentrant, tmp_path):

@@ -132,6 +132,8 @@ def test_a_lost_rank_ends_the_others_in_seconds_and_says_so(begin: Begin, lost: 
     assert int(checkpoint.newest(RUN).name.split("-")[1]) >= 10
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_a_signal_to_several_ranks_saves_one_step_and_goes_on_from_it(begin: Begin) -> None:
     # shards that are gathered in bfloat16: what reads weights after the last step must be under autocast too
     started = begin(*TRAIN, "--steps", "1000000", "--mesh", "fsdp=2", "--dtype", "bfloat16", "--save-every", "0")
@@ -238,6 +240,8 @@ mesh.leave(0)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("what", ["late", "failed"])
 def test_a_late_rank_is_waited_for_and_one_that_failed_is_not(what: str) -> None:
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -264,6 +268,8 @@ def test_a_late_rank_is_waited_for_and_one_that_failed_is_not(what: str) -> None
             rank.communicate()
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_tasks_of_slurm_train_together() -> None:
     """srun starts the same command as each task; the environment alone says which it is, and where they meet."""
     job_id = 500000 * 20000 + free_port() - 20000

@@ -74,6 +74,7 @@ def measure(which: str, tmp_path: Path, *cases: dict[str, Any]) -> list[list[lis
     return [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(processes)]
 
 
+@pytest.mark.grid(fast=1)
 @pytest.mark.parametrize(
     "which, cases",
     [
@@ -174,6 +175,8 @@ def test_several_stages_a_rank_idle_less_and_send_more() -> None:
     assert refused == {"pp=4": "pp=4 with --pp-stages 4 needs a block for each of 16 stages; --layers is 8"}
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_the_command_prints_every_mesh_and_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--devices", "4", "--device", "cuda", "--memory", "80", "--size", "124M", "--batch", "32"]
     assert cli.main(words) == 0

@@ -447,6 +447,8 @@ def test_a_weight_too_small_for_one_sample_is_refused(book: str, tmp_path: Path)
     assert shares([1.0, 1e-3]).tolist() == [1023, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "which", ["fsdp=2", pytest.param("tp=2", marks=pytest.mark.slow), pytest.param("pp=2", marks=pytest.mark.slow)]
 )

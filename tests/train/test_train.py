@@ -70,6 +70,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 # ------------------------------------------------------------------------------------------------------------ exact resume
 
 
+@pytest.mark.grid(fast=3)
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
 def test_a_run_resumed_is_the_run_never_stopped(book: str, kernels: str, optimizer: str) -> None:
@@ -501,6 +502,8 @@ def _short(shuffled: bool, folder: str, monkeypatch: pytest.MonkeyPatch) -> tupl
     return made.trainer.latest["val_bpb"], trigram
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 def test_a_short_run_beats_the_trigram(monkeypatch: pytest.MonkeyPatch) -> None:
     reached, trigram = _short(False, "real", monkeypatch)
     print(f"{reached:.3f} bits per byte, trigram {trigram:.3f}")
