@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastlm.cli import main as cli
-from fastlm.data import InputError, Options, Prepared, TokenSource, chat, prepare
+from fastlm.data import InputError, Options, Prepared, TokenSource, chat, corpus_batches, prepare
 from fastlm.data import tokenizer as tokenizers
 from fastlm.data.tuning import Rendering, encode
 
@@ -392,3 +392,13 @@ def test_data_show_marks_the_trained_tokens(tmp_path: Path, capsys: pytest.Captu
     assert said.startswith("sample 0: 20 tokens, 8 trained, 2 sequence(s)")
     assert cli.main(["data", "prepare", "a.jsonl", "--sft", "--context", "20"]) == 0
     assert "rows: 400 of 1,100 tokens are trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, answers", [("sft", 1), ("dpo", 2)])
+def test_an_evaluation_s_limit_counts_the_tokens_of_both_answers(rows: str, answers: int) -> None:
+    one = {"sft": {"completion": "b" * 9}, "dpo": {"chosen": "b" * 9, "rejected": "c" * 9}}[rows]
+    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i:05}", **one}) + "\n" for i in range(64)))
+    data = prepare(("rows.jsonl",), Options(rows=rows, pack=32, val_fraction=0.5), whole=True)
+    every = data.rows("val").size
+    took = sum(len(batch[0]) for batch in corpus_batches(data, 32, 8, limit=every * answers * 32 // 4))
+    assert took == answers * -(-every // 4)

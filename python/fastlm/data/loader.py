@@ -150,7 +150,7 @@ def corpus_batches(corpus: Prepared, context: int, rows: int, limit: int = 0) ->
         yield from validation_batches(corpus.val, context, rows, limit)
         return
     packed = corpus.rows("val")
-    every = max(packed.size * context // limit, 1) if limit else 1
+    every = max(packed.size * packed.answers * context // limit, 1) if limit else 1
     numbers = np.arange(0, packed.size, every)
     for at in range(0, len(numbers), rows):
         yield tuple(torch.from_numpy(_flat(c)) for c in packed.at(numbers[at : at + rows]))
