@@ -255,7 +255,7 @@ def test_a_warm_up_and_a_cooldown_share_the_steps() -> None:
             slope = max(1 / max(o.rise, 1), 1 / max(o.fall, 1)) + 1e-12
             assert all(abs(a - b) <= slope for a, b in itertools.pairwise(rates))
             assert max(rates) == pytest.approx(min(1.0, 100 / max(o.rise, 1)))
-            assert bool(config.notes()) == (o.rise > 100 or o.rise + 100 * cooldown > 100)
+            assert bool(config.notes()) == (o.rise >= 100 or o.rise + 100 * cooldown > 100)
     for schedule, steps, warmup, cooldown in itertools.product(
         ("constant", "linear", "cosine", "wsd"), (1, 2, 3, 9), (0, 1, 2, 8), (0.0, 0.2, 0.5, 1.0)
     ):

@@ -426,6 +426,7 @@ class Config:
             (o, "per_token", d.dpo, "--dpo"),
             (o, "muon_lr", o.optimizer == "muon", "--optimizer muon"),
             (o, "cooldown", o.schedule == "wsd", "--schedule wsd"),
+            (o, "schedule", o.rise < o.steps, "steps after the warm-up (--warmup)"),
             (o, "min_lr", o.falls, "a step whose rate falls (--schedule, --warmup, --cooldown)"),
             *((o, *rest) for rest in sparsity.heeded(o)),
             (r, "deadline", bool(r.when), "--when"),
